@@ -1,0 +1,241 @@
+"""Pruning plans: at which decoder layers vision tokens are dropped, how many stay, and which.
+
+A plan is pure data and arithmetic on integers: it knows nothing of models or tensors. The rule is that of ADSC
+(Deniz et al., arXiv 2602.12618): a fixed downsampling ratio at selected decoder layers, independent of content.
+
+Legend: n vision tokens of one image before a drop, m after it; L decoder layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+ANCHORS = ("last", "first", "center", "grid")
+POSITIONS = ("keep", "reindex")
+
+
+class PlanError(ValueError):
+    """A pruning plan that can't be right; the message holds the value, the rule and the way out."""
+
+
+def _as_ratio(keep: object, layer: int) -> Fraction:
+    try:
+        # A float is meant as the simple ratio it was typed for: 0.3333333333333333 is 1/3.
+        ratio = Fraction(keep).limit_denominator(10**6)  # type: ignore[arg-type]
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        raise PlanError(
+            f"keep ratio {keep!r} at layer {layer} is not a number; write 0.5 or 1/2"
+        ) from None
+    if not 0 < ratio <= 1:
+        raise PlanError(
+            f"keep ratio {keep} at layer {layer} must be in (0, 1]: it is the share of tokens that stay"
+        )
+    return ratio
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Where and how much to drop: before decoder layer `layer` runs, each image keeps `keep` of its vision tokens.
+
+    Args:
+        stages: pairs (layer, keep), layers strictly increasing from 0, keep in (0, 1]. Empty: nothing is dropped.
+        anchor: which token of each of m equal groups stays: `last`, `first`, `center`; or `grid`, a two-dimensional
+            ordered-dither pattern for tokens that lie on an h x w lattice.
+        positions: `keep` leaves kept tokens their original position ids; `reindex` renumbers after each drop.
+
+    Raises:
+        PlanError: a layer that is negative, repeated or out of order, a ratio outside (0, 1], an unknown word.
+
+    >>> plan = PruningPlan.parse("8:1/2,16:1/2,24:1/2")
+    >>> plan.average_tokens(576, 32), str(plan)
+    (270.0, '8:1/2,16:1/2,24:1/2')
+    """
+
+    stages: tuple[tuple[int, Fraction], ...] = ()
+    anchor: str = "last"
+    positions: str = "keep"
+
+    def __post_init__(self) -> None:
+        checked: list[tuple[int, Fraction]] = []
+        for stage in self.stages:
+            try:
+                layer, keep = stage
+            except (TypeError, ValueError):
+                raise PlanError(
+                    f"stage {stage!r} is not a pair (layer, keep), such as (8, 0.5)"
+                ) from None
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise PlanError(
+                    f"layer {layer!r} must be a whole number from 0: decoder layers are 0..L-1"
+                )
+            if checked and layer <= checked[-1][0]:
+                raise PlanError(
+                    f"layer {layer} after layer {checked[-1][0]}: layers must be strictly increasing"
+                )
+            checked.append((layer, _as_ratio(keep, layer)))
+        object.__setattr__(self, "stages", tuple(checked))
+        for field, allowed in (("anchor", ANCHORS), ("positions", POSITIONS)):
+            if getattr(self, field) not in allowed:
+                raise PlanError(
+                    f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(allowed)}"
+                )
+
+    @classmethod
+    def parse(
+        cls, text: str, *, anchor: str | None = None, positions: str | None = None
+    ) -> PruningPlan:
+        """Read `layer:keep,layer:keep`, optionally followed by `;anchor=WORD` and `;positions=WORD`.
+
+        >>> PruningPlan.parse("2:1/3;anchor=first").anchor
+        'first'
+        """
+        head, *options = text.split(";")
+        words: dict[str, str] = {}
+        for option in options:
+            name, _, value = (part.strip() for part in option.partition("="))
+            if name not in ("anchor", "positions"):
+                raise PlanError(
+                    f"option {option.strip()!r} in plan {text!r} is unknown; use anchor=... or positions=..."
+                )
+            words[name] = value
+        for name, given in (("anchor", anchor), ("positions", positions)):
+            if given is not None:
+                words[name] = given
+        stages = []
+        for part in filter(None, (piece.strip() for piece in head.split(","))):
+            match = re.fullmatch(r"(\d+)\s*:\s*(\S+)", part)
+            if match is None:
+                raise PlanError(
+                    f"{part!r} in plan {text!r} is not layer:keep; write for example 8:1/2,16:1/2"
+                )
+            stages.append((int(match[1]), match[2]))
+        return cls(stages=stages, **words)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        parts = [",".join(f"{layer}:{keep}" for layer, keep in self.stages)]
+        parts += [f"anchor={self.anchor}"] * (self.anchor != "last")
+        parts += [f"positions={self.positions}"] * (self.positions != "keep")
+        return ";".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as it stands in a checkpoint's config."""
+        stages = [[layer, str(keep)] for layer, keep in self.stages]
+        return {"stages": stages, "anchor": self.anchor, "positions": self.positions}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PruningPlan:
+        """The inverse of `to_dict`. Raises PlanError for unknown or ill-typed fields."""
+        unknown = set(data) - {"stages", "anchor", "positions"}
+        if unknown:
+            raise PlanError(
+                f"unknown fields {sorted(unknown)} in a plan; it has stages, anchor and positions"
+            )
+        return cls(**{**data, "stages": data.get("stages", ())})
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise PlanError if a stage names a layer that a decoder of `num_layers` does not have."""
+        beyond = [layer for layer, _ in self.stages if layer >= num_layers]
+        if beyond:
+            raise PlanError(
+                f"plan {str(self)!r} drops at layer {beyond[0]}, but the decoder has layers 0..{num_layers - 1}"
+            )
+
+    def tokens_after_drops(self, num_vision_tokens: int) -> list[int]:
+        """Vision tokens of one image left after each stage, in order."""
+        counts, n = [], num_vision_tokens
+        for _, keep in self.stages:
+            n = kept_count(n, keep)
+            counts.append(n)
+        return counts
+
+    def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
+        """Vision tokens of one image that enter each decoder layer, a list of length `num_layers`."""
+        self.check_layers(num_layers)
+        layers = [layer for layer, _ in self.stages]
+        counts = [num_vision_tokens, *self.tokens_after_drops(num_vision_tokens)]
+        return [counts[sum(at <= layer for at in layers)] for layer in range(num_layers)]
+
+    def average_tokens(self, num_vision_tokens: int, num_layers: int) -> float:
+        """Mean over layers of the vision tokens entering each layer."""
+        return sum(self.tokens_per_layer(num_vision_tokens, num_layers)) / num_layers
+
+    def reduction(self, num_vision_tokens: int, num_layers: int) -> float:
+        """1 - average / initial; 0.667 is the setting that the paper headlines."""
+        return 1 - self.average_tokens(num_vision_tokens, num_layers) / num_vision_tokens
+
+    def kept_indices(
+        self, num_vision_tokens: int, lattice: tuple[int, int] | None = None
+    ) -> list[tuple[int, ...]]:
+        """Per stage, which of an image's original vision tokens are left after it: sorted, nested index tuples.
+
+        Args:
+            num_vision_tokens: tokens of this image before any drop.
+            lattice: (height, width) of the token grid; only anchor `grid` needs it.
+        """
+        kept: list[tuple[int, ...]] = []
+        current: Sequence[int] = range(num_vision_tokens)
+        for _, keep in self.stages:
+            current = _downsample(
+                current, kept_count(len(current), keep), self.anchor, num_vision_tokens, lattice
+            )
+            kept.append(tuple(current))
+        return kept
+
+
+def kept_count(n: int, keep: Fraction) -> int:
+    """m = max(1, floor(n * keep + 1/2)); 0 tokens stay 0."""
+    return max(1, (2 * n * keep.numerator + keep.denominator) // (2 * keep.denominator)) if n else 0
+
+
+def _downsample(
+    current: Sequence[int], m: int, anchor: str, total: int, lattice: tuple[int, int] | None
+) -> Sequence[int]:
+    n = len(current)
+    if anchor == "last":
+        return [current[((j + 1) * n) // m - 1] for j in range(m)]
+    if anchor == "first":
+        return [current[(j * n) // m] for j in range(m)]
+    if anchor == "center":
+        return [current[((2 * j + 1) * n) // (2 * m)] for j in range(m)]
+    if lattice is None or lattice[0] * lattice[1] != total:
+        raise PlanError(
+            f"anchor 'grid' needs vision tokens on an h x w lattice, but {total} tokens came with lattice {lattice}; "
+            "use anchor last, first or center for this model"
+        )
+    rank = _dither_rank(*lattice)
+    return sorted(sorted(current, key=rank.__getitem__)[:m])
+
+
+@lru_cache(maxsize=64)
+def _dither_rank(height: int, width: int) -> tuple[int, ...]:
+    """Rank of each lattice cell in ordered dithering (Bayer 1973), anchored at the bottom right of each block.
+
+    Any prefix of the ranking is spread evenly in two dimensions and contains every shorter prefix: a quarter is every
+    other row and column, a half a checkerboard.
+    """
+    bits = max(height - 1, width - 1, 1).bit_length()
+
+    def bayer(y: int, x: int) -> int:
+        value = 0
+        for bit in range(bits):
+            row, column = (y >> bit) & 1, (x >> bit) & 1
+            value = value << 2 | (row ^ column) << 1 | row
+        return value
+
+    cells = [bayer(height - 1 - y, width - 1 - x) for y in range(height) for x in range(width)]
+    order = {value: rank for rank, value in enumerate(sorted(cells))}
+    return tuple(order[value] for value in cells)
+
+
+def as_plan(plan: PruningPlan | str | Iterable[tuple[int, float]]) -> PruningPlan:
+    """Accept a plan, its text form, or pairs (layer, keep)."""
+    if isinstance(plan, PruningPlan):
+        return plan
+    if isinstance(plan, str):
+        return PruningPlan.parse(plan)
+    return PruningPlan(stages=tuple(plan))  # type: ignore[arg-type]
