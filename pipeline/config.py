@@ -1,0 +1,218 @@
+"""Configs are frozen pydantic models made of sections; `edit` derives one from another.
+
+A config is plain data: what a run computes, never where or on how many machines. There is deliberately no configuration
+language, no registry and no file format here: a config is written in Python, and changed by dotted keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+# YAML 1.1 wants a dot and a sign in a float's exponent; people write 1e-4.
+_FLOAT = re.compile(r"[-+]?(\d+(_\d+)*)(\.\d*)?[eE][-+]?\d+")
+_BOUNDS = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= ", "multiple_of": "a multiple of "}
+_LENGTHS = {"min_length": "at least {} long", "max_length": "at most {} long"}
+
+
+class ConfigError(ValueError):
+    """A config that can't be right. The message lists every problem at once, each with the way out."""
+
+
+class Config(BaseModel):
+    """Base of all config sections. Every field has a docstring: unit, range, effect."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def edit(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
+    """The config with dotted keys changed; strings are read as YAML.
+
+    Args:
+        config: what to start from; it stays as it is.
+        changes: for instance `{"train.learning_rate": "1e-4", "train.stages.0.epochs": 2}`.
+
+    Raises:
+        ConfigError: every unknown key with the nearest valid name, and every bad value with what is allowed.
+    """
+    problems: list[str] = []
+    edited = _edit(config, dict(changes), (), problems, tuple(keys(config)))
+    if problems:
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"config has {count}:\n" + "\n".join(f"  {line}" for line in problems))
+    return edited  # type: ignore[no-any-return]
+
+
+def keys(config: Config, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a config, the sections' own included."""
+    for name in type(config).model_fields:
+        yield prefix + name
+        yield from _keys_below(getattr(config, name), f"{prefix}{name}.")
+
+
+def _keys_below(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, Config):
+        yield from keys(value, prefix)
+        return
+    for name, item in _items(value):
+        if isinstance(item, Config):
+            yield prefix + name
+            yield from keys(item, f"{prefix}{name}.")
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, tuple | list):
+        return [(str(index), item) for index, item in enumerate(value)]
+    return [(str(key), item) for key, item in value.items()] if isinstance(value, Mapping) else []
+
+
+def _edit(
+    node: Any,
+    changes: dict[str, Any],
+    path: tuple[str, ...],
+    problems: list[str],
+    valid: tuple[str, ...],
+) -> Any:
+    """Apply changes below one node: a section, or a tuple, list or mapping that may hold sections."""
+    here, below = _split(changes)
+    known = dict(_fields(node))
+    found = len(problems)
+    for name in list(here) + [name for name in below if name not in here]:
+        if name not in known:
+            full = [
+                ".".join((*path, name, rest)).rstrip(".") for rest in below.get(name, {"": None})
+            ]
+            problems.extend(_unknown(key, valid) for key in full)
+            continue
+        value = known[name]
+        key = ".".join((*path, name))
+        if name in here:
+            value = _value(node, name, here[name], key, problems)
+        if name in below:
+            if not isinstance(value, Config) and not _items(value):
+                problems.append(f"{key} is {value!r}: it has no keys to set below it")
+                continue
+            value = _edit(value, below[name], (*path, name), problems, valid)
+        known[name] = value
+    if not isinstance(node, Config):
+        return known if isinstance(node, Mapping) else type(node)(known.values())
+    if len(problems) > found:
+        return node
+    try:
+        return type(node).model_validate(known)
+    except ValidationError as error:
+        problems.extend(_explain(error, ".".join(path), type(node).model_fields))
+        return node
+
+
+def _split(changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    here: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, dot, rest = key.partition(".")
+        if dot:
+            below.setdefault(name, {})[rest] = value
+        else:
+            here[name] = value
+    return here, below
+
+
+def _fields(node: Any) -> list[tuple[str, Any]]:
+    if isinstance(node, Config):
+        return [(name, getattr(node, name)) for name in type(node).model_fields]
+    return _items(node)
+
+
+def _unknown(key: str, valid: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    if not near:  # the right name in the wrong section
+        last = {name.rpartition(".")[2]: name for name in reversed(valid)}
+        near = [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
+    top = ", ".join(name for name in valid if "." not in name)
+    hint = f"did you mean {near[0]}?" if near else f"valid are {top}"
+    return f"{key} is unknown; {hint}"
+
+
+def _value(node: Any, name: str, raw: Any, key: str, problems: list[str]) -> Any:
+    """One value, checked alone so that all bad values are reported together."""
+    if not isinstance(node, Config):
+        return _parse(raw)  # an item of a tuple or mapping: checked with its section
+    field = type(node).model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[(field.annotation, *field.metadata, None)])
+    try:
+        return adapter.validate_python(_parse(raw))
+    except ValidationError as error:
+        try:
+            # A string field means "123", "no" and "8:30" as they were typed.
+            return adapter.validate_python(raw)
+        except ValidationError:
+            problems.extend(_explain(error, key, {"": field}))
+            return getattr(node, name)
+
+
+def _parse(raw: Any) -> Any:
+    import yaml
+
+    if not isinstance(raw, str):
+        return raw
+    if _FLOAT.fullmatch(raw.strip()):
+        return float(raw)
+    try:
+        return yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
+
+
+def _explain(error: ValidationError, prefix: str, fields: Mapping[str, FieldInfo]) -> list[str]:
+    lines = []
+    for problem in error.errors(include_url=False):
+        location = [str(part) for part in problem["loc"]]
+        field = fields.get("") or (fields.get(location[0]) if location else None)
+        key = ".".join(part for part in (prefix, *location) if part) or "the config"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key} is unknown")
+        elif location and "" not in fields and field is None or not location and "" not in fields:
+            lines.append(f"{key}: {message}")
+        else:
+            hint = f" ({allowed(field)})" if field is not None else ""
+            lines.append(f"{key} = {problem['input']!r}: {message}{hint}")
+    return lines
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field takes, for people: `float, > 0, <= 1`."""
+    parts = [_type_name(field.annotation)]
+    for rule in field.metadata:
+        parts += [
+            f"{sign}{getattr(rule, name)}"
+            for name, sign in _BOUNDS.items()
+            if getattr(rule, name, None) is not None
+        ]
+        parts += [
+            text.format(getattr(rule, name))
+            for name, text in _LENGTHS.items()
+            if getattr(rule, name, None) is not None
+        ]
+    return ", ".join(parts)
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(value) for value in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    if not get_args(annotation):
+        return getattr(annotation, "__name__", str(annotation))
+    name = str(annotation).replace("typing.", "").replace("NoneType", "null")
+    return re.sub(r"\b[\w]+\.(?=\w)", "", name)

@@ -1,0 +1,100 @@
+"""Identity of a stage: a fingerprint of what it computes, and of nothing else.
+
+It covers the canonical config, the fingerprints of the inputs, and the body's name and code version. Machines, worker
+counts, storage roots, tracking and credentials aren't part of it. Source code isn't hashed either: whoever changes what
+a body computes raises its version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from enum import Enum
+from fractions import Fraction
+from pathlib import PurePath
+from typing import Any
+
+from pydantic import BaseModel
+
+SHORT = 12  # hexadecimal digits of a fingerprint that a folder's name carries
+
+
+class IdentityError(ValueError):
+    """A value that has no deterministic literal; the message names the field."""
+
+
+def canonical(value: Any, field: str = "config") -> Any:
+    """The value as JSON literals, the same in every process and on every machine.
+
+    Raises:
+        IdentityError: a function, an object with an address, NaN, a key that isn't a string, bytes: with its field.
+
+    >>> canonical({"b": (1, 2), "a": {"y", "x"}})
+    {'a': ['x', 'y'], 'b': [1, 2]}
+    """
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, Enum):
+        return canonical(value.value, field)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise IdentityError(f"{field} is {value}: JSON has no such number; use null or a bound")
+        return float(value)
+    if isinstance(value, str | int):
+        return str(value) if isinstance(value, str) else int(value)
+    if isinstance(value, Fraction):
+        return str(value)
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if isinstance(value, BaseModel):
+        return {
+            name: canonical(getattr(value, name), f"{field}.{name}")
+            for name in sorted(type(value).model_fields)
+        }
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = sorted(item.name for item in dataclasses.fields(value))
+        return {name: canonical(getattr(value, name), f"{field}.{name}") for name in names}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise IdentityError(f"{field} has the key {key!r}: keys must be strings")
+        return {key: canonical(value[key], f"{field}.{key}") for key in sorted(value)}
+    if isinstance(value, tuple | list):
+        return [canonical(item, f"{field}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return sorted((canonical(item, f"{field}.{{}}") for item in value), key=json.dumps)
+    raise IdentityError(
+        f"{field} is a {type(value).__qualname__}, which has no deterministic literal; "
+        "use numbers, strings, tuples, mappings or configs"
+    )
+
+
+def digest(value: Any, field: str = "config") -> str:
+    """SHA-256 of the canonical literals, 64 hexadecimal digits."""
+    text = json.dumps(
+        canonical(value, field), sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def body_name(body: Any) -> str:
+    """Where a stage's body can be found again: `module.function`.
+
+    Raises:
+        IdentityError: a lambda, an inner function, a partial or an object: name them, or move the values to the config.
+    """
+    name, module = getattr(body, "__qualname__", None), getattr(body, "__module__", None)
+    if not name or not module or "<" in name:
+        raise IdentityError(
+            f"the body {body!r} has no name to find it by; use a function at the top of a module"
+        )
+    return f"{module}.{name}"
+
+
+def fingerprint(*, config: Any, inputs: Mapping[str, str], version: int, body: str) -> str:
+    """The fingerprint of one stage; `inputs` maps parameter names to the inputs' fingerprints."""
+    parts = {"inputs": dict(inputs), "version": version, "body": body}
+    return digest({"config": canonical(config), **parts})
