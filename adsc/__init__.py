@@ -3,6 +3,8 @@
 Torch, transformers and peft only: nothing here knows of Ray, MLflow or object stores.
 """
 
+from adsc.cost import Cost, estimate_cost
+from adsc.cost_error import CostError
 from adsc.plan import PlanError, PruningPlan
 
-__all__ = ["PlanError", "PruningPlan"]
+__all__ = ["Cost", "CostError", "PlanError", "PruningPlan", "estimate_cost"]
