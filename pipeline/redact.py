@@ -1,0 +1,76 @@
+"""What may be shown of a nested config: dotted keys, and never a credential.
+
+Used wherever a config, a URI or an answer leaves the program for people to read: tracking and the
+report. It recognises credentials by the name of a key and by the shape of a value. It is a safety
+net, deliberately not a licence to put secrets into configs: storage and tracking credentials belong
+into the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HIDDEN = "[redacted]"
+
+_SECRET_KEY = re.compile(
+    r"passw(or)?d|secret|credential|(api|access|private|signing)[-_ ]?key|authorization|token$",
+    re.IGNORECASE,
+)
+# A tokenizer's special tokens are not access tokens.
+_SPECIAL_TOKEN = re.compile(
+    r"(^|_)(image|video|bos|eos|pad|unk|cls|sep|mask|special|vision|start|end)_?token$", re.I
+)
+_SECRET_VALUE = re.compile(
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"  # AWS access key id
+    r"|\bgh[pousr]_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}"  # GitHub, Hugging Face, model providers
+    r"|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+"  # JSON web token
+    r"|(?<=://)[^/\s@]+(?=@)"  # user:password@ of a URI
+    r"|(?<=Bearer )\S+"
+    r"|(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|sig|token|password)=[^&\s]+"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    re.DOTALL,
+)
+
+
+def redact(text: str) -> str:
+    """The text with whatever looks like a credential replaced.
+
+    >>> redact("postgresql://ada:lovelace@db/mlflow")
+    'postgresql://[redacted]@db/mlflow'
+    """
+    return _SECRET_VALUE.sub(HIDDEN, text)
+
+
+def flatten(nested: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys to printable values, credentials replaced; a list of plain values stays one
+    value, as JSON.
+
+    >>> flatten({"train": {"lr": 1e-4, "plans": ["2:1/2", ""]}, "hf_token": "abc"})
+    {'train.lr': '0.0001', 'train.plans': '["2:1/2", ""]', 'hf_token': '[redacted]'}
+    """
+    return {".".join(path): _shown(path, value) for path, value in leaves(nested)}
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The plain values of a nested structure with the keys that lead to each."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, str(key)))
+    elif isinstance(value, list | tuple) and any(
+        isinstance(item, Mapping | list | tuple) for item in value
+    ):
+        for index, inner in enumerate(value):
+            yield from leaves(inner, (*path, str(index)))
+    else:
+        yield path, value
+
+
+def _shown(path: tuple[str, ...], value: object) -> str:
+    named = any(_SECRET_KEY.search(key) and not _SPECIAL_TOKEN.search(key) for key in path)
+    if named and value not in (None, "", (), [], {}) and not isinstance(value, bool):
+        return HIDDEN
+    plain = isinstance(value, list | tuple | dict)
+    return redact(json.dumps(value, default=str, ensure_ascii=False) if plain else str(value))

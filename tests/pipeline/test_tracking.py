@@ -1,0 +1,323 @@
+"""Tracking against a real MLflow: an SQLite database, and a server process that dies in mid-run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline import tracking
+from pipeline.redact import HIDDEN, flatten, redact
+from pipeline.tracking import RunHandle, TrackingError
+
+EXPERIMENT = "adsc"
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tracking.prepare(tracking.default_uri(tmp_path_factory.mktemp("tracking")), EXPERIMENT)
+
+
+def fetch(uri: str, run_id: str | None) -> Run:
+    assert run_id is not None
+    return MlflowClient(uri).get_run(run_id)
+
+
+def log_loss(handle: RunHandle) -> list[str]:
+    """What a training worker does, in its own process."""
+    tracker = handle.tracker()
+    for step in range(3):
+        tracker.metrics({"train": {"loss": 1.0 / (step + 1)}}, step=step)
+    return tracker.problems
+
+
+def test_workflow_and_stage_as_people_see_them(uri: str, tmp_path: Path) -> None:
+    parent = tracking.start_workflow(uri, EXPERIMENT, "demo", {"seed": 0}, {"adsc.root": "/store"})
+    tags = {"adsc.fingerprint": "f" * 64, "adsc.record": "/store/train-ffff/record.json"}
+    (tmp_path / "report.html").write_text("<p>")
+    with tracking.stage_run(uri, EXPERIMENT, parent, "train", tags) as tracker:
+        tracker.params({"train": {"rank": 8, "plans": ["2:1/2", ""]}, "stages": [{"lr": 0.1}]})
+        tracker.metrics({"accuracy": 0.5, "difference": None})
+        tracker.artifact(tmp_path / "report.html", "report")
+        tracker.artifact(tmp_path, "all")
+        tracker.dataset("s3://bucket/grids", "grids", "0123456789abcdef" * 4)
+        tracker.note("**What** this is")
+        running = fetch(uri, tracker.run_id)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            assert pool.submit(log_loss, pickle.loads(pickle.dumps(tracker.handle))).result() == []
+    tracking.finish_workflow(uri, parent)
+
+    client, run = MlflowClient(uri), fetch(uri, tracker.run_id)
+    assert tracker.problems == []
+    assert (running.info.status, run.info.status) == ("RUNNING", "FINISHED")
+    assert run.info.run_name == "train"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert tags.items() <= run.data.tags.items()
+    assert run.data.params == {
+        "train.rank": "8",
+        "train.plans": '["2:1/2", ""]',
+        "stages.0.lr": "0.1",
+    }
+    assert run.data.metrics == {"accuracy": 0.5, "train/loss": pytest.approx(1 / 3)}
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(m.step, round(m.value, 3)) for m in history] == [(0, 1.0), (1, 0.5), (2, 0.333)]
+    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["all", "report"]
+    assert client.list_artifacts(run.info.run_id, "report")[0].path == "report/report.html"
+    data = run.inputs.dataset_inputs[0].dataset
+    assert (data.name, data.source_type, data.digest) == (
+        "grids",
+        "s3",
+        ("0123456789abcdef" * 3)[:36],
+    )
+    assert run.data.tags["mlflow.note.content"] == "**What** this is"
+    workflow = fetch(uri, parent)
+    assert (workflow.info.run_name, workflow.info.status) == ("demo", "FINISHED")
+    assert workflow.data.tags["adsc.workflow"] == "demo"
+
+
+def test_artifacts_lie_beside_the_database(uri: str, tmp_path: Path) -> None:
+    with tracking.stage_run(uri, EXPERIMENT, None, "prepare", {}) as tracker:
+        (tmp_path / "sizes.json").write_text("{}")
+        tracker.artifact(tmp_path / "sizes.json")
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts"
+    assert [p.name for p in folder.rglob("sizes.json")] == ["sizes.json"]
+    assert not Path("mlruns").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_a_body_that_raises_closes_its_run(uri: str, error: type, status: str) -> None:
+    with pytest.raises(error), tracking.stage_run(uri, EXPERIMENT, None, "merge", {}) as tracker:
+        raise error("no")
+    assert fetch(uri, tracker.run_id).info.status == status
+
+
+def test_a_dead_attempts_run_is_closed_by_the_next(uri: str) -> None:
+    tags = {"adsc.record": "/store/merge-1/record.json"}
+    dead = tracking._open_run(uri, EXPERIMENT, "merge", tags)
+    other = tracking._open_run(uri, EXPERIMENT, "merge", {"adsc.record": "/store/merge-2"})
+    with tracking.stage_run(uri, EXPERIMENT, None, "merge", tags) as tracker:
+        assert fetch(uri, tracker.run_id).info.status == "RUNNING"
+        assert fetch(uri, dead.run_id).info.status == "KILLED"
+        assert fetch(uri, other.run_id).info.status == "RUNNING"
+
+
+def test_many_and_long_params_and_odd_names(uri: str) -> None:
+    with tracking.stage_run(uri, EXPERIMENT, None, "wide", {}) as tracker:
+        tracker.params({**{f"p{i}": i for i in range(230)}, "long": "x" * 9000, "odd (name)?": 1})
+        tracker.metrics({"prefill (ms)": 3, "wrong": "text"})
+    run = fetch(uri, tracker.run_id)
+    assert len(run.data.params) == 232
+    assert run.data.params["odd _name__"] == "1"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["long"].endswith("x [cut: 9000 characters in all]")
+    assert run.data.metrics == {"prefill _ms_": 3}
+    assert tracker.problems == ["metric wrong is 'text', not a number"]
+    assert run.data.tags["adsc.tracking_problems"] == tracker.problems[0]
+
+
+SECRETS = {
+    "aws_secret_access_key": "wJalrXUtnFEMI",
+    "hf_token": "abcdef",
+    "db": {"password": 1234, "uri": "postgresql://ada:lovelace@db/x"},
+    "credentials": {"user": "ada", "list": ["lovelace"]},
+    "note": "use AKIAIOSFODNN7EXAMPLE please",
+    "header": ["Bearer lovelace"],
+    "hub": "hf_abcdefghijklmnopqrstuvwxyz",
+    "link": "https://b.s3/x?X-Amz-Signature=lovelace&y=1",
+    "pem": "-----BEGIN RSA PRIVATE KEY-----\nlovelace",
+}
+HARMLESS = {
+    "num_vision_tokens": 64,
+    "image_token": "<image>",
+    "eos_token": "</s>",
+    "tokenizer": "own",
+    "key": "adsc",
+    "uri": "s3://bucket/path@2",
+}
+
+
+def test_secrets_never_leave(uri: str) -> None:
+    with tracking.stage_run(uri, EXPERIMENT, None, "s", {"adsc.x": "http://ada:lovelace@h"}) as run:
+        run.params({**SECRETS, **HARMLESS})
+        run.note("Bearer lovelace")
+        run.dataset("https://ada:lovelace@host/x", "d", "1")
+        run.metrics({"m": "Bearer lovelace"})
+    database = Path(uri.removeprefix("sqlite:///")).read_bytes()
+    for secret in (
+        b"lovelace",
+        b"wJalrXUtnFEMI",
+        b"AKIAIOSFODNN7EXAMPLE",
+        b"hf_abcdef",
+        b"1234\x00",
+    ):
+        assert secret not in database
+    params = fetch(uri, run.run_id).data.params
+    assert params["db.password"] == params["hf_token"] == params["credentials.user"] == HIDDEN
+    assert params["note"] == f"use {HIDDEN} please"
+    assert {key: params[key] for key in HARMLESS} == {k: str(v) for k, v in HARMLESS.items()}
+
+
+def test_redaction_leaves_ordinary_text_alone() -> None:
+    assert redact("what is at row 2, column 3? a bag") == "what is at row 2, column 3? a bag"
+    assert flatten({"a": {}, "b": None, "c": []}) == {"a": "{}", "b": "None", "c": "[]"}
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("./mlruns", "is a folder"),
+        ("file:///data/mlruns", "is a folder"),
+        ("sqlite:////proc/no/mlflow.db", "No such file|Read-only|denied"),
+        ("http://127.0.0.1:1", "no answer, .* Connection refused"),
+        ("localhost:5000", "neither a web address"),
+        ("postgresql://ada:lovelace@h/x", r"\[redacted\]@h/x: a database shared"),
+    ],
+)
+def test_a_bad_address_is_refused_at_the_start(address: str, says: str) -> None:
+    with pytest.raises(TrackingError, match=says) as caught:
+        tracking.prepare(address, EXPERIMENT)
+    assert "http://host:port" in str(caught.value)
+    assert "lovelace" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_deleted_experiment_says_how_to_restore_it(uri: str) -> None:
+    tracking.prepare(uri, "old")
+    found = MlflowClient(uri).get_experiment_by_name("old")
+    MlflowClient(uri).delete_experiment(found.experiment_id)
+    with pytest.raises(TrackingError, match=f"restore --experiment-id {found.experiment_id}"):
+        tracking.prepare(uri, "old")
+
+
+def test_relative_database_is_the_same_for_all_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.prepare("sqlite:///m.db", EXPERIMENT) == f"sqlite:///{tmp_path}/m.db"
+
+
+def test_two_drivers_may_prepare_one_database_at_once(tmp_path: Path) -> None:
+    address = tracking.default_uri(tmp_path)
+    code = f"from pipeline.tracking import prepare; prepare({address!r}, 'adsc')"
+    racers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [racer.wait(60) for racer in racers] == [0, 0]
+
+
+def test_a_broken_database_fails_nothing_and_is_said_once(tmp_path: Path) -> None:
+    address = tracking.prepare(tracking.default_uri(tmp_path), EXPERIMENT)
+    with tracking.stage_run(address, EXPERIMENT, None, "train", {}) as tracker:
+        Path(address.removeprefix("sqlite:///")).write_bytes(b"not a database")
+        for step in range(50):
+            tracker.metrics({"loss": 1.0}, step)
+    assert len(tracker.problems) == 1
+    assert "file is not a database" in tracker.problems[0]
+
+
+def test_a_missing_artifact_is_noted_and_tracking_goes_on(uri: str, tmp_path: Path) -> None:
+    with tracking.stage_run(uri, EXPERIMENT, None, "report", {}) as tracker:
+        tracker.artifact(tmp_path / "absent.html")
+        tracker.metrics({"after": 1})
+    assert "absent.html" in tracker.problems[0]
+    assert fetch(uri, tracker.run_id).data.metrics == {"after": 1}
+
+
+def test_a_run_that_could_not_start_writes_nowhere() -> None:
+    with tracking.stage_run("http://127.0.0.1:1", EXPERIMENT, "x", "train", {}) as tracker:
+        tracker.metrics({"loss": 1})
+        tracker.params({"a": 1})
+    assert tracker.run_id is None
+    assert len(tracker.problems) == 1 and "127.0.0.1" in tracker.problems[0]
+    assert tracking.start_workflow("http://127.0.0.1:1", EXPERIMENT, "demo", {}, {}) is None
+    tracking.finish_workflow("http://127.0.0.1:1", None)
+
+
+class Server:
+    """A real `mlflow server` process that can be killed and started again on its port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        place = ["--artifacts-destination", str(self.folder / "artifacts")]
+        at = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        command = [sys.executable, "-m", "mlflow", "server", *store, *place, *at]
+        log = (self.folder / "server.log").open("a")
+        self.process = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                if requests.get(f"{self.uri}/health", timeout=2).ok:
+                    return
+            except requests.ConnectionError:
+                time.sleep(0.3)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.kill()
+
+
+def test_a_server_killed_in_mid_run_fails_nothing(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert tracking.prepare(server.uri, EXPERIMENT) == server.uri
+    (tmp_path / "a.txt").write_text("a")
+    with tracking.stage_run(server.uri, EXPERIMENT, None, "train", {"adsc.record": "r"}) as tracker:
+        tracker.params({"lr": 0.1})
+        tracker.artifact(tmp_path / "a.txt")
+        tracker.metrics({"loss": 1.0}, step=0)
+        server.kill()
+        with caplog.at_level(logging.WARNING, "pipeline.tracking"):
+            started = time.monotonic()
+            tracker.metrics({"loss": 0.9}, step=1)
+            noticed = time.monotonic()
+            for step in range(2, 102):
+                tracker.metrics({"loss": 0.8}, step=step)
+            assert time.monotonic() - noticed < 0.5
+            assert noticed - started < 30
+        said = [record for record in caplog.records if record.name == "pipeline.tracking"]
+        assert len(tracker.problems) == len(said) == 1
+        server.start()
+        monkeypatch.setattr(tracker, "_quiet_until", 0.0)  # the minute is over
+        tracker.metrics({"loss": 0.5}, step=102)
+    run = fetch(server.uri, tracker.run_id)
+    assert run.info.status == "FINISHED"
+    history = MlflowClient(server.uri).get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(0, 1.0), (102, 0.5)]
+    assert "100 tracking calls were dropped" in run.data.tags["adsc.tracking_problems"]
+    assert [a.path for a in MlflowClient(server.uri).list_artifacts(run.info.run_id)] == ["a.txt"]
