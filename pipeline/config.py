@@ -182,7 +182,9 @@ def _explain(error: ValidationError, prefix: str, fields: Mapping[str, FieldInfo
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             lines.append(f"{key} is unknown")
-        elif location and "" not in fields and field is None or not location and "" not in fields:
+        elif (location and "" not in fields and field is None) or (
+            not location and "" not in fields
+        ):
             lines.append(f"{key}: {message}")
         else:
             hint = f" ({allowed(field)})" if field is not None else ""

@@ -1,0 +1,188 @@
+"""A lease: one process at a time works on a stage, and others can tell whether it is alive.
+
+The holder rewrites the lease with every beat. A waiter watches, on its own clock, whether it still
+changes: clocks of other machines aren't compared, and the time in the lease is for people. This is
+deliberately not a lock: a stopped process may wake up and work on. So results are published with a
+create-once write, and only after the lease was confirmed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.store import Store, StoreError
+
+LOST_LEASE_EXIT = 75  # exit status of a stage's process that lost its lease: "temporary failure"
+_BEATS = 10  # beats in the lease's life
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds a lease, as a reader sees it."""
+
+    attempt: str
+    holder: str
+    since: str
+    seconds: float
+    version: str
+
+    @classmethod
+    def read(cls, store: Store, key: str) -> Holder | None:
+        found = store.read_versioned(key)
+        if found is None:
+            return None
+        try:
+            content: Any = json.loads(found[0])
+            attempt, holder, since = (content[name] for name in ("attempt", "holder", "since"))
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # not ours, but its version can be watched as well
+            attempt, holder, since = "", "an unknown process", ""
+        return cls(attempt=attempt, holder=holder, since=since, version=found[1])
+
+
+class Lease:
+    """A held lease with its heartbeat. `acquire` makes one."""
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        attempt: str,
+        seconds: float,
+        on_lost: Callable[[], object] = lambda: os._exit(LOST_LEASE_EXIT),
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            seconds: the lease's life. Waiters take it over when it didn't change for this long, and
+                the holder gives up when it could not renew it for 0.8 of this.
+            on_lost: called once, in the heartbeat's thread; the default ends the process at once.
+        """
+        self.store, self.key, self.attempt, self.seconds = store, key, attempt, seconds
+        self._on_lost = on_lost
+        self._beat = 0
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._version = ""
+        self._renewed = 0.0
+        self._stop = threading.Event()
+        self._one = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def take(self, stale: Holder | None = None) -> bool:
+        """Try once to take the lease: create it, or replace a stale holder's."""
+        started = time.monotonic()
+        data = self._content()
+        if stale is None:
+            version = self.store.create(self.key, data)
+        else:
+            version = self.store.replace(self.key, data, stale.version)
+        version = version or self._mine()
+        if version is None:
+            return False
+        self._version, self._renewed = version, started
+        for target in (self._keep_beating, self._watch):
+            thread = threading.Thread(target=target, name=f"lease-{target.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return True
+
+    def confirm(self) -> bool:
+        """Renew it now: whether it is still ours. Raises StoreError where the store is away."""
+        with self._one:
+            started = time.monotonic()
+            self._beat += 1
+            version = self.store.replace(self.key, self._content(), self._version) or self._mine()
+            if version is None:
+                return False
+            self._version, self._renewed = version, started
+            return True
+
+    def release(self) -> None:
+        """Stop the heartbeat and delete the lease if it is still ours."""
+        self._stop.set()
+        with self._one, contextlib.suppress(StoreError):  # it goes stale by itself
+            self.store.delete(self.key, self._version)
+
+    def lost(self) -> None:
+        """Another process has it, or may have: by default this ends the process."""
+        self._stop.set()
+        self._on_lost()
+
+    def _content(self) -> bytes:
+        holder = f"{socket.gethostname()} (process {os.getpid()})"
+        content = {"attempt": self.attempt, "holder": holder, "since": self._since}
+        return json.dumps({**content, "seconds": self.seconds, "beat": self._beat}).encode()
+
+    def _mine(self) -> str | None:
+        """The version, if a write that was refused had in fact been done (and its answer lost)."""
+        found = self.store.read_versioned(self.key)
+        return found[1] if found and found[0] == self._content() else None
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(self.seconds / _BEATS):
+            try:
+                mine = self.confirm()
+            except StoreError:
+                continue  # the store is away for now; `_watch` counts the time
+            if not mine and not self._stop.is_set():
+                self.lost()
+
+    def _watch(self) -> None:
+        """Give up in time, even while a request hangs."""
+        while not self._stop.wait(self.seconds / _BEATS):
+            if time.monotonic() - self._renewed > 0.8 * self.seconds and not self._stop.is_set():
+                self.lost()
+
+
+def acquire(
+    lease: Lease,
+    finished: Callable[[], bool],
+    waiting: Callable[[Holder, float], object] = lambda holder, seconds: None,
+) -> bool:
+    """Take the lease, or wait for it: False as soon as `finished()`, without the lease.
+
+    `waiting` is told who holds it and for how many seconds we have waited, about once a second.
+    """
+    started = time.monotonic()
+    seen: tuple[str, float] = ("", started)
+    while True:
+        holder = Holder.read(lease.store, lease.key)
+        now = time.monotonic()
+        if holder is None:
+            if lease.take():
+                return True
+        elif holder.version != seen[0]:
+            seen = (holder.version, now)
+        elif now - seen[1] > holder.seconds and lease.take(stale=holder):
+            return True
+        if finished():
+            return False
+        if holder is not None:
+            waiting(holder, now - started)
+            time.sleep(min(1.0, lease.seconds / _BEATS))
+
+
+def alive(store: Store, keys: Sequence[str]) -> set[str]:
+    """Which of these leases change while we watch, for about two of their beats."""
+    first = {key: holder for key in keys if (holder := Holder.read(store, key))}
+    fresh: set[str] = set()
+    started, longest = time.monotonic(), max((h.seconds for h in first.values()), default=0.0)
+    while first.keys() - fresh and time.monotonic() - started < 2.5 * longest / _BEATS:
+        time.sleep(longest / _BEATS / 4)
+        for key in first.keys() - fresh:
+            holder = Holder.read(store, key)
+            if holder is not None and holder.version != first[key].version:
+                fresh.add(key)
+    return fresh

@@ -1,0 +1,205 @@
+"""The record of a finished stage: it exists if and only if the stage finished, and is never rewritten.
+
+It says what was computed, from what and where the files are; it names no machine to run on and
+carries no credentials. Where things lie in the store is written down here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.identity import SHORT
+from pipeline.redact import HIDDEN, redact
+from pipeline.store import Store, StoreError
+
+SCHEMA = 1
+_SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY", re.IGNORECASE)
+
+
+def folder(stage: str, fingerprint: str) -> str:
+    """The key of a stage's folder: `train-0123456789ab`."""
+    return f"{stage}-{fingerprint[:SHORT]}"
+
+
+def record_key(stage: str, fingerprint: str) -> str:
+    return f"{folder(stage, fingerprint)}/record.json"
+
+
+def lease_key(stage: str, fingerprint: str) -> str:
+    return f"{folder(stage, fingerprint)}/lease.json"
+
+
+def attempt_key(stage: str, fingerprint: str, attempt: str) -> str:
+    return f"{folder(stage, fingerprint)}/attempts/{attempt}"
+
+
+def failure_key(stage: str, fingerprint: str, attempt: str) -> str:
+    return f"{folder(stage, fingerprint)}/failures/{attempt}.json"
+
+
+class File(BaseModel):
+    """One file of a finished stage."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    size: int
+    sha256: str
+
+
+class Source(BaseModel):
+    """One input: what it was, and where it lay at that time."""
+
+    model_config = ConfigDict(frozen=True)
+    fingerprint: str
+    uri: str
+
+
+class Record(BaseModel):
+    """What a finished stage did. `uri` is where its files lie; it isn't written: stores can move."""
+
+    model_config = ConfigDict(frozen=True)
+    schema_version: int = SCHEMA
+    stage: str
+    fingerprint: str
+    attempt: str
+    outputs: dict[str, Any] = {}
+    files: tuple[File, ...] = ()
+    inputs: dict[str, Source] = {}
+    config: Any = None
+    version: int = 0
+    body: str = ""
+    commit: str | None = None
+    started: str = ""
+    finished: str = ""
+    seconds: float = 0.0
+    run_id: str | None = None
+    host: str = ""
+    uri: str = Field(default="", exclude=True)
+
+
+def load(store: Store, stage: str, fingerprint: str) -> Record | None:
+    """The record of a finished stage, None where it isn't finished.
+
+    Raises:
+        StoreError: a file that is not a record, or one of a later schema.
+    """
+    key = record_key(stage, fingerprint)
+    data = store.read(key)
+    if data is None:
+        return None
+    record = _parse(data, store.uri(key))
+    if record.fingerprint != fingerprint:
+        raise StoreError(
+            f"{store.uri(key)} belongs to fingerprint {record.fingerprint}, not {fingerprint}: "
+            "move that folder away and run again"
+        )
+    return record.model_copy(
+        update={"uri": store.uri(attempt_key(stage, fingerprint, record.attempt))}
+    )
+
+
+def _parse(data: bytes, uri: str) -> Record:
+    try:
+        content = json.loads(data)
+        if content.get("schema_version", 0) > SCHEMA:
+            raise StoreError(
+                f"{uri} was written by a later version (schema {content['schema_version']}, this one "
+                f"reads up to {SCHEMA}): use that version, or another root"
+            )
+        return Record.model_validate(content)
+    except StoreError:
+        raise
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise StoreError(
+            f"{uri} is not a record ({type(error).__name__}): delete it and run again"
+        ) from error
+
+
+def publish(store: Store, record: Record) -> Record:
+    """Create the record, once: ours, or that of whoever was first."""
+    text = json.dumps(clean(record.model_dump()), indent=1, ensure_ascii=False, allow_nan=False)
+    store.create(record_key(record.stage, record.fingerprint), text.encode())
+    winner = load(store, record.stage, record.fingerprint)
+    if winner is None:
+        raise StoreError(
+            f"{store.uri(folder(record.stage, record.fingerprint))} was deleted while in use"
+        )
+    return winner
+
+
+def adopt(store: Store, stage: str, fingerprint: str) -> Record:
+    """The record for a pinned place: a finished stage's folder (with its outputs), or plain files.
+
+    `store` is opened at the pinned address.
+    """
+    data = store.read("record.json")
+    if data is not None:
+        found = _parse(data, store.uri("record.json"))
+        update = {
+            "uri": store.uri(f"attempts/{found.attempt}"),
+            "fingerprint": fingerprint,
+            "stage": stage,
+        }
+        return found.model_copy(update=update)
+    if not store.list(""):
+        raise StoreError(
+            f"stage {stage} is pinned to {store.root}, where there is nothing: check it"
+        )
+    return Record(stage=stage, fingerprint=fingerprint, attempt="", uri=store.root)
+
+
+def manifest(out: Path) -> tuple[File, ...]:
+    """All files below a folder, by path."""
+    files = []
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files.append(
+            File(path=path.relative_to(out).as_posix(), size=path.stat().st_size, sha256=digest)
+        )
+    return tuple(files)
+
+
+def verify(place: Path, record: Record) -> None:
+    """Compare downloaded files with the record's checksums.
+
+    Raises:
+        StoreError: a file is missing or differs.
+    """
+    found = {file.path: file.sha256 for file in manifest(place)}
+    for file in record.files:
+        if found.get(file.path) != file.sha256:
+            raise StoreError(
+                f"{record.uri}/{file.path} is not the file that stage {record.stage} made (its "
+                "checksum differs): delete that stage's folder and run again"
+            )
+
+
+def sweep(store: Store, record: Record) -> None:
+    """Delete the attempts that a finished stage doesn't name: nobody can reach them any more."""
+    home = f"{folder(record.stage, record.fingerprint)}/attempts"
+    for entry in store.list(home):
+        if not entry.key.startswith(f"{home}/{record.attempt}/"):
+            store.delete(entry.key)
+
+
+def clean(value: Any) -> Any:
+    """JSON literals without what looks like a credential, nor any secret of the environment."""
+    if isinstance(value, Mapping):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name, secret in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and len(secret) >= 8:
+            value = value.replace(secret, HIDDEN)
+    return redact(value)
