@@ -6,5 +6,6 @@ Torch, transformers and peft only: nothing here knows of Ray, MLflow or object s
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.plan import PlanError, PruningPlan
+from adsc.solve import solve_plans
 
-__all__ = ["Cost", "CostError", "PlanError", "PruningPlan", "estimate_cost"]
+__all__ = ["Cost", "CostError", "PlanError", "PruningPlan", "estimate_cost", "solve_plans"]

@@ -17,6 +17,7 @@ from transformers import (
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.plan import PlanError
+from adsc.solve import solve_plans
 
 IMAGE_TOKEN = 7
 
@@ -186,6 +187,32 @@ def test_exact_is_twice_the_macs_of_its_parts():
     assert cost.logits_flops == 2 * n * d * 32064
     assert cost.vision_flops / 2e12 == pytest.approx(0.183 + 0.012 + 0.008, abs=0.001)
     assert cost.kv_cache_bytes == n * 524_288
+
+
+def placements_near_192():
+    """Many ways to an average of 192 of 576: one to four drops, mild and heavy, early and late."""
+    shapes = [(1, "1/3"), (1, "1/9"), (2, "1/3"), (3, (0.5, 0.25, 0.125)), (3, "1/3"), (4, "2/3")]
+    for drops, keep in shapes:
+        plans = solve_plans(32, 576, 192, drops, keep, tolerance=0.002)
+        yield from plans[:: max(1, len(plans) // 25)]
+
+
+def test_the_papers_pair_comes_out_of_any_placement():
+    """-56.7 % KV and -53.5..-54.0 % FLOPs: the whole model, text counted, full-length lm_head."""
+    dense = {where: estimate_cost("llava-1.5-7b", logits=where) for where in ("full", "kept")}
+    plans = list(placements_near_192())
+    assert len(plans) > 60
+    for plan in plans:
+        costs = {w: estimate_cost("llava-1.5-7b", plan, logits=w).versus(dense[w]) for w in dense}
+        assert costs["full"].kv_cache_bytes == pytest.approx(0.567, abs=0.001), plan
+        assert 0.535 <= costs["full"].flops <= 0.540, plan
+        # A drop before layer 0 leaves the decoder no full-length layer; its 54.93 % rounds down.
+        assert 0.549 <= costs["kept"].flops <= 0.555, plan
+    exactly_192 = estimate_cost("llava-1.5-7b", "8:1/9", text_tokens=101)
+    assert exactly_192.average_vision_tokens == 192
+    assert exactly_192.kv_cache_bytes == (192 + 101) * 524_288
+    saved = exactly_192.versus(estimate_cost("llava-1.5-7b"))
+    assert f"{saved.kv_cache_bytes:.1%}" == "56.7%"
 
 
 def test_pyramiddrop_coincidence():

@@ -1,0 +1,177 @@
+"""Which layers to drop at, so that a plan meets a budget: exhaustive search on exact integers.
+
+A budget is the mean over decoder layers of the vision tokens entering each, the number that tables
+of this field should share. The search lists every placement that meets it; it does not say which
+is best for accuracy, only which are possible.
+
+Legend: n vision tokens of one image, L decoder layers, total = sum over layers of the tokens that
+enter each = average * L.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+
+from adsc.plan import PlanError, PruningPlan
+
+
+def solve_plans(
+    num_layers: int,
+    num_vision_tokens: int,
+    average: float,
+    drops: int = 3,
+    keep: float | str | Fraction | Sequence[float | str | Fraction] = 0.5,
+    tolerance: float = 0.01,
+    *,
+    first_layer: int = 0,
+    limit: int | None = None,
+) -> list[PruningPlan]:
+    """All placements of `drops` drops whose layer average is within `tolerance` of `average`.
+
+    Args:
+        num_layers: L of the decoder.
+        num_vision_tokens: of one image, before any drop.
+        average: the budget, in vision tokens per layer.
+        drops: how many layers drop tokens.
+        keep: the share of tokens that stays at every drop, or one share per drop, in order.
+        tolerance: relative to `average`; 0.01 accepts 190.08..193.92 for 192.
+        first_layer: the first layer at which a drop is legal; models that inject vision features
+            into their first layers (Qwen3-VL) need one above 0.
+        limit: only that many of the closest; None for all of them.
+
+    Returns:
+        Plans, the closest to the budget first, equally close ones by their layers.
+
+    Raises:
+        PlanError: arguments out of range, or no placement meets the budget; then the message names
+            the nearest average that one reaches, and its plan.
+
+    >>> [str(plan) for plan in solve_plans(32, 576, 192, drops=1, keep="1/9")]
+    ['8:1/9']
+    """
+    ratios = _ratios(drops, keep)
+    _check_counts(num_layers, num_vision_tokens, drops, first_layer, limit)
+    target, slack = _as_fraction("average", average), _as_fraction("tolerance", tolerance)
+    if target <= 0 or slack < 0:
+        raise PlanError(
+            f"average {average} must be above 0 and tolerance {tolerance} at least 0: "
+            "write average=192, tolerance=0.01"
+        )
+    # The plan itself says how ratios are rounded; layers don't matter for the counts.
+    shape = PruningPlan(stages=tuple(enumerate(ratios)))
+    counts = [num_vision_tokens, *shape.tokens_after_drops(num_vision_tokens)]
+    search = _Search(counts, num_layers, first_layer, target * num_layers)
+
+    slack_total = slack * target * num_layers
+    found = search.within(slack_total)
+    best = sorted(found) if limit is None else heapq.nsmallest(limit, found)
+    if best:
+        return [_plan(layers, ratios) for _, layers in best]
+    total, layers = search.nearest(slack_total)
+    raise PlanError(
+        f"no placement of {drops} drops keeping {', '.join(map(str, ratios))} of "
+        f"{num_vision_tokens} vision tokens in {num_layers} layers averages {average} within "
+        f"{float(slack):.3g}; the nearest is {total / num_layers:.6g} with plan "
+        f"{str(_plan(layers, ratios))!r}: change drops, keep or tolerance"
+    )
+
+
+class _Search:
+    """Depth-first over increasing layers, cutting branches whose totals can't come close enough."""
+
+    def __init__(self, counts: Sequence[int], num_layers: int, first_layer: int, target: Fraction):
+        self.counts = counts
+        self.num_layers = num_layers
+        self.first_layer = first_layer
+        self.target = target
+
+    def _bounds(self, stage: int, start: int, total: int) -> tuple[int, int]:
+        """Smallest and largest total when drops `stage`.. go to layers >= `start`, the layers
+        before `start` summing to `total`: as early, and as late, as they fit."""
+        left = self.counts[stage + 1 :]
+        pending = self.num_layers - start
+        early = sum(left) + (pending - len(left)) * self.counts[-1]
+        # A drop at layer `start` already shortens it, so its own layer counts the tokens after it.
+        late = sum(left) + (pending - len(left)) * self.counts[stage]
+        return total + early, total + late
+
+    def within(self, slack: Fraction) -> Iterator[tuple[Fraction, tuple[int, ...]]]:
+        """Every placement at most `slack` from the target, as (distance, layers)."""
+        opening = self.first_layer * self.counts[0]
+        pending: list[tuple[tuple[int, ...], int, int]] = [((), self.first_layer, opening)]
+        while pending:
+            layers, start, total = pending.pop()
+            stage = len(layers)
+            low, high = self._bounds(stage, start, total)
+            if low - self.target > slack or self.target - high > slack:
+                continue
+            if stage == len(self.counts) - 1:
+                yield abs(low - self.target), layers
+                continue
+            last = self.num_layers - (len(self.counts) - 1 - stage)
+            for layer in range(start, last + 1):
+                before = total + (layer - start) * self.counts[stage]
+                pending.append(((*layers, layer), layer + 1, before + self.counts[stage + 1]))
+
+    def nearest(self, slack: Fraction) -> tuple[int, tuple[int, ...]]:
+        """The total nearest to the target and its first layers, when `slack` is known to be too
+        little: widened until something is found, so that the search stays cut tightly."""
+        while True:
+            slack = max(2 * slack, Fraction(1))
+            closest = min(self.within(slack), default=None)
+            if closest is not None:
+                return self._total(closest[1]), closest[1]
+
+    def _total(self, layers: tuple[int, ...]) -> int:
+        edges = [0, *layers, self.num_layers]
+        return sum(
+            (end - start) * count
+            for (start, end), count in zip(pairwise(edges), self.counts, strict=True)
+        )
+
+
+def _plan(layers: Sequence[int], ratios: Sequence[Fraction]) -> PruningPlan:
+    return PruningPlan(stages=tuple(zip(layers, ratios, strict=True)))
+
+
+def _as_fraction(name: str, value: object) -> Fraction:
+    try:
+        return Fraction(value).limit_denominator(10**6)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise PlanError(f"{name} {value!r} is not a number") from None
+
+
+def _ratios(drops: int, keep: object) -> tuple[Fraction, ...]:
+    if isinstance(drops, bool) or not isinstance(drops, int) or drops < 1:
+        raise PlanError(f"drops {drops!r} must be a whole number from 1")
+    if isinstance(keep, Sequence) and not isinstance(keep, str):
+        if len(keep) != drops:
+            raise PlanError(
+                f"keep has {len(keep)} ratios for {drops} drops: give one ratio, or one per drop"
+            )
+        each: Sequence[object] = keep
+    else:
+        each = [keep] * drops
+    return tuple(ratio for _, ratio in PruningPlan(stages=tuple(enumerate(each))).stages)  # type: ignore[arg-type]
+
+
+def _check_counts(
+    num_layers: int, num_vision_tokens: int, drops: int, first_layer: int, limit: int | None
+) -> None:
+    counts = [
+        ("num_layers", num_layers, 1),
+        ("num_vision_tokens", num_vision_tokens, 1),
+        ("first_layer", first_layer, 0),
+        ("limit", 1 if limit is None else limit, 1),
+    ]
+    for name, count, least in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise PlanError(f"{name} {count!r} must be a whole number from {least}")
+    if drops > num_layers - first_layer:
+        raise PlanError(
+            f"{drops} drops don't fit into layers {first_layer}..{num_layers - 1}: each drop needs "
+            "a layer of its own"
+        )
