@@ -3,9 +3,28 @@
 Torch, transformers and peft only: nothing here knows of Ray, MLflow or object stores.
 """
 
+from adsc.attach import attach, detach, plan_of
+from adsc.checkpoint import CheckpointError, from_pretrained
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
+from adsc.families import UnsupportedModel, VisionTokenError
+from adsc.held import CacheError
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import solve_plans
 
-__all__ = ["Cost", "CostError", "PlanError", "PruningPlan", "estimate_cost", "solve_plans"]
+__all__ = [
+    "CacheError",
+    "CheckpointError",
+    "Cost",
+    "CostError",
+    "PlanError",
+    "PruningPlan",
+    "UnsupportedModel",
+    "VisionTokenError",
+    "attach",
+    "detach",
+    "estimate_cost",
+    "from_pretrained",
+    "plan_of",
+    "solve_plans",
+]

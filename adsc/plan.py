@@ -1,7 +1,8 @@
 """Pruning plans: at which decoder layers vision tokens are dropped, how many stay, and which.
 
-A plan is pure data and arithmetic on integers: it knows nothing of models or tensors. The rule is that of ADSC
-(Deniz et al., arXiv 2602.12618): a fixed downsampling ratio at selected decoder layers, independent of content.
+A plan is pure data and arithmetic on integers: it knows nothing of models or tensors. The rule is
+that of ADSC (Deniz et al., arXiv 2602.12618): a fixed downsampling ratio at selected decoder
+layers, independent of content.
 
 Legend: n vision tokens of one image before a drop, m after it; L decoder layers.
 """
@@ -26,30 +27,35 @@ class PlanError(ValueError):
 def _as_ratio(keep: object, layer: int) -> Fraction:
     try:
         # A float is meant as the simple ratio it was typed for: 0.3333333333333333 is 1/3.
-        ratio = Fraction(keep).limit_denominator(10**6)  # type: ignore[arg-type]
+        ratio = Fraction(keep).limit_denominator(10**6)  # type: ignore[call-overload]
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         raise PlanError(
             f"keep ratio {keep!r} at layer {layer} is not a number; write 0.5 or 1/2"
         ) from None
     if not 0 < ratio <= 1:
         raise PlanError(
-            f"keep ratio {keep} at layer {layer} must be in (0, 1]: it is the share of tokens that stay"
+            f"keep ratio {keep} at layer {layer} must be in (0, 1]: it is the share of tokens "
+            "that stay"
         )
     return ratio
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Where and how much to drop: before decoder layer `layer` runs, each image keeps `keep` of its vision tokens.
+    """Where and how much to drop: before decoder layer `layer` runs, each image keeps `keep` of its
+    vision tokens.
 
     Args:
-        stages: pairs (layer, keep), layers strictly increasing from 0, keep in (0, 1]. Empty: nothing is dropped.
-        anchor: which token of each of m equal groups stays: `last`, `first`, `center`; or `grid`, a two-dimensional
-            ordered-dither pattern for tokens that lie on an h x w lattice.
-        positions: `keep` leaves kept tokens their original position ids; `reindex` renumbers after each drop.
+        stages: pairs (layer, keep), layers strictly increasing from 0, keep in (0, 1]. Empty:
+            nothing is dropped.
+        anchor: which token of each of m equal groups stays: `last`, `first`, `center`; or `grid`, a
+            two-dimensional ordered-dither pattern for tokens that lie on an h x w lattice.
+        positions: `keep` leaves kept tokens their original position ids; `reindex` renumbers after
+            each drop.
 
     Raises:
-        PlanError: a layer that is negative, repeated or out of order, a ratio outside (0, 1], an unknown word.
+        PlanError: a layer that is negative, repeated or out of order, a ratio outside (0, 1], an
+        unknown word.
 
     >>> plan = PruningPlan.parse("8:1/2,16:1/2,24:1/2")
     >>> plan.average_tokens(576, 32), str(plan)
@@ -75,21 +81,24 @@ class PruningPlan:
                 )
             if checked and layer <= checked[-1][0]:
                 raise PlanError(
-                    f"layer {layer} after layer {checked[-1][0]}: layers must be strictly increasing"
+                    f"layer {layer} after layer {checked[-1][0]}: layers must be strictly "
+                    "increasing"
                 )
             checked.append((layer, _as_ratio(keep, layer)))
         object.__setattr__(self, "stages", tuple(checked))
         for field, allowed in (("anchor", ANCHORS), ("positions", POSITIONS)):
             if getattr(self, field) not in allowed:
                 raise PlanError(
-                    f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(allowed)}"
+                    f"{field} {getattr(self, field)!r} is unknown; choose one of "
+                    f"{', '.join(allowed)}"
                 )
 
     @classmethod
     def parse(
         cls, text: str, *, anchor: str | None = None, positions: str | None = None
     ) -> PruningPlan:
-        """Read `layer:keep,layer:keep`, optionally followed by `;anchor=WORD` and `;positions=WORD`.
+        """Read `layer:keep,layer:keep`, optionally followed by `;anchor=WORD` and
+        `;positions=WORD`.
 
         >>> PruningPlan.parse("2:1/3;anchor=first").anchor
         'first'
@@ -100,7 +109,8 @@ class PruningPlan:
             name, _, value = (part.strip() for part in option.partition("="))
             if name not in ("anchor", "positions"):
                 raise PlanError(
-                    f"option {option.strip()!r} in plan {text!r} is unknown; use anchor=... or positions=..."
+                    f"option {option.strip()!r} in plan {text!r} is unknown; use anchor=... or "
+                    "positions=..."
                 )
             words[name] = value
         for name, given in (("anchor", anchor), ("positions", positions)):
@@ -142,7 +152,8 @@ class PruningPlan:
         beyond = [layer for layer, _ in self.stages if layer >= num_layers]
         if beyond:
             raise PlanError(
-                f"plan {str(self)!r} drops at layer {beyond[0]}, but the decoder has layers 0..{num_layers - 1}"
+                f"plan {str(self)!r} drops at layer {beyond[0]}, but the decoder has layers "
+                f"0..{num_layers - 1}"
             )
 
     def tokens_after_drops(self, num_vision_tokens: int) -> list[int]:
@@ -154,7 +165,7 @@ class PruningPlan:
         return counts
 
     def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
-        """Vision tokens of one image that enter each decoder layer, a list of length `num_layers`."""
+        """Vision tokens of one image that enter each decoder layer, one number a layer."""
         self.check_layers(num_layers)
         layers = [layer for layer, _ in self.stages]
         counts = [num_vision_tokens, *self.tokens_after_drops(num_vision_tokens)]
@@ -171,7 +182,8 @@ class PruningPlan:
     def kept_indices(
         self, num_vision_tokens: int, lattice: tuple[int, int] | None = None
     ) -> list[tuple[int, ...]]:
-        """Per stage, which of an image's original vision tokens are left after it: sorted, nested index tuples.
+        """Per stage, which of an image's original vision tokens are left after it: sorted, nested
+        index tuples.
 
         Args:
             num_vision_tokens: tokens of this image before any drop.
@@ -204,7 +216,8 @@ def _downsample(
         return [current[((2 * j + 1) * n) // (2 * m)] for j in range(m)]
     if lattice is None or lattice[0] * lattice[1] != total:
         raise PlanError(
-            f"anchor 'grid' needs vision tokens on an h x w lattice, but {total} tokens came with lattice {lattice}; "
+            f"anchor 'grid' needs vision tokens on an h x w lattice, but {total} tokens came with "
+            f"lattice {lattice}; "
             "use anchor last, first or center for this model"
         )
     rank = _dither_rank(*lattice)
@@ -213,10 +226,11 @@ def _downsample(
 
 @lru_cache(maxsize=64)
 def _dither_rank(height: int, width: int) -> tuple[int, ...]:
-    """Rank of each lattice cell in ordered dithering (Bayer 1973), anchored at the bottom right of each block.
+    """Rank of each lattice cell in ordered dithering (Bayer 1973), anchored at the bottom right of
+    each block.
 
-    Any prefix of the ranking is spread evenly in two dimensions and contains every shorter prefix: a quarter is every
-    other row and column, a half a checkerboard.
+    Any prefix of the ranking is spread evenly in two dimensions and contains every shorter prefix:
+    a quarter is every other row and column, a half a checkerboard.
     """
     bits = max(height - 1, width - 1, 1).bit_length()
 

@@ -1,0 +1,103 @@
+"""Attach a pruning plan to a model, take it off again, or ask for it.
+
+Attaching installs hooks on a transformers model as it is and writes the plan into its config; it
+makes no subclass, replaces no method and keeps no state of a call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from adsc.drop import EnterLayer, EnterModel, LeaveModel
+from adsc.families import find_family
+from adsc.plan import PruningPlan, as_plan
+
+CONFIG_FIELD = "adsc"  # where the plan stands in a checkpoint's config.json
+_HOOKS = (EnterModel, EnterLayer, LeaveModel)
+M = TypeVar("M", bound=nn.Module)
+
+
+def attach(model: M, plan: PruningPlan | str | Iterable[tuple[int, float]]) -> M:
+    """Make a model drop vision tokens by a plan, in place.
+
+    Attaching again replaces the plan; an empty plan installs no hook at all. The plan is saved with
+    the model's config.
+
+    Args:
+        model: a multimodal transformers model, also inside PEFT, DDP or torch.compile.
+        plan: a plan, its text form, or pairs (layer, keep).
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModel: the architecture is not one of those that are known.
+        PlanError: the plan does not fit the model.
+    """
+    plan = as_plan(plan)
+    base = _base_model(model)
+    family, inner = find_family(base)
+    decoder = family.decoder(inner)
+    layers = decoder.layers
+    plan.check_layers(len(layers))
+    _remove_hooks(base)
+    setattr(base.config, CONFIG_FIELD, plan.to_dict())
+    if not plan.stages:
+        return model
+    at = [layer for layer, _ in plan.stages]
+    drops = tuple(sum(layer <= number for layer in at) - 1 for number in range(len(layers)))
+    for module, path in {id(base): (base, "model"), id(inner): (inner, "")}.values():
+        names = tuple(inspect.signature(module.forward).parameters)
+        path = "" if module is inner else path
+        enter = EnterModel(family, plan, path, names)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(LeaveModel(drops), with_kwargs=True)
+    for number, layer in enumerate(layers):
+        hook = EnterLayer(number, drops[number], number in at)
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def detach(model: M) -> M:
+    """Take the plan off a model, in place; the model is what it was."""
+    base = _base_model(model)
+    _remove_hooks(base)
+    if hasattr(base.config, CONFIG_FIELD):
+        delattr(base.config, CONFIG_FIELD)
+    return model
+
+
+def plan_of(model: nn.Module) -> PruningPlan | None:
+    """The plan that a model runs with; None if it has none."""
+    base = _base_model(model)
+    for hook in base._forward_pre_hooks.values():
+        if isinstance(hook, EnterModel):
+            return hook.plan
+    data = getattr(base.config, CONFIG_FIELD, None)
+    if data is not None and not PruningPlan.from_dict(data).stages:
+        return PruningPlan.from_dict(data)
+    return None
+
+
+def _base_model(model: Any) -> Any:
+    """The transformers model inside wrappers that keep it under a known name."""
+    if hasattr(model, "get_base_model"):  # peft
+        return _base_model(model.get_base_model())
+    for wrapped in ("module", "_orig_mod"):  # DDP and DeepSpeed; torch.compile
+        if isinstance(inner := getattr(model, wrapped, None), nn.Module):
+            return _base_model(inner)
+    return model
+
+
+def _remove_hooks(base: Any) -> None:
+    """By type rather than by handle: handles don't survive copies of a model."""
+    for module in base.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_with_kwargs.pop(key, None)

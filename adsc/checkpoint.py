@@ -1,0 +1,48 @@
+"""Load a model with the plan that travels in its checkpoint's config.
+
+Weights are transformers' business; the one thing asked of it is to miss and to ignore none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForImageTextToText
+
+from adsc.attach import CONFIG_FIELD, attach
+from adsc.plan import PruningPlan
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not hold what the model needs, or holds what it has no place for."""
+
+
+def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
+    """Load a multimodal model and attach the plan in its config, if there is one.
+
+    Args:
+        path_or_id: a directory, or a name on the hub.
+        kwargs: for `AutoModelForImageTextToText.from_pretrained`, for example `dtype`.
+
+    Raises:
+        CheckpointError: weights are missing, unexpected or of another shape.
+        PlanError: the plan does not fit the model.
+    """
+    auto: Any = AutoModelForImageTextToText
+    model, report = auto.from_pretrained(path_or_id, **(kwargs | {"output_loading_info": True}))
+    wrong = {
+        what: sorted(map(str, names))
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if (names := report.get(what))
+    }
+    if wrong:
+        raise CheckpointError(
+            f"{path_or_id} does not fit {type(model).__name__}: {wrong}; every weight must be in "
+            "the checkpoint and "
+            "have its place in the model"
+        )
+    data = getattr(model.config, CONFIG_FIELD, None)
+    if data is not None:
+        attach(model, PruningPlan.from_dict(data))
+    return (model, report) if kwargs.get("output_loading_info") else model

@@ -1,0 +1,140 @@
+"""Which columns of a batch each part of the decoder sees: index arithmetic on tensors, before the
+first layer runs.
+
+Indices depend on the plan and on where images are, never on content, so the whole schedule of a
+call is known up front, at the price of one small copy to the host. Nothing here knows of models,
+caches or attention.
+
+Legend: B rows; S columns of the call; K drops; Q columns left in a segment (the layers between two
+drops); N vision tokens of the whole batch, row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from adsc.families import Image, VisionTokenError
+from adsc.plan import PruningPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What the layers between two drops see of a call's columns.
+
+    Args:
+        columns: (B, Q) column of the call in each slot; a slot that only pads holds some column or
+            other.
+        take: (B * Q,) where each slot's hidden state is in the flattened segment before it.
+        valid: (B, Q) bool, False where a slot only pads; None if no slot does.
+    """
+
+    columns: Tensor
+    take: Tensor
+    valid: Tensor | None
+
+
+def survivors(
+    vision: Tensor, valid: Tensor | None, images: tuple[Image, ...], plan: PruningPlan
+) -> list[Segment]:
+    """The segments after each drop of the plan.
+
+    Rows that keep different numbers of columns are padded again, on the side on which the batch was
+    padded. Padding of the original batch goes with the first drop, as far as the longest row
+    allows.
+
+    Args:
+        vision: (B, S) bool, the vision tokens.
+        valid: (B, S) bool, False for padding; None if there is none.
+        images: the batch's images in the order of their tokens, row by row.
+        plan: where and how much to drop.
+
+    Raises:
+        VisionTokenError: a row's vision tokens are not those of a whole number of the images that
+        come next.
+    """
+    rows, width = vision.shape
+    total = sum(image.tokens for image in images)
+    table = _keep_table(images, plan, vision.device)  # (K, N)
+    ordinal = vision.flatten().cumsum(0).view(rows, width) - 1
+    keep = ~vision | table[:, ordinal.clamp(0, total - 1)]  # (K, B, S)
+    ends_padded = torch.zeros_like(vision[:, 0])
+    if valid is not None:
+        keep, ends_padded = keep & valid, ~valid[:, -1]
+    # The one copy to the host: a few integers for each row.
+    counts = torch.stack([vision.sum(1), ends_padded, *keep.sum(2)], dim=1).tolist()
+    _check_images([row[0] for row in counts], images)
+    left = not any(row[1] for row in counts)
+
+    segments: list[Segment] = []
+    for stage, kept in enumerate(keep):
+        lengths = [row[2 + stage] for row in counts]
+        segments.append(_compact(kept, segments[-1] if segments else None, lengths, left))
+    return segments
+
+
+def _compact(keep: Tensor, before: Segment | None, lengths: list[int], left: bool) -> Segment:
+    """Move kept columns together. keep: (B, S) bool; lengths: how many each row keeps."""
+    if before is not None:
+        keep = keep.gather(1, before.columns)
+        keep = keep if before.valid is None else keep & before.valid
+    rows, width = keep.shape
+    size = max(1, *lengths)
+    ragged = min(lengths) < size
+    slot = keep.cumsum(1) - 1
+    if ragged and left:
+        slot = slot + (size - keep.sum(1, keepdim=True))
+    slot = torch.where(keep, slot, size)  # what is dropped goes to one slot too many, cut off below
+    place = torch.arange(width, device=keep.device).expand(rows, width)
+    local = place.new_zeros(rows, size + 1).scatter_(1, slot, place)[:, :size]
+    valid = None
+    if ragged:
+        valid = (
+            torch.zeros_like(keep[:, :1]).expand(rows, size + 1).scatter(1, slot, keep)[:, :size]
+        )
+    columns = local if before is None else before.columns.gather(1, local)
+    offset = torch.arange(0, rows * width, width, device=keep.device).unsqueeze(1)
+    return Segment(columns, (local + offset).flatten(), valid)
+
+
+@lru_cache(maxsize=256)
+def _keep_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
+    """(K, N) bool: which vision tokens are left after each drop; cached to save the copy."""
+    stages: list[list[bool]] = [[] for _ in plan.stages]
+    for image in images:
+        for row, kept in zip(stages, plan.kept_indices(image.tokens, image.lattice), strict=True):
+            flags = [False] * image.tokens
+            for index in kept:
+                flags[index] = True
+            row.extend(flags)
+    return torch.tensor(stages, dtype=torch.bool, device=device)
+
+
+def _check_images(tokens: list[int], images: tuple[Image, ...]) -> None:
+    """Deal the images out to the rows in order. tokens: vision tokens of each row."""
+    following = iter(images)
+    for row, wanted in enumerate(tokens):
+        found = 0
+        while found < wanted:
+            image = next(following, None)
+            if image is None:
+                raise _mismatch(tokens, images, f"row {row} needs more images than were given")
+            found += image.tokens
+        if found > wanted:
+            raise _mismatch(
+                tokens, images, f"row {row} has {wanted}, and its images would bring {found}"
+            )
+    if left_over := len(list(following)):
+        raise _mismatch(tokens, images, f"{left_over} images belong to no row")
+
+
+def _mismatch(tokens: list[int], images: tuple[Image, ...], what: str) -> VisionTokenError:
+    return VisionTokenError(
+        f"the rows hold {tokens} vision tokens, the {len(images)} images make "
+        f"{[image.tokens for image in images]}: "
+        f"{what}; the processor that wrote the image tokens must match the model and the images "
+        "of the call"
+    )
