@@ -1,7 +1,8 @@
 """Configs are frozen pydantic models made of sections; `edit` derives one from another.
 
-A config is plain data: what a run computes, never where or on how many machines. There is deliberately no configuration
-language, no registry and no file format here: a config is written in Python, and changed by dotted keys.
+A config is plain data: what a run computes, never where or on how many machines. There is
+deliberately no configuration language, no registry and no file format here: a config is written in
+Python, and changed by dotted keys.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _LENGTHS = {"min_length": "at least {} long", "max_length": "at most {} long"}
 
 
 class ConfigError(ValueError):
-    """A config that can't be right. The message lists every problem at once, each with the way out."""
+    """A config that can't be right: every problem at once, each with the way out."""
 
 
 class Config(BaseModel):
@@ -43,7 +44,8 @@ def edit(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
         changes: for instance `{"train.learning_rate": "1e-4", "train.stages.0.epochs": 2}`.
 
     Raises:
-        ConfigError: every unknown key with the nearest valid name, and every bad value with what is allowed.
+        ConfigError: every unknown key with the nearest valid name, and every bad value with what
+            is allowed.
     """
     problems: list[str] = []
     edited = _edit(config, dict(changes), (), problems, tuple(keys(config)))
@@ -83,7 +85,7 @@ def _edit(
     problems: list[str],
     valid: tuple[str, ...],
 ) -> Any:
-    """Apply changes below one node: a section, or a tuple, list or mapping that may hold sections."""
+    """Apply changes below one node: a section, or a list or mapping that may hold sections."""
     here, below = _split(changes)
     known = dict(_fields(node))
     found = len(problems)
@@ -148,7 +150,8 @@ def _value(node: Any, name: str, raw: Any, key: str, problems: list[str]) -> Any
     if not isinstance(node, Config):
         return _parse(raw)  # an item of a tuple or mapping: checked with its section
     field = type(node).model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[(field.annotation, *field.metadata, None)])
+    annotation: Any = Annotated[(field.annotation, *field.metadata, None)]
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     try:
         return adapter.validate_python(_parse(raw))
     except ValidationError as error:

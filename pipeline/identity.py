@@ -1,8 +1,8 @@
 """Identity of a stage: a fingerprint of what it computes, and of nothing else.
 
-It covers the canonical config, the fingerprints of the inputs, and the body's name and code version. Machines, worker
-counts, storage roots, tracking and credentials aren't part of it. Source code isn't hashed either: whoever changes what
-a body computes raises its version.
+It covers the canonical config, the fingerprints of the inputs, and the body's name and code
+version. Machines, worker counts, storage roots, tracking and credentials aren't part of it. Source
+code isn't hashed either: whoever changes what a body computes raises its version.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def canonical(value: Any, field: str = "config") -> Any:
     """The value as JSON literals, the same in every process and on every machine.
 
     Raises:
-        IdentityError: a function, an object with an address, NaN, a key that isn't a string, bytes: with its field.
+        IdentityError: with the field's name, for a function, an object, bytes, NaN, a key that
+            isn't a string.
 
     >>> canonical({"b": (1, 2), "a": {"y", "x"}})
     {'a': ['x', 'y'], 'b': [1, 2]}
@@ -84,7 +85,7 @@ def body_name(body: Any) -> str:
     """Where a stage's body can be found again: `module.function`.
 
     Raises:
-        IdentityError: a lambda, an inner function, a partial or an object: name them, or move the values to the config.
+        IdentityError: a lambda, an inner function, a partial or an object.
     """
     name, module = getattr(body, "__qualname__", None), getattr(body, "__module__", None)
     if not name or not module or "<" in name:

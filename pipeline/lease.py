@@ -42,14 +42,11 @@ class Holder:
             return None
         try:
             content: Any = json.loads(found[0])
-            attempt, holder, since = (content[name] for name in ("attempt", "holder", "since"))
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # not ours, but its version can be watched as well
-            attempt, holder, since = "", "an unknown process", ""
-        return cls(attempt=attempt, holder=holder, since=since, version=found[1])
+            known = {name: content[name] for name in ("attempt", "holder", "since", "seconds")}
+        except (ValueError, KeyError, TypeError):
+            # Not ours; but whether it changes can be watched all the same.
+            known = {"attempt": "", "holder": "an unknown process", "since": "", "seconds": 60.0}
+        return cls(**known, version=found[1])
 
 
 class Lease:
@@ -78,7 +75,6 @@ class Lease:
         self._renewed = 0.0
         self._stop = threading.Event()
         self._one = threading.Lock()
-        self._threads: list[threading.Thread] = []
 
     def take(self, stale: Holder | None = None) -> bool:
         """Try once to take the lease: create it, or replace a stale holder's."""
@@ -93,9 +89,7 @@ class Lease:
             return False
         self._version, self._renewed = version, started
         for target in (self._keep_beating, self._watch):
-            thread = threading.Thread(target=target, name=f"lease-{target.__name__}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            threading.Thread(target=target, name=f"lease-{target.__name__}", daemon=True).start()
         return True
 
     def confirm(self) -> bool:
@@ -103,7 +97,9 @@ class Lease:
         with self._one:
             started = time.monotonic()
             self._beat += 1
-            version = self.store.replace(self.key, self._content(), self._version) or self._mine()
+            version = self.store.replace(self.key, self._content(), self._version)
+            if version is None and (stored := self._mine()):
+                version = self.store.replace(self.key, self._content(), stored)
             if version is None:
                 return False
             self._version, self._renewed = version, started
@@ -126,9 +122,10 @@ class Lease:
         return json.dumps({**content, "seconds": self.seconds, "beat": self._beat}).encode()
 
     def _mine(self) -> str | None:
-        """The version, if a write that was refused had in fact been done (and its answer lost)."""
-        found = self.store.read_versioned(self.key)
-        return found[1] if found and found[0] == self._content() else None
+        """The stored version, if the lease is ours: a refused write may follow one whose answer was
+        lost."""
+        found = Holder.read(self.store, self.key)
+        return found.version if found and found.attempt == self.attempt else None
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self.seconds / _BEATS):

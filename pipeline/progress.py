@@ -7,12 +7,13 @@ it: a lost report is replaced by the next. Metrics belong to tracking, not here.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 _EVERY = 0.2  # seconds between two reports of one handle
 _LINE_EVERY = 10.0  # seconds between two lines of one stage where there is no terminal
@@ -136,3 +137,14 @@ class Display:
     def _titled(self, stage: str, text: str, style: str = "") -> None:
         title = self._titles[stage].ljust(self._width)
         self._console.print(f"{title}  {text}", style=style, markup=False, highlight=False)
+
+
+def table(rows: Iterable[tuple[str, str, str]]) -> Table:
+    """Stages with their state and path; paths are never cut, so that they can be copied."""
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("stage", "state"):
+        shown.add_column(column)
+    shown.add_column("path", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    return shown

@@ -1,4 +1,4 @@
-"""The record of a finished stage: it exists if and only if the stage finished, and is never rewritten.
+"""The record of a finished stage: it is there if the stage finished, and is never rewritten.
 
 It says what was computed, from what and where the files are; it names no machine to run on and
 carries no credentials. Where things lie in the store is written down here, and nowhere else.
@@ -63,7 +63,7 @@ class Source(BaseModel):
 
 
 class Record(BaseModel):
-    """What a finished stage did. `uri` is where its files lie; it isn't written: stores can move."""
+    """What a finished stage did. `uri`, where its files lie, isn't written: stores can move."""
 
     model_config = ConfigDict(frozen=True)
     schema_version: int = SCHEMA
@@ -111,8 +111,8 @@ def _parse(data: bytes, uri: str) -> Record:
         content = json.loads(data)
         if content.get("schema_version", 0) > SCHEMA:
             raise StoreError(
-                f"{uri} was written by a later version (schema {content['schema_version']}, this one "
-                f"reads up to {SCHEMA}): use that version, or another root"
+                f"{uri} was written by a later version (schema {content['schema_version']}, this "
+                f"one reads up to {SCHEMA}): use that version, or another root"
             )
         return Record.model_validate(content)
     except StoreError:

@@ -7,12 +7,11 @@ retries them: that is Ray's part, and the graph's to ask for.
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 import shutil
 import socket
 import tempfile
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipeline import failure
 from pipeline import record as records
 from pipeline.config import Config
-from pipeline.identity import body_name, canonical
+from pipeline.identity import IdentityError, body_name, canonical
 from pipeline.lease import Holder, Lease, acquire
 from pipeline.progress import ProgressHandle, Report
 from pipeline.record import Record, Source
@@ -31,6 +31,8 @@ from pipeline.store import Store, open_store
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,21 @@ class Stage:
     """Inputs: the name that the body uses, and the stage that makes it."""
     pinned: str | None = None
     """An address whose files (and outputs) are taken instead of running the body."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with this stage by itself."""
+        if not _NAME.fullmatch(self.name):
+            yield f"{self.name!r} is not a stage's name: use lower case letters, digits, - and _"
+        if not isinstance(self.config, Config):
+            yield f"{self.name}: its config is not a Config but {self.config!r}"
+        for identify in (
+            lambda: canonical(self.config, f"{self.name}.config"),
+            lambda: body_name(self.body),
+        ):
+            try:
+                identify()
+            except IdentityError as error:
+                yield f"{self.name}: {error}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,25 +106,6 @@ class RunContext:
     """The code's git commit; the driver fills it in."""
 
 
-class StageFailed(RuntimeError):
-    """A stage's body failed. Holds only text, so that it survives any process boundary."""
-
-    def __init__(self, stage: str, message: str, retry_helps: bool, details: str) -> None:
-        super().__init__(stage, message, retry_helps, details)
-        self.stage, self.message = stage, message
-        self.retry_helps = retry_helps
-        """Whether the same command may succeed next time: a machine was lost, nothing is wrong."""
-        self.details = details
-        """Address of the traceback."""
-
-    def __str__(self) -> str:
-        return f"{self.stage}: {self.message} (details: {self.details})"
-
-
-class StageInterrupted(StageFailed):
-    """A stage lost a process or a machine that it used: Ray starts it again."""
-
-
 class InputError(ValueError):
     """A body asked for an input that its stage doesn't declare."""
 
@@ -131,9 +129,8 @@ class Input:
         place = store.local("")
         if place is not None:
             return place
-        name = (
-            f"{records.folder(self.record.stage, self.fingerprint)}-{self.record.attempt or 'pin'}"
-        )
+        stage = records.folder(self.record.stage, self.fingerprint)
+        name = f"{stage}-{self.record.attempt or 'pinned'}"
         kept = Path(self._cache).expanduser() / name
         if not kept.is_dir():
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +267,7 @@ def _attempt(
             record = records.publish(store, made)
     # The boundary of a stage: whatever its body raises is written down and becomes a text.
     except Exception as error:  # noqa: BLE001
-        raise _failure(store, stage.name, fingerprint, lease.attempt, error) from None
+        raise failure.of_body(store, stage.name, fingerprint, lease.attempt, error) from None
     # Other attempts can't be reached any more: of processes that died, or ours, if we came second.
     records.sweep(store, record)
     return record
@@ -313,32 +310,3 @@ def _outputs(stage: Stage, outputs: object) -> dict[str, Any]:
         )
     literals: dict[str, Any] = canonical(outputs, "outputs")
     return literals
-
-
-def _failure(
-    store: Store, stage: str, fingerprint: str, attempt: str, error: Exception
-) -> StageFailed:
-    """Write the traceback down for people, and make the error that the driver gets."""
-    key = records.failure_key(stage, fingerprint, attempt)
-    text = "".join(traceback.format_exception(error))
-    message = records.clean(str(error).strip() or type(error).__name__)
-    if not isinstance(error, ValueError):
-        message = f"{type(error).__name__}: {message}"
-    content = records.clean({"stage": stage, "message": message, "traceback": text})
-    with contextlib.suppress(ValueError):  # the store itself may be what failed
-        store.create(key, json.dumps(content, indent=1).encode())
-    kind = StageInterrupted if _machine_was_lost(error) else StageFailed
-    return kind(stage, message, kind is StageInterrupted, store.uri(key))
-
-
-def _machine_was_lost(error: Exception) -> bool:
-    from ray import exceptions
-
-    return isinstance(
-        error,
-        exceptions.RayActorError
-        | exceptions.WorkerCrashedError
-        | exceptions.NodeDiedError
-        | exceptions.ObjectLostError
-        | exceptions.OutOfMemoryError,
-    )

@@ -1,7 +1,8 @@
-"""Where results live: one small interface over a local folder and an S3 bucket, with compare-and-swap on small objects.
+"""Where results live: a local folder or an S3 bucket behind one small interface.
 
-Deliberately not a file system: no rename, no append, no locks for callers. The version of an object is a token that
-`replace` and `delete` compare; nothing here trusts a clock. boto3 is imported in this file only.
+Small objects have compare-and-swap: an object's version is a token that `replace` and `delete`
+compare, and nothing here trusts a clock. Deliberately not a file system: no rename, no append, no
+locks for callers. boto3 is imported in this file only.
 """
 
 from __future__ import annotations
@@ -39,16 +40,18 @@ class Entry:
 
 
 def open_store(root: str) -> Store:
-    """The store at `runs`, `/data/runs`, `file:///data/runs` or `s3://bucket/prefix`; nothing is read or written yet.
+    """The store at `runs`, `/data/runs`, `file:///data/runs` or `s3://bucket/prefix`.
 
-    S3 credentials, region and `AWS_ENDPOINT_URL` come from the environment, never from the address.
+    Nothing is read or written yet. Credentials, region and `AWS_ENDPOINT_URL` come from the
+    environment, never from the address.
     """
     parts = urlsplit(root)
     if parts.scheme == "s3":
         if "@" in parts.netloc or parts.query:
             raise StoreError(
-                f"the address s3://{parts.netloc.rpartition('@')[2]}{parts.path} carries credentials or options: "
-                "put them into the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)"
+                f"the address s3://{parts.netloc.rpartition('@')[2]}{parts.path} carries "
+                "credentials or options: put them into the environment (AWS_ACCESS_KEY_ID, "
+                "AWS_ENDPOINT_URL)"
             )
         if not parts.netloc:
             raise StoreError(f"{root} names no bucket; write s3://bucket/prefix")
@@ -81,7 +84,7 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> str | None:
-        """Create the object: its version, or None where there is one already. Of many racers one wins."""
+        """Create the object: its version, or None where there is one. Of many racers one wins."""
 
     @abstractmethod
     def replace(self, key: str, data: bytes, version: str) -> str | None:
@@ -145,16 +148,9 @@ class Store(ABC):
             list(pool.map(lambda e: self._fetch(e, folder / _checked(e.key[start:])), entries))
 
     def _fetch(self, entry: Entry, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-        try:
+        with _appearing(path) as temporary:
             self._get(entry.key, temporary)
             _check_size(self.uri(entry.key), temporary.stat().st_size, entry.size)
-            temporary.replace(path)
-        except OSError as error:
-            raise _explain_os(error, path) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class LocalStore(Store):
@@ -177,28 +173,37 @@ class LocalStore(Store):
         return data, _version(data)
 
     def create(self, key: str, data: bytes) -> str | None:
-        # A link to a whole file either appears or is refused: no reader sees half of it, no racer overwrites it.
-        with self._written(key, data) as (temporary, path):
+        path = self.local(key)
+        with _appearing(path, publish=False) as temporary:
+            _write(temporary, data)
             try:
+                # It appears whole or is refused: nobody reads half of it, or overwrites it.
                 os.link(temporary, path)
             except FileExistsError:
                 return None
         return _version(data)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:
-        with self._locked(), self._written(key, data) as (temporary, path):
+        with self._locked():
             found = self.read_versioned(key)
             if found is None or found[1] != version:
                 return None
-            temporary.replace(path)
+            with _appearing(self.local(key)) as temporary:
+                _write(temporary, data)
         return _version(data)
 
     def delete(self, key: str, version: str | None = None) -> bool:
         with self._locked():
-            found = self.read_versioned(key)
-            if found is None or version not in (None, found[1]):
+            if version is not None:
+                found = self.read_versioned(key)
+                if found is None or found[1] != version:
+                    return False
+            try:
+                self.local(key).unlink()
+            except (FileNotFoundError, NotADirectoryError):
                 return False
-            self.local(key).unlink()
+            except OSError as error:
+                raise _explain_os(error, self.local(key)) from error
         return True
 
     def list(self, prefix: str) -> list[Entry]:
@@ -212,38 +217,11 @@ class LocalStore(Store):
         )
 
     def _put(self, path: Path, key: str) -> None:
-        self._fetch_from(path, self.local(key))
+        with _appearing(self.local(key)) as temporary:
+            shutil.copyfile(path, temporary)
 
     def _get(self, key: str, path: Path) -> None:
         shutil.copyfile(self.local(key), path)
-
-    def _fetch_from(self, source: Path, path: Path) -> None:
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, temporary)
-            temporary.replace(path)
-        except OSError as error:
-            raise _explain_os(error, path) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _written(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        path = self.local(key)
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary, path
-        except OSError as error:
-            raise _explain_os(error, path) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -273,7 +251,7 @@ class S3Store(Store):
         return None
 
     def read_versioned(self, key: str) -> tuple[bytes, str] | None:
-        answer = self._call("get_object", absent=("NoSuchKey", "404"), Key=self._name(key))
+        answer = self._call("get_object", "NoSuchKey", "404", Key=self._name(key))
         return (answer["Body"].read(), answer["ETag"]) if answer else None
 
     def create(self, key: str, data: bytes) -> str | None:
@@ -284,20 +262,21 @@ class S3Store(Store):
 
     def _conditional_put(self, key: str, data: bytes, **condition: str) -> str | None:
         lost = ("PreconditionFailed", "412", "NoSuchKey", "404")
-        answer = self._call("put_object", absent=lost, Key=self._name(key), Body=data, **condition)
+        answer = self._call("put_object", *lost, Key=self._name(key), Body=data, **condition)
         return answer["ETag"] if answer else None
 
     def delete(self, key: str, version: str | None = None) -> bool:
         name, gone = self._name(key), ("NoSuchKey", "404", "PreconditionFailed", "412")
         # A DELETE of what isn't there succeeds: look first, to be able to tell.
-        if self._call("head_object", absent=gone, Key=name) is None:
+        if self._call("head_object", *gone, Key=name) is None:
             return False
         condition = {"IfMatch": version} if version else {}
-        return self._call("delete_object", absent=gone, Key=name, **condition) is not None
+        return self._call("delete_object", *gone, Key=name, **condition) is not None
 
     def list(self, prefix: str) -> list[Entry]:
         below = "/".join(part for part in (self.prefix, prefix and _checked(prefix)) if part)
-        entries, token = [], {}
+        entries: list[Entry] = []
+        token: dict[str, str] = {}
         while True:
             page = self._call("list_objects_v2", Prefix=f"{below}/" if below else "", **token)
             start = len(self.prefix) + 1 if self.prefix else 0
@@ -319,7 +298,7 @@ class S3Store(Store):
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{_checked(key)}".lstrip("/")
 
-    def _call(self, method: str, absent: tuple[str, ...] = (), **arguments: Any) -> Any:
+    def _call(self, method: str, *absent: str, **arguments: Any) -> Any:
         """One request; None where its refusal has one of the codes in `absent`."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
@@ -348,7 +327,7 @@ class S3Store(Store):
                 "s3",
                 config=ClientConfig(
                     connect_timeout=5,
-                    read_timeout=30,
+                    read_timeout=10,  # a heartbeat must have time for a second try
                     max_pool_connections=2 * _PARALLEL,
                     retries={"mode": "standard", "max_attempts": 5},
                 ),
@@ -359,22 +338,45 @@ class S3Store(Store):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         place = self.root + (f" at {endpoint}" if endpoint else "")
         reasons = {
-            "NoSuchBucket": f"the bucket {self.bucket} doesn't exist; make it, or choose another root",
-            "NoCredentialsError": "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or a profile",
-            "PartialCredentialsError": "the credentials are incomplete; set both AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY",
+            "NoSuchBucket": f"there is no bucket {self.bucket}; make it, or choose another root",
+            "NoCredentialsError": "there are no credentials; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or a profile",
+            "PartialCredentialsError": "the credentials are incomplete; set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY",
             "InvalidAccessKeyId": "the access key is unknown; check AWS_ACCESS_KEY_ID",
             "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
             "ExpiredToken": "the credentials have expired; renew them",
-            "AccessDenied": "access is denied; allow this key to list, read, write and delete there",
-            "403": "access is denied; allow this key to list, read, write and delete there",
+            "AccessDenied": "access is denied; allow list, read, write and delete there",
+            "403": "access is denied; allow list, read, write and delete there",
             "EndpointConnectionError": "nothing answers; check the network and AWS_ENDPOINT_URL",
             "ConnectTimeoutError": "nothing answers; check the network and AWS_ENDPOINT_URL",
             "NoRegionError": "no region is set; set AWS_DEFAULT_REGION",
             "ParamValidationError": "the bucket's name is not valid; check the root",
         }
         return StoreError(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}")
+
+
+@contextlib.contextmanager
+def _appearing(path: Path, publish: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path`, which becomes `path` when the block succeeds."""
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if publish:
+            temporary.replace(path)
+    except OSError as error:
+        raise _explain_os(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _checked(key: str) -> str:
@@ -401,8 +403,8 @@ def _explain_os(error: OSError, path: Path) -> StoreError:
     reasons = {
         errno.ENOSPC: "the disk is full; free some space or choose another root",
         errno.EDQUOT: "the quota is used up; free some space or choose another root",
-        errno.EACCES: "it isn't writable for this user; change its permissions or choose another root",
-        errno.EPERM: "it isn't writable for this user; change its permissions or choose another root",
+        errno.EACCES: "this user may not write there; allow it or choose another root",
+        errno.EPERM: "this user may not write there; allow it or choose another root",
         errno.EROFS: "the file system is read-only; choose another root",
         errno.ENOTDIR: "a part of that path is a file; choose another root",
         errno.EEXIST: "a part of that path is a file; choose another root",

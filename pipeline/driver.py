@@ -1,0 +1,168 @@
+"""What a driver needs around its stages: Ray, the workflow's MLflow run, the code's commit.
+
+Ray is an existing cluster, or one embedded in this machine for the time of a run. Two Rays on one
+machine don't disturb each other, and their logs stay out of the display. Nothing here knows stages'
+order or state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.stage import RunContext, Stage
+from pipeline.store import open_store
+
+# Set before Ray is imported; what the user has set stays.
+_ENVIRONMENT = {
+    # Clients that leave the mode unset can't talk to a Ray that was started with a token.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # The default is to start a task that fills the memory again and again, for ever.
+    "RAY_task_oom_retries": "1",
+}
+
+
+class ClusterError(ValueError):
+    """Ray can't be started or reached; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def ray_for(context: RunContext) -> Iterator[None]:
+    """Ray for the length of a `with`; where this process has a Ray already, that one, untouched."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = context.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"no Ray answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
+                "the address out (and unset RAY_ADDRESS) to run on this machine alone"
+            ) from error
+        with contextlib.closing(_Shutdown()):
+            yield
+        return
+    port = free_port(context.dashboard_port)
+    # With another Ray on this machine, Ray Train would ask all of them about its workers and fail.
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    try:
+        cores = max(os.cpu_count() or 1, math.ceil(context.num_workers * context.cpus_per_worker))
+        ray.init(
+            # One more than there is: stages wait for the workers that they ask for.
+            num_cpus=cores + 1,
+            include_dashboard=True,  # Ray Train asks it whether a controller is alive
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        with contextlib.closing(_Shutdown()):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+class _Shutdown:
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def free_port(wanted: int | None) -> int:
+    """A port that nobody listens on: the wanted one, or any.
+
+    Raises:
+        ClusterError: the wanted one is in use.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise ClusterError(
+                f"port {wanted} for Ray's dashboard is in use ({error.strerror}); choose another, "
+                "or none to take a free one"
+            ) from error
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def cancelling(refs: Sequence[Any]) -> Iterator[None]:
+    """On an interrupt, cancel the tasks that still run, and let them give their leases back."""
+    import ray
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        for ref in refs:
+            ray.cancel(ref)
+        ray.wait(list(refs), num_returns=len(refs), timeout=10)
+        raise
+
+
+@contextlib.contextmanager
+def tracked(context: RunContext, stages: Sequence[Stage]) -> Iterator[RunContext]:
+    """The workflow's run in MLflow, around its stages' runs."""
+    if context.tracking_uri is None or context.parent_run_id is not None:
+        yield context
+        return
+    from pipeline import tracking
+
+    remote = open_store(context.root).local("") is None and "://" in context.tracking_uri
+    artifacts = (
+        f"{context.root}/mlflow" if remote and not context.tracking_uri.startswith("http") else None
+    )
+    uri = tracking.prepare(context.tracking_uri, context.experiment, artifacts)
+    params = {stage.name: stage.config.model_dump() for stage in stages}
+    run_id = tracking.start_workflow(
+        uri, context.experiment, context.workflow, params, {"adsc.root": context.root}
+    )
+    status = "KILLED"
+    try:
+        yield dataclasses.replace(context, tracking_uri=uri, parent_run_id=run_id)
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        tracking.finish_workflow(uri, run_id, status)
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `-dirty` if files differ from it; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

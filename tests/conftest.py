@@ -1,0 +1,58 @@
+"""Fixtures with real parts: an S3 endpoint over HTTP, and one Ray for the whole session."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+# Before anything imports ray or torch: one thread a process, no network, one way to authenticate.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+BUCKET = "lab"
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A moto server over HTTP with the bucket `lab`; the environment points to it.
+
+    Ask for it before `ray_address`: Ray's workers inherit the environment.
+    """
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test-key-id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret-value")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield endpoint
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_address(s3_endpoint: str) -> Iterator[str]:
+    """One Ray for all tests, also for driver processes that a test starts: its address."""
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray Train must not ask another Ray on this machine about its workers.
+        patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
+        context = ray.init(
+            num_cpus=4, dashboard_port=port, log_to_driver=False, logging_level="ERROR"
+        )
+        yield context.address_info["address"]
+        ray.shutdown()
