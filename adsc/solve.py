@@ -73,8 +73,8 @@ def solve_plans(
     total, layers = search.nearest(slack_total)
     raise PlanError(
         f"no placement of {drops} drops keeping {', '.join(map(str, ratios))} of "
-        f"{num_vision_tokens} vision tokens in {num_layers} layers averages {average} within "
-        f"{float(slack):.3g}; the nearest is {total / num_layers:.6g} with plan "
+        f"{num_vision_tokens} vision tokens in {num_layers} layers averages {float(target):g} "
+        f"within {float(slack):.3g}; the nearest is {total / num_layers:.6g} with plan "
         f"{str(_plan(layers, ratios))!r}: change drops, keep or tolerance"
     )
 

@@ -69,6 +69,15 @@ def image_cost(config: Any, image: ImageInput) -> ImageCost:
     return FAMILIES[family](config, image)
 
 
+def first_legal_layer(config: Any) -> int:
+    """The first decoder layer before which tokens may be dropped.
+
+    Qwen3-VL adds deepstack features to the vision tokens after each of its first layers, so all of
+    them must still be there.
+    """
+    return len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+
+
 def encoder_macs(n: int, d: int, m: int, layers: int, *, attended: int | None = None) -> int:
     """Plain transformer encoder: q, k, v, output projections, scores, weighted sum, two MLP
     matrices per layer.
