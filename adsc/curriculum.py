@@ -1,0 +1,52 @@
+"""Curricula over pruning ratios: the plans that lead to a target plan, one per training stage.
+
+`reverse` is the paper's word (arXiv 2602.12618): the heaviest compression first, easing to the
+target. `forward` goes from mild to the target, `fixed` trains at the target throughout. How heavy
+the first stage is, the paper's abstract does not say; here it is a number that one can set.
+"""
+
+from fractions import Fraction
+
+from adsc.plan import PlanError, PruningPlan, as_plan
+
+ORDERS = ("reverse", "forward", "fixed")
+
+
+def scale_plan(plan: PruningPlan, pressure: float) -> PruningPlan:
+    """The plan with every keep ratio raised to the power `pressure`: above 1 heavier, below milder.
+
+    >>> str(scale_plan(PruningPlan.parse("2:1/4,4:1/2"), 2))
+    '2:1/16,4:1/4'
+    """
+    stages = []
+    for layer, keep in plan.stages:
+        scaled = Fraction(float(keep) ** pressure).limit_denominator(1000)
+        stages.append((layer, max(scaled, Fraction(1, 1000))))
+    return PruningPlan(stages=tuple(stages), anchor=plan.anchor, positions=plan.positions)
+
+
+def curriculum(
+    target: PruningPlan | str, order: str = "reverse", stages: int = 3, extreme: float = 1.5
+) -> list[PruningPlan]:
+    """The plan of each training stage; the last one is always the target.
+
+    Args:
+        target: the plan that the finished model is to run with.
+        order: `reverse`, `forward` or `fixed`.
+        stages: how many training stages, at least 1.
+        extreme: pressure of the first stage of `reverse` (1 / extreme for `forward`), above 1;
+            the stages between go from it to 1 in equal steps.
+
+    >>> [str(plan) for plan in curriculum("2:1/4", "reverse", stages=3, extreme=2)]
+    ['2:1/16', '2:1/8', '2:1/4']
+    """
+    plan = as_plan(target)
+    if order not in ORDERS:
+        raise PlanError(f"curriculum {order!r} is unknown; choose one of {', '.join(ORDERS)}")
+    if stages < 1:
+        raise PlanError(f"a curriculum of {stages} stages trains nothing; use at least 1")
+    if extreme <= 1:
+        raise PlanError(f"extreme = {extreme} must be above 1; `fixed` trains at the target alone")
+    first = {"reverse": extreme, "forward": 1 / extreme, "fixed": 1.0}[order]
+    steps = [first + (1 - first) * i / (stages - 1) for i in range(stages - 1)]
+    return [plan if step == 1 else scale_plan(plan, step) for step in steps] + [plan]

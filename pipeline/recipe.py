@@ -1,0 +1,178 @@
+"""The compression recipe: from prepared data and a base checkpoint to a compressed one, as stages.
+
+A workflow (see workflows/) brings a config and the stages that make its data; everything after
+that is the same for the small demo and for a 7B model. Nothing here runs anything.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from adsc.curriculum import curriculum
+from pipeline.config import Config
+from pipeline.stage import Stage
+from pipeline.stages.base import BaseConfig, base
+from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
+from pipeline.stages.export import ExportConfig, export
+from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.prepare import PrepareConfig, prepare
+from pipeline.stages.report import ReportConfig, report
+from pipeline.stages.train import train_stage
+from pipeline.training import TrainConfig
+
+
+class CurriculumConfig(Config):
+    """The way to the target plan; see adsc.curriculum."""
+
+    order: Literal["reverse", "forward", "fixed"] = "reverse"
+    """reverse: heaviest compression first. forward: mild first. fixed: the target throughout."""
+    stages: int = Field(3, ge=1)
+    """Training stages, each one Ray Train run of `train.steps` steps."""
+    extreme: float = Field(1.5, gt=1)
+    """The first stage's keep ratios are the target's to this power (or its inverse)."""
+
+
+class CompressConfig(Config):
+    """Everything that decides what a compression computes."""
+
+    plan: str
+    """The target plan, such as `2:1/4,5:1/4`."""
+    base: BaseConfig
+    """The checkpoint to compress."""
+    prepare: PrepareConfig = PrepareConfig()
+    """Validation and rendering of the data."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Plans of the training stages."""
+    train: TrainConfig = TrainConfig()
+    """One training stage; `plan` is filled in by the curriculum."""
+    merge: MergeConfig = MergeConfig()
+    """Folding the adapter in; `plan` is filled in."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Questions, batches and intervals; the arms are filled in."""
+    export: ExportConfig = ExportConfig()
+    """The published checkpoint."""
+    report: ReportConfig = ReportConfig()
+    """The page and the figure."""
+
+
+def compress(config: CompressConfig, data: Stage) -> list[Stage]:
+    """The stages of a compression; `data` is a stage that writes records and pictures.
+
+    Besides the target plan a dense control is trained: same data, same steps, no drop.
+    """
+    stages = [
+        data,
+        Stage(
+            name="base",
+            title="base: the checkpoint to compress",
+            body=base,
+            version=1,
+            config=config.base,
+        ),
+        Stage(
+            name="prepare",
+            title="prepare: real records to tokens",
+            body=prepare,
+            version=1,
+            config=config.prepare,
+            needs={"data": data.name, "base": "base"},
+        ),
+    ]
+    plans = [
+        str(plan)
+        for plan in curriculum(
+            config.plan,
+            config.curriculum.order,
+            config.curriculum.stages,
+            config.curriculum.extreme,
+        )
+    ]
+    stages += _train_and_merge("train", "merge", plans, config)
+    stages += _train_and_merge("control", "merge-control", [""] * len(plans), config)
+    arms = (
+        Arm(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
+        Arm(
+            name="dense_lora",
+            label="dense + LoRA",
+            checkpoint="merge-control",
+            plan="",
+            trained=True,
+        ),
+        Arm(
+            name="plan_untrained",
+            label="plan, untrained",
+            checkpoint="base",
+            plan=config.plan,
+            trained=False,
+        ),
+        Arm(
+            name="plan_trained",
+            label=f"plan, trained ({config.curriculum.order})",
+            checkpoint="merge",
+            plan=config.plan,
+            trained=True,
+        ),
+    )
+    trained = {s.name: s.name for s in stages if s.body is train_stage}
+    checkpoints = {name: name for name in ("base", "merge", "merge-control")}
+    stages += [
+        Stage(
+            name="evaluate",
+            title="evaluate: every arm, same questions",
+            body=evaluate,
+            version=1,
+            config=config.evaluate.model_copy(update={"arms": arms}),
+            needs={"data": "prepare", **checkpoints, **trained},
+        ),
+        Stage(
+            name="export",
+            title="export: the compressed checkpoint",
+            body=export,
+            version=1,
+            config=config.export,
+            needs={"merge": "merge", "evaluate": "evaluate", "data": "prepare"},
+        ),
+        Stage(
+            name="report",
+            title="report: page and figure",
+            body=report,
+            version=1,
+            config=config.report,
+            needs={"evaluate": "evaluate"},
+        ),
+    ]
+    return stages
+
+
+def _train_and_merge(
+    prefix: str, merged: str, plans: list[str], config: CompressConfig
+) -> list[Stage]:
+    stages: list[Stage] = []
+    for number, plan in enumerate(plans, 1):
+        needs = {"base": "base", "data": "prepare"}
+        if stages:
+            needs["start"] = stages[-1].name
+        stages.append(
+            Stage(
+                name=f"{prefix}-{number}",
+                title=f"{prefix} {number}/{len(plans)}: LoRA with {plan or 'no drop'}",
+                body=train_stage,
+                version=1,
+                # Each stage draws its own batches.
+                config=config.train.model_copy(
+                    update={"plan": plan, "seed": config.train.seed + number}
+                ),
+                needs=needs,
+            )
+        )
+    stages.append(
+        Stage(
+            name=merged,
+            title=f"{merged}: adapter into base",
+            body=merge,
+            version=1,
+            config=config.merge.model_copy(update={"plan": plans[-1]}),
+            needs={"base": "base", "data": "prepare", "trained": stages[-1].name},
+        )
+    )
+    return stages

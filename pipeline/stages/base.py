@@ -1,0 +1,78 @@
+"""Stage `base`: adopt the checkpoint that is to be compressed, after seeing that it can be.
+
+The checkpoint is a folder (or a hub id where the hub can be reached) of safetensors and a
+processor. Weights in any other format are refused: nothing is unpickled.
+"""
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor
+
+import adsc
+from pipeline.config import Config
+from pipeline.stage import StageContext
+
+
+class BaseConfig(Config):
+    """Which checkpoint."""
+
+    source: str
+    """A folder, a hub id such as llava-hf/llava-1.5-7b-hf, or package://NAME/FOLDER for a folder
+    that ships inside an installed package."""
+    digest: str | None = None
+    """`folder_digest` of the folder, so that changed weights are another checkpoint; null skips
+    the check."""
+
+
+class BaseError(ValueError):
+    """The checkpoint can't be used; the message says why."""
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of a checkpoint's files."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return whole.hexdigest()
+
+
+def resolve(source: str) -> Path:
+    """The folder that a source names; a hub id stays as it is."""
+    if not source.startswith("package://"):
+        return Path(source)
+    package, _, folder = source.removeprefix("package://").partition("/")
+    return Path(str(files(package))) / folder
+
+
+def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
+    """Stage body: a copy of the checkpoint, loaded once with strict keys and a known family."""
+    source = resolve(config.source)
+    if source.exists():
+        found = folder_digest(source)
+        if config.digest is not None and found != config.digest:
+            raise BaseError(
+                f"{source} has digest {found[:12]}, the config says {config.digest[:12]}: the files "
+                "changed; restore them, or set base.digest to the new one"
+            )
+    elif config.source.startswith((".", "/", "package:")) or config.source.count("/") != 1:
+        raise BaseError(
+            f"there is no folder {config.source!r}; give a folder or a hub id owner/name"
+        )
+    ctx.progress(1, 3, "loading")
+    model = adsc.from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source)
+    adsc.detach(model)
+    ctx.progress(2, 3, "copying")
+    model.save_pretrained(ctx.out)
+    processor.save_pretrained(ctx.out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    ctx.track.params({"base.parameters": parameters, "base.dtype": str(model.dtype)})
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise BaseError(f"{config.source} holds weights that are not finite")
+    return {"parameters": parameters, "architecture": type(model).__name__}

@@ -1,0 +1,88 @@
+"""Stage `merge`: trained weights folded into the base, checked before they are published.
+
+The output is a checkpoint folder as users have it: sharded safetensors, config with the plan,
+processor, generation config; besides, the adapter alone, and a probe (inputs and logits) by which
+any later copy can be told to be the same model.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import adsc
+from pipeline.adapters import load_tuned, merge_trained
+from pipeline.batches import PreparedData, collate
+from pipeline.config import Config
+from pipeline.stage import StageContext
+
+
+class MergeConfig(Config):
+    """What the merged checkpoint carries, and how closely it must match."""
+
+    plan: str = ""
+    """The plan that the checkpoint runs with; it is stored in its config."""
+    probe_rows: int = Field(4, gt=0)
+    """Conversations on which merged and adapter model are compared."""
+    tolerance: float = Field(1e-3, gt=0)
+    """Largest allowed difference of a logit, as a share of the largest logit."""
+    max_shard_size: str = "4GB"
+    """Size of a safetensors shard."""
+
+
+class MergeMismatch(RuntimeError):
+    """The merged model does not compute what the adapter model computes."""
+
+
+def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
+    """Stage body; inputs `base`, `data` (probe rows) and `trained`."""
+    base, trained = ctx.inputs["base"].folder, ctx.inputs["trained"].folder / "trained"
+    plan = adsc.PruningPlan.parse(config.plan)
+    processor = AutoProcessor.from_pretrained(base)
+    rows = PreparedData(ctx.inputs["data"].folder / "train")
+    probe = collate(rows.rows(torch.arange(min(config.probe_rows, len(rows))).numpy()), processor)
+    probe.pop("labels")
+    ctx.progress(1, 4, "logits with the adapter")
+    expected = _logits(_adapted(base, trained, plan), probe)
+    ctx.progress(2, 4, "merging")
+    model = merge_trained(AutoModelForImageTextToText.from_pretrained(base), trained)
+    adsc.attach(model, plan)
+    got = _logits(model, probe)
+    scale = expected.abs().max().item()
+    worst = (got - expected).abs().max().item()
+    if not worst <= config.tolerance * scale:
+        raise MergeMismatch(
+            f"logits of the merged model differ by {worst:.3g} from the adapter model's (largest "
+            f"logit {scale:.3g}, allowed {config.tolerance:g} of it); a lower precision of the base "
+            "or a wrong adapter can be the cause"
+        )
+    ctx.progress(3, 4, "writing")
+    model.save_pretrained(ctx.out, max_shard_size=config.max_shard_size)
+    processor.save_pretrained(ctx.out)
+    if (trained / "adapter").exists():
+        shutil.copytree(trained / "adapter", ctx.out / "adapter")
+    save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
+    ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
+    return {"plan": config.plan, "worst_logit_difference": worst, "largest_logit": scale}
+
+
+def _adapted(base: Path, trained: Path, plan: adsc.PruningPlan) -> torch.nn.Module:
+    from peft import PeftModel
+
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    adsc.attach(model, plan)
+    if (trained / "tuned.safetensors").exists():
+        load_tuned(model, trained / "tuned.safetensors")
+    if (trained / "adapter").exists():
+        return PeftModel.from_pretrained(model, trained / "adapter")
+    return model
+
+
+def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+    model.eval()
+    with torch.inference_mode():
+        return model(**probe).logits

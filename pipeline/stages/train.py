@@ -1,0 +1,103 @@
+"""Stage `train`: one training stage of a curriculum as one Ray Train run.
+
+The loop itself stands in pipeline/training.py and knows nothing of Ray. All attempts of a stage
+share one Ray Train folder, so an attempt after a crash resumes from the last checkpoint.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.progress import ProgressHandle
+from pipeline.stage import StageContext
+from pipeline.tracking import RunHandle
+from pipeline.training import Sources, TrainConfig, train
+
+
+class RayContext:
+    """pipeline.training.TrainContext inside a Ray Train worker."""
+
+    def __init__(self, steps: int, progress: ProgressHandle, run: RunHandle) -> None:
+        import ray.train
+
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self._steps, self._progress = steps, progress
+        self._tracker = run.tracker()
+
+    @contextlib.contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
+        import ray.train
+
+        ray.train.report(
+            {"step": step, **metrics},
+            checkpoint=ray.train.Checkpoint(str(checkpoint)) if checkpoint else None,
+            checkpoint_dir_name=f"step-{step:07d}",
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._tracker.metrics(metrics, step=step)
+        self._progress(step, self._steps, f"steps, loss {metrics['loss']:.3f}")
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    config: TrainConfig = arguments["config"]
+    context = RayContext(config.steps, arguments["progress"], arguments["run"])
+    train(config, arguments["sources"], context)
+
+
+def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
+    """Stage body; inputs `base`, `data` and, from the second stage on, `start`.
+
+    Raises:
+        Diverged: loss or gradient is not finite.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    start = ctx.inputs["start"].folder / "trained" if "start" in ctx.inputs else None
+    sources = Sources(
+        base=ctx.inputs["base"].folder, data=ctx.inputs["data"].folder / "train", start=start
+    )
+    run = ctx.run
+    storage_path, name = ctx.train_storage
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config,
+            "sources": sources,
+            "progress": ctx.progress_handle,
+            "run": ctx.track.handle,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.num_workers,
+            use_gpu=run.gpus_per_worker > 0,
+            resources_per_worker={"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage_path,
+            failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+        torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
+    )
+    result = trainer.fit()
+    if result.checkpoint is None or result.metrics is None:
+        raise RuntimeError(f"Ray Train ended without a checkpoint; look into {storage_path}/{name}")
+    with result.checkpoint.as_directory() as folder:
+        shutil.copytree(Path(folder) / "trained", ctx.out / "trained")
+    return {"plan": config.plan, "steps": config.steps, "loss": result.metrics["loss"]}

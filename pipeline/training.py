@@ -1,0 +1,278 @@
+"""The training loop. It knows nothing of who launched it: a plain script, torchrun or Ray Train.
+
+One call trains one stage of a curriculum: load the base, attach the stage's plan, add or continue
+the adapter, take `steps` optimizer steps, checkpoint on the way, and check at the end that exactly
+the declared parameters moved. The loss of a step is the mean over all supervised tokens of the
+global batch, so it does not depend on the number of workers or on accumulation.
+"""
+
+import json
+import math
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import adsc
+from pipeline.adapters import (
+    LoraSettings,
+    load_state,
+    prepare_trainable,
+    save_trained,
+    trained_state,
+)
+from pipeline.batches import PreparedData, collate, prefetched, step_indices
+from pipeline.config import Config
+
+
+class TrainConfig(Config):
+    """One training stage."""
+
+    plan: str = ""
+    """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
+    steps: int = Field(100, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(32, gt=0)
+    """Conversations in one optimizer step, over all workers."""
+    accumulate: int = Field(1, gt=0)
+    """Micro-batches into which each worker splits its share of a step; saves memory."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate of the adapter and of parts tuned in full."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the rate rises to its peak; it then falls as a half cosine."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient; above it the gradient is scaled down."""
+    lora: LoraSettings | None = LoraSettings()
+    """The adapter; null trains none."""
+    tune: tuple[str, ...] = ()
+    """Regular expressions of parameters that are tuned in full, such as the projector's."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 holds the frozen base in bf16 and computes under autocast; trained weights stay fp32."""
+    checkpoint_every: int = Field(100, gt=0)
+    """Optimizer steps between checkpoints; at most that many are lost when a process dies."""
+    log_every: int = Field(10, gt=0)
+    """Optimizer steps between lines in the tracking server."""
+    seed: int = 0
+    """Order of the data, the adapter's initial values and dropout."""
+
+
+class Diverged(RuntimeError):
+    """Loss or gradient is no longer finite; retrying won't help."""
+
+
+class TrainContext(Protocol):
+    """What the loop needs from its launcher."""
+
+    rank: int
+    world_size: int
+
+    def latest(self) -> AbstractContextManager[Path | None]:
+        """The newest checkpoint folder of this stage, if there is one."""
+
+    def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
+        """Called by every rank at the same steps; rank 0 brings a folder."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Called by rank 0 every few steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where a stage's inputs are, as local folders."""
+
+    base: Path
+    data: Path
+    start: Path | None = None
+    """Trained weights of the stage before, or None."""
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Warm-up, then half a cosine to zero."""
+    warmup = max(1, round(config.warmup * config.steps)) if config.warmup else 0
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
+    """Train one stage; the result is the last checkpoint that was reported.
+
+    Raises:
+        Diverged: naming the step and the ids of its conversations.
+        RuntimeError: a parameter moved that should not, or did not move and should.
+    """
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(sources.base)
+    data = PreparedData(sources.data)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(sources.base, dtype=dtype)
+    adsc.attach(model, adsc.PruningPlan.parse(config.plan))
+    trainable = prepare_trainable(model, config.lora, config.tune, sources.start).to(device)
+    before = _checksums(trainable)
+    optimizer = torch.optim.AdamW(
+        [p for p in trainable.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+    )
+    first, history = 0, []
+    with context.latest() as folder:
+        if folder is not None:
+            first, history = _load_checkpoint(folder, trainable, optimizer)
+    trainable.train()
+    wrapped: nn.Module = trainable
+    if context.world_size > 1:
+        wrapped = DistributedDataParallel(trainable)
+    run = _Run(config, context, wrapped, optimizer, data, processor, device, history)
+    run.steps_from(first)
+    if context.rank == 0 and first < config.steps:
+        _check_moved(before, _checksums(trainable))
+
+
+@dataclass
+class _Run:
+    config: TrainConfig
+    context: TrainContext
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: PreparedData
+    processor: Any
+    device: torch.device
+    history: list[list[float]]
+    """[step, loss] as logged so far; it travels in the checkpoints."""
+
+    def steps_from(self, first: int) -> None:
+        config, context = self.config, self.context
+        started = mark = time.monotonic()
+        waited, losses = 0.0, []
+        batches = prefetched(self.load, iter(range(first, config.steps)))
+        for step in range(first, config.steps):
+            asked = time.monotonic()
+            micro_batches, tokens, ids = next(batches)
+            waited += time.monotonic() - asked
+            loss, norm = self.take_step(step, micro_batches, tokens, ids)
+            losses.append(loss)
+            done = step + 1
+            if context.rank == 0 and (done % config.log_every == 0 or done == config.steps):
+                now = time.monotonic()
+                self.history.append([done, float(np.mean(losses))])
+                context.log(
+                    done,
+                    {
+                        "loss": float(np.mean(losses)),
+                        "learning_rate": learning_rate_at(step, config),
+                        "gradient_norm": norm,
+                        "samples_per_second": len(losses) * config.batch_size / (now - mark),
+                        "data_wait_share": waited / (now - mark),
+                    },
+                )
+                mark, waited, losses = now, 0.0, []
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                self.checkpoint(done, {"loss": loss, "seconds": time.monotonic() - started})
+
+    def load(self, step: int) -> tuple[list[dict[str, torch.Tensor]], int, list[str]]:
+        """This rank's micro-batches of a step, and the supervised tokens of the global batch."""
+        config, context = self.config, self.context
+        indices = step_indices(config.seed, step, config.batch_size, len(self.data))
+        own = indices[context.rank :: context.world_size]
+        parts = [part for part in np.array_split(own, config.accumulate) if len(part)]
+        rows = [self.data.rows(part) for part in parts]
+        ids = [row["id"] for part in rows for row in part]
+        batches = [collate(part, self.processor) for part in rows]
+        return batches, int(self.data.supervised[indices].sum()), ids
+
+    def take_step(
+        self, step: int, batches: list[dict[str, torch.Tensor]], tokens: int, ids: list[str]
+    ) -> tuple[float, float]:
+        config, context = self.config, self.context
+        # Dropout follows from (seed, step, rank), so that a checkpoint needs no generator's state.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + context.rank)
+        rate = learning_rate_at(step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            hold = nullcontext() if last or context.world_size == 1 else self.model.no_sync()  # type: ignore[operator]
+            inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            cast = torch.autocast(
+                self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
+            )
+            with hold, cast:
+                loss = self.model(**inputs, num_items_in_batch=tokens, use_cache=False).loss
+            # DDP averages over workers what is to be summed.
+            (loss * context.world_size).backward()
+            total += loss.detach()
+        if context.world_size > 1:
+            dist.all_reduce(total)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        if not (torch.isfinite(total) and torch.isfinite(norm)):
+            raise Diverged(
+                f"step {step + 1}: loss {total.item()}, gradient norm {norm.item()}; lower "
+                f"train.learning_rate ({config.learning_rate:g}) or look at these records: {ids}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total.item(), norm.item()
+
+    def checkpoint(self, step: int, metrics: dict[str, float]) -> None:
+        if self.context.rank != 0:
+            self.context.report(step, metrics, None)
+            return
+        with tempfile.TemporaryDirectory(prefix="adsc-checkpoint-") as name:
+            model = getattr(self.model, "module", self.model)
+            save_trained(model, Path(name) / "trained")
+            (Path(name) / "trained" / "history.json").write_text(json.dumps(self.history))
+            state = {
+                "step": step,
+                "history": self.history,
+                "trainable": trained_state(model),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            torch.save(state, Path(name) / "state.pt")
+            self.context.report(step, metrics, Path(name))
+
+
+def _load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[list[float]]]:
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    load_state(model, state["trainable"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["history"]
+
+
+def _checksums(model: nn.Module) -> dict[str, tuple[bool, float]]:
+    """Per parameter: whether it is to move, and a number that changes when it does."""
+    sums = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weights = torch.arange(1, parameter.numel() + 1, device=parameter.device) % 8191 + 1
+            value = (parameter.flatten().double() * weights).sum().item()
+            sums[name] = (parameter.requires_grad, value)
+    return sums
+
+
+def _check_moved(
+    before: dict[str, tuple[bool, float]], after: dict[str, tuple[bool, float]]
+) -> None:
+    wrong = [name for name, (moves, was) in before.items() if (after[name][1] != was) != moves]
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} parameters moved that are frozen, or did not move and are trained, "
+            f"for instance {wrong[:3]}; this is a defect of the training set-up"
+        )

@@ -1,0 +1,331 @@
+"""The `adsc` command: run workflows, look at the store, count costs, chat with a checkpoint.
+
+Only parsing and printing stand here; whatever a command does is a function elsewhere. Heavy
+imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from adsc.cli import add_commands
+from pipeline.store import Store, open_store
+
+if TYPE_CHECKING:
+    from pipeline.record import Record
+    from pipeline.stage import RunContext
+    from pipeline.workflow import Workflow
+
+WORKFLOWS = {"demo": "workflows.demo", "tiny_base": "workflows.tiny_base"}
+"""Name of a workflow, which is also the name of the function -> its module."""
+DEFAULT_ROOT = "runs"
+
+RUN_EXAMPLES = """examples:
+  adsc run demo
+  adsc run demo --set plan=1:1/3,4:1/3 --set curriculum.order=forward
+  adsc run demo --set train.learning_rate=1e-3 --dry-run
+  adsc run demo --root s3://bucket/adsc --mlflow http://mlflow:5000
+  adsc run demo --address ray://head:10001 --workers 8 --gpus 1
+"""
+LS_EXAMPLES = """examples:
+  adsc ls                     (the workflows)
+  adsc ls demo                (each stage: its state and where it lies)
+  adsc ls demo --json
+"""
+SHOW_EXAMPLES = """examples:
+  adsc show demo evaluate             (the record of a finished stage)
+  adsc show demo export --path        (where its files are)
+  adsc show demo --config             (every key that --set takes)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    console = Console()
+    try:
+        return int(options.run(options) or 0)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        return 130
+    except _user_errors() as error:
+        print(f"adsc: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from pipeline.failure import RunFailed
+
+    return (ValueError, RunFailed)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adsc",
+        description="Train LLaVA-type models to live with fewer vision tokens.",
+        epilog="Start with `adsc run demo`.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = _command(
+        commands, "run", "run a workflow; finished stages are not repeated", RUN_EXAMPLES
+    )
+    _add_workflow(run)
+    run.add_argument("--dry-run", action="store_true", help="print stages, plans and costs only")
+    run.add_argument("--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)")
+    run.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
+    run.add_argument("--workers", type=int, default=1, help="Ray Train workers of a training stage")
+    run.add_argument("--cpus", type=float, default=1, help="CPU cores of a worker")
+    run.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
+    run.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
+    run.add_argument(
+        "--lease", type=float, default=20, help="seconds until a dead run is taken over"
+    )
+    run.set_defaults(run=_run)
+
+    ls = _command(commands, "ls", "workflows, or the stages of one with their state", LS_EXAMPLES)
+    _add_workflow(ls, optional=True)
+    ls.add_argument("--json", action="store_true", help="one JSON list")
+    ls.set_defaults(run=_ls)
+
+    show = _command(commands, "show", "the record of a finished stage", SHOW_EXAMPLES)
+    _add_workflow(show)
+    show.add_argument("stage", nargs="?", help="name of a stage; without it the config is shown")
+    show.add_argument("--path", action="store_true", help="print only where the stage's files are")
+    show.add_argument("--config", action="store_true", help="print every key that --set takes")
+    show.set_defaults(run=_show)
+
+    chat = _command(
+        commands,
+        "chat",
+        "ask an exported checkpoint about a picture",
+        'examples:\n  adsc chat CHECKPOINT --image grid.png "where is the bag?"\n',
+    )
+    chat.add_argument("checkpoint", help="folder of an exported checkpoint")
+    chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
+    chat.add_argument("--image", required=True, type=Path, help="a picture file")
+    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
+    chat.set_defaults(run=_chat)
+    add_commands(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, help_text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    parser.add_argument("workflow", nargs="?" if optional else None, help=", ".join(WORKFLOWS))
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change the config; repeatable",
+    )
+    parser.add_argument(
+        "--root",
+        default=os.environ.get("ADSC_ROOT", DEFAULT_ROOT),
+        help="the store: a folder or s3://bucket/prefix (default: $ADSC_ROOT or runs)",
+    )
+
+
+def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
+    """The workflow of that name with `KEY=VALUE` changes.
+
+    Raises:
+        ValueError: an unknown name, a change that isn't KEY=VALUE, and (ConfigError) bad keys.
+    """
+    if name not in WORKFLOWS:
+        near = get_close_matches(name, WORKFLOWS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(WORKFLOWS)}"
+        raise ValueError(f"workflow {name!r} is unknown; {hint}")
+    malformed = [change for change in changes if "=" not in change]
+    if malformed:
+        raise ValueError(f"--set {malformed[0]!r} is not KEY=VALUE, such as train.steps=50")
+    make: Callable[[], Workflow] = getattr(importlib.import_module(WORKFLOWS[name]), name)
+    return make().edit(dict(change.split("=", 1) for change in changes))
+
+
+def _context(options: argparse.Namespace) -> RunContext:
+    from pipeline.stage import RunContext
+    from pipeline.tracking import default_uri
+
+    place = open_store(options.root).local("")
+    tracking = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
+    return RunContext(
+        root=options.root,
+        workflow=options.workflow,
+        tracking_uri=tracking or default_uri(place or Path(DEFAULT_ROOT)),
+        num_workers=options.workers,
+        cpus_per_worker=options.cpus,
+        gpus_per_worker=options.gpus,
+        lease_seconds=options.lease,
+        address=options.address,
+        dashboard_port=options.dashboard_port,
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pipeline import graph
+
+    workflow = load_workflow(options.workflow, options.changes)
+    stages = workflow.stages()
+    store = open_store(options.root)
+    console = Console()
+    _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
+    if options.dry_run:
+        return 0
+    context = _context(options)
+    found = graph.run(stages, context, console)
+    _print_results(console, found)
+    _print_next(console, found, context)
+    return 0
+
+
+def _print_states(console: Console, states: Sequence[Any], titles: dict[str, str]) -> None:
+    table = Table("stage", "what", "state", box=None, padding=(0, 2, 0, 0))
+    for state in states:
+        title = titles[state.name].partition(": ")[2] or titles[state.name]
+        table.add_row(state.name, title, state.state)
+    console.print(table)
+
+
+def _print_results(console: Console, found: dict[str, Record]) -> None:
+    if "evaluate" not in found:
+        return
+    outputs = found["evaluate"].outputs
+    table = Table(
+        "arm", "plan", "accuracy", "of control", "vision tokens", "GFLOPs", "KV KiB", "prefill ms",
+        title="Accuracy and cost of one question", title_justify="left", box=None,
+        padding=(0, 2, 0, 0),
+    )  # fmt: skip
+    for name, arm in outputs["arms"].items():
+        retention = arm["retention"]
+        table.add_row(
+            name,
+            arm["plan"] or "-",
+            f"{arm['accuracy']:.3f}",
+            "-" if retention is None else f"{100 * retention:.1f} %",
+            f"{arm['average_vision_tokens']:.1f}",
+            f"{arm['flops'] / 1e9:.3f}",
+            f"{arm['kv_cache_bytes'] / 1024:.0f}",
+            f"{arm['prefill_ms']:.1f}",
+        )
+    table.add_row("majority answer", "-", f"{outputs['majority']:.3f}", "-", "0", "-", "-", "-")
+    console.print(table)
+
+
+def _print_next(console: Console, found: dict[str, Record], context: RunContext) -> None:
+    lines = [f"mlflow ui --backend-store-uri {context.tracking_uri}"]
+    if "report" in found:
+        lines.append(f"open {found['report'].uri}/report.html")
+    if "export" in found:
+        lines.append(f'adsc chat {found["export"].uri} --image PICTURE "where is the bag?"')
+    console.print("Next:", *(f"  {line}" for line in lines), sep="\n", soft_wrap=True, markup=False)
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from pipeline import graph
+
+    console = Console()
+    if options.workflow is None:
+        table = Table("workflow", "what", box=None, padding=(0, 2, 0, 0))
+        rows = [(name, load_workflow(name).title) for name in WORKFLOWS]
+        if options.json:
+            print(json.dumps([{"name": name, "title": title} for name, title in rows]))
+            return 0
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return 0
+    workflow = load_workflow(options.workflow, options.changes)
+    states = graph.state(open_store(options.root), workflow.stages())
+    if options.json:
+        print(json.dumps([state._asdict() for state in states]))
+        return 0
+    table = Table("name", "state", "path", box=None, padding=(0, 2, 0, 0))
+    for state in states:
+        table.add_row(*state)
+    console.print(table, soft_wrap=True)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from pipeline import graph
+    from pipeline.config import keys
+
+    workflow = load_workflow(options.workflow, options.changes)
+    if options.stage is None or options.config:
+        values = workflow.config.model_dump(mode="json")
+        for key in keys(workflow.config):
+            value: Any = values
+            for part in key.split("."):
+                value = value[int(part)] if isinstance(value, list) else value[part]
+            if not isinstance(value, dict):
+                print(f"{key} = {json.dumps(value)}")
+        return 0
+    stages = workflow.stages()
+    names = [stage.name for stage in stages]
+    if options.stage not in names:
+        raise ValueError(
+            f"{workflow.name} has no stage {options.stage!r}; it has {', '.join(names)}"
+        )
+    record = _finished(open_store(options.root), graph.fingerprints(stages), options.stage)
+    if record is None:
+        raise ValueError(
+            f"stage {options.stage} is not finished in {options.root}; "
+            f"`adsc run {workflow.name} --root {options.root}` makes it"
+        )
+    print(record.uri if options.path else json.dumps(record.model_dump(), indent=1))
+    return 0
+
+
+def _finished(store: Store, prints: dict[str, str], stage: str) -> Record | None:
+    from pipeline import record as records
+
+    return records.load(store, stage, prints[stage])
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from transformers import AutoProcessor
+
+    import adsc
+    from pipeline.evaluation import Question, generate_answers
+
+    if not options.image.is_file():
+        raise ValueError(f"there is no picture {str(options.image)!r}")
+    if not Path(options.checkpoint).is_dir():
+        raise ValueError(
+            f"there is no folder {options.checkpoint!r}; `adsc show demo export --path` prints one"
+        )
+    model = adsc.from_pretrained(options.checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(options.checkpoint)
+    picture = options.image.read_bytes()
+    asked = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
+    for text in filter(None, asked):
+        question = Question("chat", "chat", text, "", picture)
+        print(generate_answers(model, processor, [question], 1, options.max_new_tokens)[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The demo: a small LLaVA compressed end to end on two CPU cores, real pictures, generated questions.
+
+Hypothesis: at two thirds fewer vision tokens, training with a curriculum wins back most of what the
+untrained drop loses against the dense model that was LoRA-tuned alike.
+"""
+
+from pipeline.adapters import LoraSettings
+from pipeline.recipe import CompressConfig, CurriculumConfig, compress
+from pipeline.stage import Stage
+from pipeline.stages.base import BaseConfig
+from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.stages.prepare import PrepareConfig
+from pipeline.training import TrainConfig
+from pipeline.workflow import Workflow
+from workflows.fashion import FashionConfig, compose_fashion
+
+BASE = "package://workflows/assets/tiny_base"
+
+
+class DemoConfig(CompressConfig):
+    """A compression with the data that it makes for itself."""
+
+    data: FashionConfig = FashionConfig()
+    """The grids and questions."""
+
+
+def demo() -> Workflow:
+    config = DemoConfig(
+        plan="2:1/4,4:1/4",
+        base=BaseConfig(source=BASE),
+        prepare=PrepareConfig(template="vicuna_short", context=512),
+        curriculum=CurriculumConfig(order="reverse", stages=3, extreme=1.5),
+        train=TrainConfig(
+            steps=80,
+            batch_size=32,
+            learning_rate=2e-3,
+            lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
+            checkpoint_every=20,
+        ),
+        evaluate=EvaluateConfig(
+            title="A small LLaVA with two thirds fewer vision tokens",
+            task="real pictures, generated questions: Fashion-MNIST things in 3 x 3 grids",
+        ),
+    )
+    return Workflow(
+        name="demo",
+        title="compress the small LLaVA that ships here, in minutes on two cores",
+        config=config,
+        build=build,
+    )
+
+
+def build(config: DemoConfig) -> list[Stage]:
+    pictures = Stage(
+        name="pictures",
+        title="pictures: real things in grids",
+        body=compose_fashion,
+        version=1,
+        config=config.data,
+    )
+    return compress(config, pictures)

@@ -1,0 +1,225 @@
+"""Train the small LLaVA that ships in workflows/assets/tiny_base, from nothing, in about an hour.
+
+First the tower learns to name the thing in each cell, then projector and decoder learn to answer
+with the tower frozen, as in LLaVA. To replace the checkpoint that ships:
+
+    adsc run tiny_base
+    adsc publish-base           # copies the merged checkpoint and the records of the run
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.conversations import iter_records, parse_turns
+from pipeline.stage import Stage, StageContext
+from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
+from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.prepare import PrepareConfig, prepare
+from pipeline.stages.train import train_stage
+from pipeline.templates import TEMPLATES
+from pipeline.training import TrainConfig
+from pipeline.workflow import Workflow
+from workflows.fashion import (
+    CLASSES,
+    PLACES,
+    FashionConfig,
+    compose,
+    compose_fashion,
+    draw_contents,
+    load_things,
+)
+from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+
+TEMPLATE = "vicuna_short"
+
+
+class TowerConfig(Config):
+    """Supervised training of the vision tower on the cells of fresh grids."""
+
+    model: TinyLlavaConfig = TinyLlavaConfig()
+    """Sizes of the whole model."""
+    steps: int = Field(3000, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(64, gt=0)
+    """Grids in a step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak of a one-cycle schedule."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's decoupled weight decay."""
+    test_grids: int = Field(500, gt=0)
+    """Grids of official test instances on which the cells' accuracy is measured."""
+    seed: int = 0
+    """Initial weights and grids."""
+
+
+class TinyBaseConfig(Config):
+    """The whole recipe of the small base."""
+
+    data: FashionConfig = FashionConfig(train_pictures=24000, test_pictures=200)
+    """Grids and questions for the decoder."""
+    tower: TowerConfig = TowerConfig()
+    """The tower's own training, and the model's sizes."""
+    prepare: PrepareConfig = PrepareConfig(template=TEMPLATE, context=512)
+    """Validation and rendering."""
+    decoder: TrainConfig = TrainConfig(
+        steps=3000,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup=0.05,
+        weight_decay=0.05,
+        lora=None,
+        tune=(r".*language_model\..*", r".*multi_modal_projector\..*", r"lm_head\..*"),
+        checkpoint_every=200,
+    )
+    """Projector and decoder in full, tower frozen."""
+    evaluate: EvaluateConfig = EvaluateConfig(title="The small base", control="dense")
+    """Questions about official test instances."""
+
+
+class CellReader(nn.Module):
+    """Names the thing in each of nine cells from patch features (B, V, D): one query a cell attends
+    over the patches. Only used to train the tower; it is thrown away."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(len(PLACES), width) * 0.02)
+        self.keys = nn.Linear(width, width)
+        self.classify = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(CLASSES) + 1)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        scores = self.queries @ self.keys(features).transpose(1, 2) * 4 / features.shape[-1] ** 0.5
+        return self.classify(scores.softmax(-1) @ features)
+
+
+def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
+    """Stage body: tokenizer, processor and model; the tower trained, the rest random."""
+    torch.manual_seed(config.seed)
+    records = iter_records(ctx.inputs["data"].folder / "train.json")
+    template = TEMPLATES[TEMPLATE]
+    texts = (
+        "".join(text for text, _ in template.render(parse_turns(record)))
+        for _, record in (next(records) for _ in range(1000))
+    )
+    processor = build_processor(texts, config.model)
+    model = build_model(processor, config.model, config.seed)
+    tower = model.model.vision_tower
+    reader = CellReader(config.model.vision_width)
+    parameters = [*tower.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
+    )
+
+    def read(pixels: torch.Tensor) -> torch.Tensor:
+        layers = tower(pixels, output_hidden_states=True).hidden_states
+        return reader(layers[model.config.vision_feature_layer][:, 1:])
+
+    for step in range(config.steps):
+        pixels, contents = _grids("train", step * config.batch_size, config.batch_size, processor)
+        loss = nn.functional.cross_entropy(read(pixels).flatten(0, 1), contents.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 19:
+            ctx.track.metrics({"loss": loss.item()}, step=step + 1)
+            ctx.progress(step + 1, config.steps, f"steps, loss {loss.item():.3f}")
+    with torch.inference_mode():
+        pixels, contents = _grids("test", 0, config.test_grids, processor)
+        accuracy = (read(pixels).argmax(-1) == contents).float().mean().item()
+    ctx.track.metrics({"cell_accuracy": accuracy})
+    model.save_pretrained(ctx.out)
+    processor.save_pretrained(ctx.out)
+    return {"cell_accuracy": accuracy}
+
+
+def _grids(split: str, first: int, count: int, processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (B, 3, side, side) and class + 1 of each cell (B, 9) of grids made on the spot."""
+    pixels, contents = [], []
+    for index in range(first, first + count):
+        rng = np.random.default_rng([7, split == "test", index])
+        contents.append(draw_contents(rng))
+        pixels.append(np.asarray(compose(rng, contents[-1], load_things(split))))
+    pictures = processor.image_processor
+    grey = torch.from_numpy(np.stack(pixels)).float() * pictures.rescale_factor
+    grey = (grey - pictures.image_mean[0]) / pictures.image_std[0]
+    return grey[:, None].expand(-1, 3, -1, -1), torch.from_numpy(np.stack(contents)) + 1
+
+
+def tiny_base() -> Workflow:
+    return Workflow(
+        name="tiny_base",
+        title="train the small LLaVA that ships here, from nothing",
+        config=TinyBaseConfig(),
+        build=build,
+    )
+
+
+def build(config: TinyBaseConfig) -> list[Stage]:
+    data = {"base": "tower", "data": "prepare"}
+    dense = Arm(name="dense", label="dense base", checkpoint="merge", plan="", trained=True)
+    return [
+        Stage(
+            name="pictures",
+            title="pictures: real things in grids",
+            body=compose_fashion,
+            version=1,
+            config=config.data,
+        ),
+        Stage(
+            name="tower",
+            title="tower: naming what is in the cells",
+            body=train_tower,
+            version=1,
+            config=config.tower,
+            needs={"data": "pictures"},
+        ),
+        Stage(
+            name="prepare",
+            title="prepare: records to tokens",
+            body=prepare,
+            version=1,
+            config=config.prepare,
+            needs={"data": "pictures", "base": "tower"},
+        ),
+        Stage(
+            name="train",
+            title="train: projector and decoder",
+            body=train_stage,
+            version=1,
+            config=config.decoder,
+            needs=data,
+        ),
+        Stage(
+            name="merge",
+            title="merge: one checkpoint",
+            body=merge,
+            version=1,
+            config=MergeConfig(),
+            needs={**data, "trained": "train"},
+        ),
+        Stage(
+            name="evaluate",
+            title="evaluate: does it see?",
+            body=evaluate,
+            version=1,
+            config=config.evaluate.model_copy(update={"arms": (dense,)}),
+            needs={"base": "tower", "data": "prepare", "merge": "merge", "train": "train"},
+        ),
+    ]
+
+
+def shipped() -> Path:
+    """The folder of the checkpoint that ships."""
+    return Path(__file__).parent / "assets" / "tiny_base"
