@@ -1,0 +1,215 @@
+"""The report: what a run found, in one HTML file that needs nothing else, and one picture.
+
+Every sentence is computed from results.json, and says as readily that a plan lost, or that the
+sample is too small to tell. It measures nothing, and judges only by the intervals that `evaluate`
+wrote.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.redact import flatten
+from pipeline.stages import figures
+from pipeline.stages.results import Arm, Interval, Results, Sample
+
+if TYPE_CHECKING:
+    from pipeline.stage import StageContext
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+class ReportConfig(Config):
+    """What the report shows."""
+
+    pictures: int = Field(default=4, ge=0)
+    """How many sample pictures are shown, with questions and each arm's answers."""
+    questions: int = Field(default=4, ge=1)
+    """At most so many questions a picture."""
+    thumbnail: int = Field(default=240, ge=16)
+    """Longest side of a picture in pixels."""
+
+
+def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
+    """Write report.html and report.png from the evaluate stage's results.json.
+
+    Raises:
+        ResultsError: results.json is missing or has another shape.
+    """
+    folder = ctx.inputs["evaluate"].folder
+    results = Results.read(folder / "results.json")
+    sentence = finding(results)
+    ctx.progress(0, 2, "figures")
+    (ctx.out / "report.png").write_bytes(figures.summary_png(results, tied(sentence)))
+    ctx.progress(1, 2, "page")
+    (ctx.out / "report.html").write_text(render(results, folder, config))
+    for name in ("report.html", "report.png"):
+        ctx.track.artifact(ctx.out / name)
+    ctx.track.note(sentence)
+    ctx.progress(2, 2, "done")
+    return {"finding": sentence, "html": "report.html", "png": "report.png"}
+
+
+def render(results: Results, folder: Path, config: ReportConfig) -> str:
+    """The page. Strings come from configs and models, so the template escapes all of them."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "points": points, "less": less}
+    kinds = len(results.majority.by_kind)
+    rows = kinds * max(2, len(results.arms)) * 0.13
+    return environment.from_string(TEMPLATE.read_text()).render(
+        r=results,
+        finding=tied(finding(results)),
+        remarks=[tied(remark) for remark in remarks(results)],
+        flops=figures.flops_unit(max((arm.flops for arm in results.arms), default=1)),
+        memory=figures.bytes_unit(max((arm.kv_cache_bytes for arm in results.arms), default=1)),
+        colours=[figures.style_of(index)[0] for index in range(len(results.arms))],
+        figures=[
+            (figures.svg(figures.accuracy, results), "Accuracy of each arm with its interval"),
+            (
+                figures.svg(figures.by_kind, results, 1.2 + rows),
+                "Accuracy of each arm by kind of question, with the majority baseline",
+            ),
+            (figures.svg(figures.against_flops, results), "Accuracy against FLOPs"),
+            (figures.svg(figures.against_kv, results), "Accuracy against KV cache size"),
+            (figures.svg(figures.against_prefill, results), "Accuracy against prefill time"),
+            (figures.svg(figures.tokens_per_layer, results), "Vision tokens entering each layer"),
+            (figures.svg(figures.losses, results), "Training loss by step"),
+        ],
+        per_batch=figures.per_batch(results),
+        samples=samples(results, folder, config),
+        config=flatten(results.config),
+    )
+
+
+def finding(results: Results) -> str:
+    """What the run found, in a sentence that follows the intervals wherever they point."""
+    arm, control = results.compressed, results.control
+    if arm is None:
+        return "No arm of this run was trained with a plan, so it says nothing about compression."
+    saved = (
+        f"With {percent(arm.reduction)} fewer vision tokens (layer average "
+        f"{arm.average_vision_tokens:.1f} of {results.num_vision_tokens}), "
+        f"{less(arm.flops_reduction, 'fewer')} FLOPs and {less(arm.kv_reduction)} KV cache, the "
+        f"trained plan answers {percent(arm.accuracy.mean)} of the questions right"
+    )
+    if control is None:
+        return f"{saved}; there is no dense control to compare it with."
+    against = f"{saved}, the dense control {percent(control.accuracy.mean)}"
+    return f"{against}: {_verdict(arm, control, results.num_questions)}."
+
+
+def remarks(results: Results) -> list[str]:
+    """What a careful reader asks next, each answered from the data."""
+    said = []
+    arm, control = results.compressed, results.control
+    untrained = next(
+        (a for a in results.arms if arm and a.plan == arm.plan and not a.trained), None
+    )
+    if arm and untrained:
+        gain = 100 * (arm.accuracy.mean - untrained.accuracy.mean)
+        clear = "the intervals overlap" if _overlap(arm, untrained) else "the intervals are apart"
+        word = "more" if gain >= 0 else "fewer"
+        said.append(
+            f"Trained with its plan, the model answers {abs(gain):.1f} points {word} than the "
+            f"untrained base under the same plan; {clear}."
+        )
+    if arm and control:
+        fast = control.prefill_ms.median / arm.prefill_ms.median
+        apart = (
+            arm.prefill_ms.high < control.prefill_ms.low
+            or arm.prefill_ms.low > control.prefill_ms.high
+        )
+        spread = "" if apart else ", but the quartiles overlap"
+        said.append(f"Measured prefill is {fast:.2f} times as fast as the control's{spread}.")
+    best = max(results.arms, key=lambda a: a.accuracy.mean, default=None)
+    if best and best.accuracy.low <= results.majority.accuracy:
+        said.append(
+            "No arm is clearly above always giving the most frequent answer: these models may "
+            "not use the picture."
+        )
+    said.append(
+        f"One seed ({results.seed}): differences between training runs are not in the intervals."
+    )
+    return said
+
+
+def _verdict(arm: Arm, control: Arm, questions: int) -> str:
+    if arm.difference is None:
+        side = "overlap" if _overlap(arm, control) else "do not overlap"
+        return f"their intervals {side}, and no paired comparison was made"
+    gap = points(arm.difference)
+    if arm.difference.high < 0:
+        return f"a loss, {gap} points"
+    if arm.difference.low > 0:
+        return f"a gain, {gap} points"
+    return f"{gap} points, which {questions:,} questions cannot tell from no difference"
+
+
+def _overlap(one: Arm, other: Arm) -> bool:
+    return one.accuracy.low <= other.accuracy.high and other.accuracy.low <= one.accuracy.high
+
+
+def percent(share: float) -> str:
+    """0.931 as 93.1 %."""
+    return f"{100 * share:.1f} %"
+
+
+def less(reduction: float, word: str = "less") -> str:
+    """A reduction in words: 53.7 % less; where it is negative, more."""
+    return f"{percent(abs(reduction))} {word if reduction >= 0 else 'more'}"
+
+
+def tied(text: str) -> str:
+    """Text that no line break parts from its per cent sign, or inside an interval."""
+    return re.sub(r" (?=%)|(?<=,) (?=[^\[\]]*\])", "\u00a0", text)
+
+
+def points(interval: Interval) -> str:
+    """A signed difference in points with its interval: −1.9 [−3.0, −0.8]."""
+    mean, low, high = (
+        f"{100 * value:+.1f}".replace("-", "−")
+        for value in (interval.mean, interval.low, interval.high)
+    )
+    return f"{mean} [{low}, {high}]"
+
+
+def samples(
+    results: Results, folder: Path, config: ReportConfig
+) -> list[tuple[str | None, list[Sample]]]:
+    """Pictures, each with its first questions."""
+    by_picture = groupby(results.samples, key=lambda sample: sample.picture)
+    groups = [(picture, list(asked)[: config.questions]) for picture, asked in by_picture]
+    return [
+        (thumbnail(folder, picture, config.thumbnail), asked)
+        for picture, asked in groups[: config.pictures]
+    ]
+
+
+def thumbnail(folder: Path, picture: str, side: int) -> str | None:
+    """A picture as a data address, or None where there is no readable picture in the folder."""
+    from PIL import Image
+
+    path = (folder / picture).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        return None
+    try:
+        with Image.open(path) as opened:
+            small = opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,129 @@
+"""What `evaluate` hands to `report` in results.json, as types. Fields beyond these are left alone.
+
+It checks shapes only; what the numbers mean is said where they are made, and in the report.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ResultsError(ValueError):
+    """results.json is missing or isn't what `evaluate` writes; the message names each field."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Interval(_Part):
+    """A share or a difference of shares, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Milliseconds(_Part):
+    """The prefill of one batch: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Baseline(_Part):
+    """Always answering the most frequent answer of the question's kind."""
+
+    accuracy: float
+    by_kind: dict[str, float]
+
+
+class Arm(_Part):
+    """One model as it was measured: dense or with a plan, trained or not."""
+
+    name: str
+    label: str
+    plan: str
+    trained: bool
+    accuracy: Interval
+    by_kind: dict[str, Interval]
+    difference: Interval | None = None
+    retention: float | None = None
+    average_vision_tokens: float
+    reduction: float
+    tokens_per_layer: list[int]
+    flops: int
+    flops_reduction: float
+    kv_cache_bytes: int
+    kv_reduction: float
+    prefill_ms: Milliseconds
+    prefill_speedup: float | None = None
+
+
+class Sample(_Part):
+    """A question with each arm's answer; `picture` is a path inside the evaluate folder."""
+
+    picture: str
+    question: str
+    expected: str
+    answers: dict[str, str]
+
+
+class Results(_Part):
+    title: str
+    task: str
+    workflow: str
+    seed: int
+    commit: str | None
+    config: dict[str, Any]
+    num_questions: int
+    num_pictures: int
+    num_vision_tokens: int
+    num_layers: int
+    text_tokens: float
+    prefill_batch: int | None = None
+    majority: Baseline
+    arms: list[Arm]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    samples: list[Sample] = []
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Load and check results.json.
+
+        Raises:
+            ResultsError: no such file, no JSON, or fields that are missing or of a wrong type.
+        """
+        try:
+            # NaN is how JSON from Python says that there is no such number.
+            data = json.loads(path.read_text(), parse_constant=lambda _: None)
+            return cls.model_validate(data)
+        except (OSError, json.JSONDecodeError) as error:
+            raise ResultsError(
+                f"can't read {path}: {error}; the evaluate stage writes it"
+            ) from None
+        except ValidationError as error:
+            wrong = [
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
+                for problem in error.errors()
+            ]
+            raise ResultsError(
+                f"{path} isn't what the evaluate stage writes: {'; '.join(wrong)}"
+            ) from None
+
+    @property
+    def compressed(self) -> Arm | None:
+        """The arm that the finding is about: trained with a plan, the heaviest if there are
+        more."""
+        arms = [arm for arm in self.arms if arm.plan and arm.trained]
+        return max(arms, key=lambda arm: arm.reduction, default=None)
+
+    @property
+    def control(self) -> Arm | None:
+        """The dense model trained in the same way: what a plan is to be compared with."""
+        return next((arm for arm in self.arms if arm.trained and not arm.plan), None)
