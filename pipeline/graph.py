@@ -135,7 +135,8 @@ def run(
     result = {stage.name: found[stage.name] for stage in ordered}
     times = {name: f"{record.seconds:.0f} s" for name, record in result.items()}
     words = times | dict.fromkeys(cached, "cached")
-    console.print(table([(name, words[name], it.uri) for name, it in result.items()]))
+    rows = [(name, words[name], record.uri) for name, record in result.items()]
+    console.print(table(rows), crop=False)
     return result
 
 

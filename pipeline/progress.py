@@ -144,7 +144,7 @@ def table(rows: Iterable[tuple[str, str, str]]) -> Table:
     shown = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("stage", "state"):
         shown.add_column(column)
-    shown.add_column("path", overflow="fold")
+    shown.add_column("path", no_wrap=True, overflow="ignore")
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 _TEMPORARY = ".tmp-"  # prefix of a file's name while it is being written; `list` doesn't see these
 _PARALLEL = 8
+_PAGE = 1000  # keys in one answer to a listing
 _S3_ATTEMPTS = 8
 
 
@@ -164,16 +165,17 @@ class LocalStore(Store):
         return self.folder / _checked(key) if key else self.folder
 
     def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        path = self.folder / _checked(key)
         try:
-            data = self.local(key).read_bytes()
+            data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _explain_os(error, self.local(key)) from error
+            raise _explain_os(error, path) from error
         return data, _version(data)
 
     def create(self, key: str, data: bytes) -> str | None:
-        path = self.local(key)
+        path = self.folder / _checked(key)
         with _appearing(path, publish=False) as temporary:
             _write(temporary, data)
             try:
@@ -188,22 +190,23 @@ class LocalStore(Store):
             found = self.read_versioned(key)
             if found is None or found[1] != version:
                 return None
-            with _appearing(self.local(key)) as temporary:
+            with _appearing(self.folder / _checked(key)) as temporary:
                 _write(temporary, data)
         return _version(data)
 
     def delete(self, key: str, version: str | None = None) -> bool:
+        path = self.folder / _checked(key)
         with self._locked():
             if version is not None:
                 found = self.read_versioned(key)
                 if found is None or found[1] != version:
                     return False
             try:
-                self.local(key).unlink()
+                path.unlink()
             except (FileNotFoundError, NotADirectoryError):
                 return False
             except OSError as error:
-                raise _explain_os(error, self.local(key)) from error
+                raise _explain_os(error, path) from error
         return True
 
     def list(self, prefix: str) -> list[Entry]:
@@ -217,11 +220,11 @@ class LocalStore(Store):
         )
 
     def _put(self, path: Path, key: str) -> None:
-        with _appearing(self.local(key)) as temporary:
+        with _appearing(self.folder / _checked(key)) as temporary:
             shutil.copyfile(path, temporary)
 
     def _get(self, key: str, path: Path) -> None:
-        shutil.copyfile(self.local(key), path)
+        shutil.copyfile(self.folder / _checked(key), path)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -278,7 +281,9 @@ class S3Store(Store):
         entries: list[Entry] = []
         token: dict[str, str] = {}
         while True:
-            page = self._call("list_objects_v2", Prefix=f"{below}/" if below else "", **token)
+            page = self._call(
+                "list_objects_v2", Prefix=f"{below}/" if below else "", MaxKeys=_PAGE, **token
+            )
             start = len(self.prefix) + 1 if self.prefix else 0
             entries += [
                 Entry(key=item["Key"][start:], size=item["Size"])
@@ -323,7 +328,8 @@ class S3Store(Store):
             import boto3
             from botocore.config import Config as ClientConfig
 
-            self._client = boto3.client(
+            # A session of its own: the default one is shared, and not made for threads.
+            self._client = boto3.Session().client(
                 "s3",
                 config=ClientConfig(
                     connect_timeout=5,

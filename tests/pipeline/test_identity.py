@@ -1,0 +1,119 @@
+"""Fingerprints are the same everywhere, and change with whatever changes the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import subprocess
+import sys
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.graph import GraphError, fingerprints, lint
+from pipeline.identity import IdentityError, body_name, canonical, digest
+from pipeline.stage import Stage
+from tests.pipeline import toy
+
+
+class Kind(Enum):
+    FIRST = "first"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    stages: tuple[tuple[int, Fraction], ...]
+
+
+class Loose(Config):
+    value: Any = None
+    """Anything."""
+
+
+def test_literals() -> None:
+    value = {
+        "b": (1, 2.5, None, True),
+        "a": {"y", "x"},
+        "kind": Kind.FIRST,
+        "plan": Plan(((2, Fraction(1, 2)),)),
+        "path": Path("a/b"),
+        "config": Loose(value=1),
+    }
+    assert canonical(value) == {
+        "a": ["x", "y"],
+        "b": [1, 2.5, None, True],
+        "config": {"value": 1},
+        "kind": "first",
+        "path": "a/b",
+        "plan": {"stages": [[2, "1/2"]]},
+    }
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest(1) != digest(1.0) != digest("1.0")
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (object(), "config.value"),
+        ({"deep": [0, math.nan]}, "config.value.deep.1"),
+        (print, "config.value"),
+        ({1: 2}, "config.value"),
+        (b"bytes", "config.value"),
+    ],
+)
+def test_what_cannot_be_hashed_is_named(value: object, field: str) -> None:
+    with pytest.raises(IdentityError, match=rf"^{field} "):
+        canonical(Loose(value=value))
+    stage = dataclasses.replace(toy.stages("log")[-1], config=Loose(value=value))
+    with pytest.raises(GraphError, match=rf"make: make\.{field} "):
+        lint([stage])
+
+
+def test_bodies_need_a_name() -> None:
+    assert body_name(toy.make) == "tests.pipeline.toy.make"
+    for body in (lambda context, config: {}, functools.partial(toy.make), toy.Toy(log="x")):
+        with pytest.raises(IdentityError, match="function at the top of a module"):
+            body_name(body)
+
+
+def changed(stages: list[Stage]) -> set[str]:
+    before, after = fingerprints(toy.stages("log")), fingerprints(stages)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_an_edit_changes_what_is_below_it() -> None:
+    assert changed(toy.stages("log")) == set()
+    assert changed(toy.stages("log", make={"value": 4})) == {"make", "double", "square", "total"}
+    assert changed(toy.stages("log", double={"value": 4})) == {"double", "total"}
+    assert changed(toy.stages("log", total={"value": 4})) == {"total"}
+
+
+def test_version_and_body_count_and_the_title_does_not() -> None:
+    total, *rest = toy.stages("log")
+    assert changed([dataclasses.replace(total, version=2), *rest]) == {"total"}
+    assert changed([dataclasses.replace(total, body=toy.double), *rest]) == {"total"}
+    assert changed([dataclasses.replace(total, title="Other words"), *rest]) == set()
+
+
+def test_a_pin_is_an_identity_of_its_own() -> None:
+    *rest, make = toy.stages("log")
+    pinned = [*rest, dataclasses.replace(make, pinned="/data/made")]
+    assert changed(pinned) == {"make", "double", "square", "total"}
+    edited = dataclasses.replace(pinned[-1], config=toy.Toy(log="other"), pinned="/data/made/")
+    assert fingerprints(pinned) == fingerprints([*rest, edited])
+
+
+def test_the_same_in_another_process() -> None:
+    code = (
+        "from tests.pipeline import toy; from pipeline.graph import fingerprints;"
+        "print(fingerprints(toy.stages('log'))['total'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    assert done.stdout.strip() == fingerprints(toy.stages("log"))["total"]
