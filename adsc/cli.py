@@ -212,12 +212,8 @@ def _run_cost(arguments: argparse.Namespace) -> int:
 def _run_plan(arguments: argparse.Namespace) -> int:
     config, workload = read_config(arguments.model), _workload(arguments)
     layers = config.get_text_config().num_hidden_layers
-    spans = image_cost(config, ImageInput(size=arguments.image_size)).spans
-    if len(set(spans)) != 1:
-        raise CostError(
-            f"an image of this size becomes runs of {sorted(set(spans))} vision tokens in "
-            f"{arguments.model}, which a plan rounds each on its own; choose another --image-size"
-        )
+    image = ImageInput(size=arguments.image_size, images_in_row=arguments.num_images)
+    tokens = image_cost(config, image).tokens
     keep = tuple(filter(None, (ratio.strip() for ratio in arguments.keep.split(","))))
     drops = arguments.drops
     if drops is None:
@@ -226,8 +222,8 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         raise CostError(f"--limit {arguments.limit} must be a whole number from 1")
     plans = solve_plans(
         layers,
-        spans[0],
-        arguments.average / len(spans),
+        tokens,
+        arguments.average,
         drops,
         keep if len(keep) > 1 else arguments.keep,
         arguments.tolerance,
@@ -238,13 +234,13 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     found = []
     for plan in plans[: arguments.limit]:
         saved = estimate_cost(config, plan, **options).versus(dense)
-        average = len(spans) * plan.average_tokens(spans[0], layers)
+        average = plan.average_tokens(tokens, layers)
         found.append((str(plan), average, saved.flops, saved.kv_cache_bytes))
     if arguments.json:
         names = ("plan", "average_vision_tokens", "flops_reduction", "kv_cache_reduction")
         document = {
             "model": arguments.model,
-            "vision_tokens": sum(spans),
+            "vision_tokens": tokens,
             **{name: value for name, value in options.items() if value is not None},
             "found": len(plans),
             "placements": [dict(zip(names, row, strict=True)) for row in found],
@@ -253,7 +249,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         return 0
     print(
         f"{arguments.model}: {len(plans)} placements of {drops} drops keeping {arguments.keep} "
-        f"average {arguments.average:g} of {sum(spans)} vision tokens per image, within "
+        f"average {arguments.average:g} of {tokens} vision tokens per image, within "
         f"{arguments.tolerance:.1%}; the {len(found)} closest, FLOPs in {arguments.convention}"
         + (f", lm_head {arguments.logits}" if arguments.convention == "exact" else "")
         + "\n"

@@ -22,7 +22,7 @@ import torch
 from adsc.cost_error import CostError
 from adsc.geometries import geometry
 from adsc.plan import as_plan
-from adsc.vision_cost import ImageCost, ImageInput, image_cost
+from adsc.vision_cost import ImageInput, image_cost
 
 CONVENTIONS = {
     "exact": "2 x MACs of every matmul: tower, projector, decoder, lm_head; text and vision tokens",
@@ -206,7 +206,8 @@ def estimate_cost(
         plan: a PruningPlan or its text; anything with `tokens_per_layer(num_vision_tokens,
             num_layers)` works too. None or "" is the dense model.
         text_tokens: every position of a row that is not a vision token.
-        num_images: images per row.
+        num_images: images per row. Where a processor cuts an image into tiles that the model takes
+            for images (InternVL, SmolVLM, Gemma 3's pan and scan), tiles per row.
         batch_size: rows; padding is not modelled.
         convention: exact, fastv, pdrop or sparsevlm, as in CONVENTIONS.
         logits: where the lm_head runs in the prefill, for `exact`: on the `last` position
@@ -231,9 +232,9 @@ def estimate_cost(
     """
     _check_arguments(text_tokens, num_images, batch_size, convention, logits, new_tokens)
     config, kv_dtype = _config_and_dtype(config_or_model)
-    image = image_cost(config, ImageInput(size=image_size))
+    image = image_cost(config, ImageInput(size=image_size, images_in_row=num_images))
     decoder = Decoder.from_config(config.get_text_config())
-    vision = _vision_tokens_per_layer(plan, image, num_images, decoder.num_layers)
+    vision = _vision_tokens_per_layer(plan, image.tokens, num_images, decoder.num_layers)
     bytes_per_token = 2 * decoder.kv_heads * decoder.head_dim * kv_dtype.itemsize
 
     layers = []
@@ -246,7 +247,7 @@ def estimate_cost(
     vision_flops = logits_flops = 0
     if convention == "exact":
         positions = {"last": 1, "kept": layers[-1].tokens}
-        uncompressed = num_images * sum(image.spans) + text_tokens
+        uncompressed = num_images * image.tokens + text_tokens
         at = positions.get(logits, uncompressed) + new_tokens
         vision_flops = 2 * batch_size * num_images * image.macs
         logits_flops = 2 * batch_size * at * decoder.hidden * decoder.vocabulary
@@ -276,15 +277,12 @@ def _layer_flops(
 
 
 def _vision_tokens_per_layer(
-    plan: Any, image: ImageCost, num_images: int, num_layers: int
+    plan: Any, image_tokens: int, num_images: int, num_layers: int
 ) -> list[int]:
     if not hasattr(plan, "tokens_per_layer"):
         plan = as_plan(() if plan is None else plan)
-    total = [0] * num_layers
-    for span in image.spans:
-        for layer, count in enumerate(plan.tokens_per_layer(span, num_layers)):
-            total[layer] += num_images * count
-    return total
+    each = plan.tokens_per_layer(image_tokens, num_layers)
+    return [num_images * count for count in each]
 
 
 def _config_and_dtype(config_or_model: Any) -> tuple[Any, torch.dtype]:

@@ -3,7 +3,6 @@ for LLaVA-1.5-7B."""
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,31 +17,9 @@ from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.plan import PlanError
 from adsc.solve import solve_plans
+from tests.adsc.counting import counted
 
 IMAGE_TOKEN = 7
-
-
-# FlopCounterMode has no formula for the CPU flash kernel, which does the work of the CUDA one that
-# it does count.
-def _cpu_flash_flop(query, key, value, *_, **__):
-    return sdpa_flop_count(query, key, value)
-
-
-CPU_FLASH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_flop}
-
-
-def counted(model, *, steps=0, logits_to_keep=1, **inputs):
-    """FLOPs that torch counts in a prefill and `steps` decode steps, and the bytes of the cache's
-    tensors."""
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_FLASH)
-    rows = inputs["input_ids"].shape[0]
-    with torch.no_grad(), counter:
-        out = model(**inputs, use_cache=True, logits_to_keep=logits_to_keep)
-        for _ in range(steps):
-            token = torch.full((rows, 1), 11)
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
-    return counter.get_total_flops(), sum(t.numel() * t.element_size() for t in tensors)
 
 
 def clip(**changes):
