@@ -105,7 +105,7 @@ def by_kind(axes: Axes, results: Results) -> None:
                 colour, marker = style_of(index)
                 axes.plot([100 * share.low, 100 * share.high], [y, y], color=colour, lw=1.6)
                 axes.plot(100 * share.mean, y, marker, color=colour, ms=5)
-    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_yticks(range(len(kinds)), [_wrap(kind, 16) for kind in kinds])
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_xlim(0, 102)
     axes.set_xlabel("right answers, %; grey: majority baseline")
@@ -220,7 +220,7 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
         heights = _apart([shares[i] for i in here], 0.085 * (high - low + 2 * margin))
         for i, y in zip(here, heights, strict=True):
             axes.annotate(
-                results.arms[i].label,
+                _wrap(results.arms[i].label, 24),
                 (costs[i], y),
                 (9 if right else -9, 0),
                 textcoords="offset points",

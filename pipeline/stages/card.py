@@ -1,0 +1,175 @@
+"""The model card of an exported checkpoint: README.md, in the form that model hubs read.
+
+It repeats what other stages found and adds no judgement of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adsc import PruningPlan
+from pipeline.redact import redact
+
+COLUMNS = {
+    "accuracy": ("accuracy", lambda value: f"{100 * value:.1f} %"),
+    "retention": ("of the control's", lambda value: f"{100 * value:.1f} %"),
+    "average_vision_tokens": ("vision tokens, layer average", lambda value: f"{value:.1f}"),
+    "flops": ("FLOPs", lambda value: f"{value:.3g}"),
+    "kv_cache_bytes": ("KV cache, bytes", lambda value: f"{value:,.0f}"),
+    "prefill_ms": ("prefill, ms", lambda value: f"{value:.3g}"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the card says; scores are those of the evaluate stage, by arm."""
+
+    name: str
+    base: str
+    licence: str
+    plan: str
+    arms: dict[str, dict[str, Any]]
+    majority: float | None
+    workflow: str
+    commit: str | None
+    data_digest: str | None
+    lineage: dict[str, str]
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """README.md from the card, and from config.json for the sizes that the plan needs."""
+    (folder / "README.md").write_text(redact(_front(card) + _body(folder, card)))
+
+
+def _front(card: Card) -> str:
+    fields: dict[str, Any] = {
+        "license": card.licence or "other",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["adsc", "vision-token-compression"],
+    }
+    if "/" in card.base and " " not in card.base:
+        fields["base_model"] = card.base
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _body(folder: Path, card: Card) -> str:
+    base = _cell(card.base) or "not named"
+    return f"""
+# {_cell(card.name)}
+
+A vision-language model that drops vision tokens inside its decoder, by a fixed plan and without
+scoring them, and was trained to live with that (ADSC, arXiv 2602.12618). Base: {base}.
+
+## Use
+
+```python
+import adsc
+from transformers import AutoProcessor
+
+model = adsc.from_pretrained("FOLDER")  # attaches the plan that stands in config.json
+processor = AutoProcessor.from_pretrained("FOLDER")
+```
+
+`transformers` alone loads the weights too, but then runs dense, which is not what was trained.
+`python -m pipeline.stages.export FOLDER` checks a copy: files against manifest.json, then logits
+against probe.safetensors. `adapter/` holds the LoRA weights by themselves; they go on the base.
+
+## Plan
+
+{_plan(folder, card.plan)}
+
+## Scores and costs
+
+{_table(card)}
+
+Accuracy is the share of right answers; FLOPs are exact (2 x multiply-adds of every matrix product
+of one prefill), KV cache is what one prefill leaves. One training run, one seed; intervals are in
+the report. {_majority(card.majority)}
+
+## Where it comes from
+
+| | |
+|---|---|
+| workflow | {_cell(card.workflow)} |
+| commit | {_cell(card.commit or "unknown")} |
+| data manifest | {_cell(card.data_digest or "unknown")} |
+{_lineage(card.lineage)}
+
+## Licence
+
+{_licence(card)}
+"""
+
+
+def _plan(folder: Path, text: str) -> str:
+    plan = PruningPlan.parse(text)
+    if not plan.stages:
+        return "None: every decoder layer sees all vision tokens."
+    drops = [
+        f"- before layer {layer}, {keep} of the vision tokens stay" for layer, keep in plan.stages
+    ]
+    words = f"Anchor `{plan.anchor}`, position ids `{plan.positions}`. As text: `{text}`."
+    return "\n".join([*drops, "", words, *_tokens(folder, plan)])
+
+
+def _tokens(folder: Path, plan: PruningPlan) -> list[str]:
+    """Tokens by layer, where config.json fixes how many an image has."""
+    config = json.loads((folder / "config.json").read_text())
+    layers = config.get("text_config", {}).get("num_hidden_layers")
+    vision = config.get("vision_config", {})
+    if not layers or not vision.get("image_size") or not vision.get("patch_size"):
+        return []
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+    counts = ", ".join(map(str, plan.tokens_per_layer(tokens, layers)))
+    reduction = 100 * plan.reduction(tokens, layers)
+    return [
+        "",
+        f"Vision tokens entering each layer: {counts} ({reduction:.1f} % fewer on average).",
+    ]
+
+
+def _table(card: Card) -> str:
+    if not card.arms:
+        return "None were handed over by the evaluate stage."
+    names = [name for name in COLUMNS if any(name in arm for arm in card.arms.values())]
+    head = ["arm", "plan", *(COLUMNS[name][0] for name in names)]
+    rows = [head, ["---"] * len(head)]
+    for label, arm in card.arms.items():
+        values = [arm.get(name) for name in names]
+        shown = [
+            "-" if value is None else COLUMNS[name][1](value)
+            for name, value in zip(names, values, strict=True)
+        ]
+        rows.append([_cell(label), _cell(arm.get("plan") or "none"), *shown])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _majority(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"Always giving the most frequent answer of the question's kind: {100 * share:.1f} %."
+
+
+def _lineage(fingerprints: dict[str, str]) -> str:
+    return "\n".join(
+        f"| stage {_cell(name)} | `{print_}` |" for name, print_ in fingerprints.items()
+    )
+
+
+def _licence(card: Card) -> str:
+    if not card.licence:
+        return "The licence of the base was not given; it applies to these weights too."
+    return f"That of the base: {_cell(card.licence)}."
+
+
+def _cell(text: str) -> str:
+    """Text that can't leave its place in Markdown: one line, no markup."""
+    flat = " ".join(text.split())
+    return "".join(
+        f"\\{character}" if character in "\\`*_[]<>|#" else character for character in flat
+    )
