@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from adsc.drop import EnterLayer, EnterModel, LeaveModel
-from adsc.families import find_family
-from adsc.plan import PruningPlan, as_plan
+from adsc.drop import EnterLayer, EnterModel, EnterVision, LeaveModel, LeaveVision
+from adsc.families import Family, find_family
+from adsc.plan import PlanError, PruningPlan, as_plan
 
 CONFIG_FIELD = "adsc"  # where the plan stands in a checkpoint's config.json
-_HOOKS = (EnterModel, EnterLayer, LeaveModel)
+_HOOKS = (EnterModel, EnterLayer, EnterVision, LeaveModel, LeaveVision)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -44,6 +44,7 @@ def attach(model: M, plan: PruningPlan | str | Iterable[tuple[int, float]]) -> M
     decoder = family.decoder(inner)
     layers = decoder.layers
     plan.check_layers(len(layers))
+    _check_family(family, base.config, plan)
     _remove_hooks(base)
     setattr(base.config, CONFIG_FIELD, plan.to_dict())
     if not plan.stages:
@@ -56,10 +57,29 @@ def attach(model: M, plan: PruningPlan | str | Iterable[tuple[int, float]]) -> M
         enter = EnterModel(family, plan, path, names)
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(LeaveModel(drops), with_kwargs=True)
+    for part in inner.children():
+        if part is not decoder:
+            part.register_forward_pre_hook(EnterVision(), with_kwargs=True)
+            part.register_forward_hook(LeaveVision(), with_kwargs=True)
     for number, layer in enumerate(layers):
         hook = EnterLayer(number, drops[number], number in at)
         layer.register_forward_pre_hook(hook, with_kwargs=True)
     return model
+
+
+def _check_family(family: Family, config: Any, plan: PruningPlan) -> None:
+    first = family.first_layer(config)
+    if plan.stages and plan.stages[0][0] < first:
+        raise PlanError(
+            f"plan {str(plan)!r} drops before layer {plan.stages[0][0]}, but {family.name} adds "
+            f"image features to its vision tokens after layers 0..{first - 1}: the first layer "
+            f"for a drop is {first}"
+        )
+    if plan.stages and plan.positions == "reindex" and family.axes > 1:
+        raise PlanError(
+            f"positions 'reindex' has no meaning for {family.name}, whose tokens have "
+            f"{family.axes} position ids each (time, height, width); use positions='keep'"
+        )
 
 
 def detach(model: M) -> M:

@@ -18,6 +18,7 @@ columns that the cache held before the call, D width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    blockwise_overlay,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 
-from adsc.families import Family
+from adsc.families import GRID, Family
 from adsc.held import CacheError, Held, held_by, keep_record
 from adsc.plan import PruningPlan
 from adsc.schedule import Segment, survivors
@@ -50,6 +56,8 @@ class Call:
         before: what the cache held before this call, None if nothing was ever dropped into it.
         after: what it holds after this call.
         seen: (B, past + S) bool, columns of the conversation that aren't padding; None if none is.
+        blocks: (B, S) block in which a column attends both ways, -1 for none; None if causal.
+        window_cuts_blocks: whether a sliding window also cuts attention inside a block.
     """
 
     plan: PruningPlan
@@ -60,6 +68,8 @@ class Call:
     before: Held | None
     after: Held | None
     seen: Tensor | None
+    blocks: Tensor | None
+    window_cuts_blocks: bool
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -103,19 +113,43 @@ class Call:
 
     def mask(self, drop: int, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
         """The attention mask of a layer after drop number `drop`, as its backend takes it."""
-        config = self.decoder.config
-        sliding = _is_sliding(config, layer)
-        build = create_sliding_window_causal_mask if sliding else create_causal_mask
+        sliding = _is_sliding(self.decoder.config, layer)
         return self.once(
             ("mask", drop, sliding, hidden.device),
-            lambda: build(
-                config=config,
-                inputs_embeds=hidden,
-                attention_mask=self.keys(drop),
-                past_key_values=cache,
-                layer_idx=layer,
-            ),
+            lambda: self._build_mask(drop, layer, hidden, cache, sliding),
         )
+
+    def _build_mask(
+        self, drop: int, layer: int, hidden: Tensor, cache: Cache | None, sliding: bool
+    ) -> Any:
+        config = self.decoder.config
+        how: dict[str, Any] = {
+            "config": config,
+            "inputs_embeds": hidden,
+            "attention_mask": self.keys(drop),
+            "past_key_values": cache,
+            "layer_idx": layer,
+        }
+        if self.blocks is None:
+            build = create_sliding_window_causal_mask if sliding else create_causal_mask
+            return build(**how)
+        blocks = self.block_numbers(drop)
+        if sliding and self.window_cuts_blocks:
+            how["or_mask_function"] = blockwise_overlay(blocks)
+            how["and_mask_function"] = sliding_window_overlay(config.sliding_window)
+            return create_causal_mask(**how)
+        build = create_sliding_window_causal_mask if sliding else create_causal_mask
+        return build(**how, block_sequence_ids=blocks)
+
+    def block_numbers(self, drop: int) -> Tensor:
+        """(B, H + Q): the block of each slot, -1 for none; what the cache held is in none."""
+        assert self.blocks is not None
+        segment, before = self.segments[drop], self.before
+        blocks = self.blocks.gather(1, segment.columns)
+        if segment.valid is not None:
+            blocks = blocks.masked_fill(~segment.valid, -1)
+        held = 0 if before is None else before.columns[drop].shape[1] + before.tail
+        return nn.functional.pad(blocks, (held, 0), value=-1)
 
     def order(self, drop: int, hidden: Tensor) -> Tensor:
         """(1, Q): slots counted up.
@@ -129,19 +163,20 @@ class Call:
 
     def rotary(self, drop: int, layer: int, hidden: Tensor, given: Any) -> Any:
         """(cos, sin) of a segment: those of the columns that are left, or of their new numbers."""
+        sliding = _is_sliding(self.decoder.config, layer)
+        key = ("rotary", drop, sliding, hidden.device)
         if self.plan.positions == "reindex":
-            return self.once(
-                ("rotary", drop, hidden.device),
-                lambda: self.decoder.rotary_emb(hidden, self.numbers(drop, hidden)),
-            )
+            return self.once(key, lambda: self._turn(hidden, self.numbers(drop, hidden), layer))
         if not self.segments or given is None:
             return given
         columns = self.segments[drop].columns.to(hidden.device)
-        kind = _is_sliding(self.decoder.config, layer)
-        return self.once(
-            ("rotary", drop, kind, hidden.device),
-            lambda: tuple(_pick(table, columns) for table in given),
-        )
+        return self.once(key, lambda: tuple(_pick(table, columns) for table in given))
+
+    def _turn(self, hidden: Tensor, numbers: Tensor, layer: int) -> Any:
+        rotary = self.decoder.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return rotary(hidden, numbers, self.decoder.config.layer_types[layer])
+        return rotary(hidden, numbers)
 
     def numbers(self, drop: int, hidden: Tensor) -> Tensor:
         """(B, Q) positions counted from 0 over the tokens that are left, the cache's included."""
@@ -155,10 +190,9 @@ class Call:
 
 
 def _pick(table: Tensor, columns: Tensor) -> Tensor:
-    """Rows of (B or 1, S, D) at (B, Q) -> (B, Q, D)."""
-    if table.shape[0] == 1:
-        return table[0][columns]
-    return table.gather(1, columns.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+    """(..., B or 1, S, D) at columns (B, Q) -> (..., B, Q, D)."""
+    index = columns.unsqueeze(-1).expand(*table.shape[:-3], -1, -1, table.shape[-1])
+    return table.expand(*table.shape[:-3], len(columns), -1, -1).gather(-2, index)
 
 
 def _is_sliding(config: Any, layer: int) -> bool:
@@ -188,19 +222,18 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
     seen = _seen(inputs.get("attention_mask"), past, width)
 
     segments: list[Segment] = []
-    if family.has_images(inputs):
-        images = tuple(family.images(model.config, inputs))
-        vision = family.vision_mask(model, inputs)
-        if images:
-            valid = None if seen is None else seen[:, past:]
-            segments = survivors(vision, valid, images, plan)
+    blocks = None
+    if vision := family.vision(model, inputs):
+        segments = survivors(vision, None if seen is None else seen[:, past:], plan)
+        blocks = family.blocks(inputs, past, width)
     if segments and before is None and past:
         nothing = torch.empty(1, 0, dtype=torch.long, device=tokens.device)
         count = len(plan.stages)
         before = Held(past, 0, (nothing,) * count, (False,) * count, plan.stages[0][0] == 0)
     after = _after(before, segments, seen, past, width, plan)
     decoder = family.decoder(model)
-    return Call(plan, decoder, rows, width, segments, before, after, seen)
+    windowed = family.window_cuts_blocks
+    return Call(plan, decoder, rows, width, segments, before, after, seen, blocks, windowed)
 
 
 def _seen(mask: Any, past: int, width: int) -> Tensor | None:
@@ -276,7 +309,8 @@ class EnterModel:
 def _cut_labels(inputs: dict[str, Any], call: Call, family: Family, model: nn.Module) -> Tensor:
     """(B, S) -> (B, Q): labels of the columns that reach the end; vision tokens have none."""
     labels, last = inputs["labels"], call.segments[-1]
-    labels = labels.masked_fill(family.vision_mask(model, inputs).to(labels.device), IGNORED)
+    for columns, _ in family.vision(model, inputs):
+        labels = labels.masked_fill(columns.to(labels.device), IGNORED)
     labels = labels.gather(1, last.columns.to(labels.device))
     return (
         labels if last.valid is None else labels.masked_fill(~last.valid.to(labels.device), IGNORED)
@@ -322,6 +356,30 @@ class EnterLayer:
         )
         kwargs["position_ids"] = call.order(self.drop, hidden)
         return (hidden, *args[1:]), kwargs
+
+
+class EnterVision:
+    """Pre-hook of everything beside the decoder: some models pass their keywords on to it."""
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if CALL not in kwargs:
+            return None
+        return args, {name: value for name, value in kwargs.items() if name != CALL}
+
+
+class LeaveVision:
+    """Forward hook of a vision tower: its output keeps the grids that it was called with.
+
+    `generate` encodes images first and then forgets their grids, by which frames are told apart.
+    """
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if (grid := kwargs.get("grid_thw")) is not None and hasattr(output, "to_tuple"):
+            setattr(output, GRID, grid.tolist())
 
 
 class LeaveModel:

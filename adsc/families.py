@@ -1,26 +1,37 @@
 """What differs between model families, in one table: where the decoder is, and which tokens are
 vision tokens.
 
-A row holds paths and small functions of the model's config and of one call's inputs. It
-deliberately holds no behaviour of dropping: a new family is a row here and a row in the tests.
+A row holds names and small functions of a model's config and of one call's inputs. It deliberately
+holds no behaviour of dropping: a new family is a row here and a row in the tests.
+
+What counts as one image, to be downsampled on its own: a picture, with all its any-resolution
+crops (LLaVA-NeXT, LLaVA-OneVision); a tile, where tiles are pictures to the model (InternVL,
+SmolVLM, Idefics3); a frame, or the frames that the model merged in time (Qwen), of a video.
 
 Legend: B rows, S columns, n vision tokens of one image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 Inputs = Mapping[str, Any]
+GRID = "adsc_grid"  # on the output of a vision tower: the grids it was called with
 
 
 class UnsupportedModel(TypeError):
-    """The model is of no family in the table, or is arranged in a way that dropping can't serve."""
+    """The model is of no family in the table, or is arranged as dropping can't serve it."""
 
 
 class VisionTokenError(ValueError):
@@ -35,6 +46,34 @@ class Image:
     lattice: tuple[int, int] | None = None
 
 
+# The images of a call in the order of their tokens, row by row; or the one kind that all are of,
+# where their number is no matter of shapes.
+Images = list[Image] | Image
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """One id that stands for vision tokens.
+
+    Args:
+        token: attribute of the config that holds the id.
+        inputs: the names under which a call may carry what stands behind it.
+        encoded: the key of its features in `mm_encoder_outputs`.
+        images: the images that a call brings, from the model's config and the call's inputs.
+    """
+
+    token: str
+    inputs: tuple[str, ...]
+    encoded: str
+    images: Callable[[Any, Inputs], Images]
+
+    def given(self, inputs: Inputs) -> bool:
+        """Whether a call brings any; without, the id is plain text to a model."""
+        return any(inputs.get(name) is not None for name in self.inputs) or (
+            _features(inputs, self.encoded) is not None
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family.
@@ -42,87 +81,265 @@ class Family:
     Args:
         name: as in the documentation.
         model_type: `config.model_type` of its models.
+        placeholders: its kinds of vision tokens.
         text_model: attribute of the inner model (`model.model`) that holds the decoder.
-        token_ids: ids in `input_ids` that stand for one vision token each, from the config.
-        images: the images of a call in the order of their tokens, from the config and the call's
-            inputs.
-        inputs: the names under which a call carries images; none of them given means no vision
-            tokens.
+        blocks: (B, S) number of the block in which each column attends both ways, -1 for none;
+            None where attention is causal.
+        window_cuts_blocks: whether a sliding window also cuts attention inside a block.
+        first_layer: the first decoder layer before which a drop may be, from the config.
+        axes: how many position ids a token has.
     """
 
     name: str
     model_type: str
-    text_model: str
-    token_ids: Callable[[Any], tuple[int, ...]]
-    images: Callable[[Any, Inputs], list[Image]]
-    inputs: tuple[str, ...] = ("pixel_values",)
+    placeholders: tuple[Placeholder, ...]
+    text_model: str = "language_model"
+    blocks: Callable[[Inputs, int, int], Tensor | None] = field(default=lambda *_: None)
+    window_cuts_blocks: bool = False
+    first_layer: Callable[[Any], int] = field(default=lambda _: 0)
+    axes: int = 1
 
     def decoder(self, model: nn.Module) -> Any:
         """The text model inside the inner model: it has `layers`, `rotary_emb` and a `config`."""
         return getattr(model, self.text_model)
 
-    def has_images(self, inputs: Inputs) -> bool:
-        """Whether a call brings images; without any, placeholder ids are plain text to a model."""
-        return any(inputs.get(name) is not None for name in self.inputs) or any(
-            output is not None for output in (inputs.get("mm_encoder_outputs") or {}).values()
-        )
-
-    def vision_mask(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """(B, S) bool: which columns are vision tokens, by id, or by embedding without ids."""
-        ids = self.token_ids(model.config)
-        if (input_ids := inputs.get("input_ids")) is not None:
-            return _any(input_ids == token for token in ids)
-        embeds = inputs["inputs_embeds"]
-        table = model.get_input_embeddings()  # type: ignore[operator]
-        places = (
-            table(torch.tensor(token, device=embeds.device)).to(embeds.dtype) for token in ids
-        )
-        return _any((embeds == place).all(-1) for place in places)
+    def vision(self, model: nn.Module, inputs: Inputs) -> list[tuple[Tensor, Images]]:
+        """For each kind of vision token that a call brings: its columns (B, S) bool, its images."""
+        config = model.config
+        found = [
+            (_columns(model, inputs, getattr(config, kind.token)), kind.images(config, inputs))
+            for kind in self.placeholders
+            if kind.given(inputs)
+        ]
+        return [(columns, images) for columns, images in found if images]
 
 
-def _any(masks: Iterable[Tensor]) -> Tensor:
-    first, *rest = masks
-    for mask in rest:
-        first = first | mask
-    return first
+def _columns(model: nn.Module, inputs: Inputs, token: int) -> Tensor:
+    """(B, S) bool: where a token is; told from its embedding where a call has no ids."""
+    if (ids := inputs.get("input_ids")) is not None:
+        return ids == token
+    embeds = inputs["inputs_embeds"]
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    place = table(torch.full((), token, dtype=torch.long, device=embeds.device))
+    return (embeds == place.to(embeds.dtype)).all(-1)
 
 
-def _encoded(inputs: Inputs) -> list[Image] | None:
-    """Images whose features `generate` has computed beforehand: one (n, D) tensor each."""
-    output = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    if output is None:
-        return None
-    return [Image(features.shape[0]) for features in output.pooler_output]
+def _features(inputs: Inputs, kind: str) -> Any:
+    """What `generate` has encoded beforehand, since transformers 5.2x."""
+    encoded = inputs.get("mm_encoder_outputs")
+    return encoded.get(kind) if isinstance(encoded, Mapping) else None
 
 
-def _square(tokens: int, height: int, width: int) -> Image:
-    return Image(tokens, (height, width) if tokens == height * width else None)
+def _encoded_images(inputs: Inputs, kind: str = "image") -> list[Image]:
+    """One image for each (n, D) of the encoded features."""
+    output = _features(inputs, kind)
+    return [] if output is None else [Image(len(features)) for features in output.pooler_output]
 
 
-def _llava_images(config: Any, inputs: Inputs) -> list[Image]:
+def _of_pixels(pixels: Tensor, image: Image) -> list[Image]:
+    return [image] * pixels.shape[0]
+
+
+def _side(config: Any) -> int:
+    """Patches along a side of the vision tower's own square."""
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def _llava(config: Any, inputs: Inputs) -> Images:
     """A fixed patch grid; the tower's class token goes (`default`) or stays (`full`)."""
     if (pixels := inputs.get("pixel_values")) is None:
-        return _encoded(inputs) or []
+        return _encoded_images(inputs)
     patch = config.vision_config.patch_size
-    if (
-        sizes := inputs.get("image_sizes")
-    ) is not None:  # towers of native resolution, such as Pixtral's
+    if (sizes := inputs.get("image_sizes")) is not None:  # towers of native resolution (Pixtral)
         grids = [(int(h) // patch, int(w) // patch) for h, w in torch.as_tensor(sizes).tolist()]
         return [Image(h * w, (h, w)) for h, w in grids]
     strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     has_class_token = "clip" in config.vision_config.model_type
     height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     tokens = height * width + has_class_token - (strategy == "default")
-    return [_square(tokens, height, width)] * pixels.shape[0]
+    lattice = (height, width) if tokens == height * width else None
+    return _of_pixels(pixels, Image(tokens, lattice))
 
+
+def _llava_next(config: Any, inputs: Inputs) -> Images:
+    """Any resolution: an overview, then crops without their padding, a newline after each row."""
+    if inputs.get("pixel_values") is None:
+        return _encoded_images(inputs)
+    sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+    return [Image(_anyres_tokens(config, size, None)) for size in sizes]
+
+
+def _llava_onevision(config: Any, inputs: Inputs) -> Images:
+    """As LLaVA-NeXT, with a bound on crops; several images in a sample may come without crops."""
+    if inputs.get("pixel_values") is None:
+        return _encoded_images(inputs)
+    sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+    numbers = inputs.get("batch_num_images")
+    cropped = [True] * len(sizes)
+    if numbers is not None:
+        cropped = [n == 1 for n in torch.as_tensor(numbers).tolist() for _ in range(n)]
+    # The forward passes no aspect ratio on, so the config's is what counts.
+    bound = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    overview = Image(_side(config) ** 2 + 1)
+    return [
+        Image(_anyres_tokens(config, size, bound)) if crops else overview
+        for size, crops in zip(sizes, cropped, strict=True)
+    ]
+
+
+def _anyres_tokens(config: Any, size: list[int], bound: int | None) -> int:
+    """Tokens of one image of `size` (height, width), counted with transformers' own geometry."""
+    tile, side = config.vision_config.image_size, _side(config)
+    if image_size_to_num_patches(size, config.image_grid_pinpoints, tile) == 1:
+        return side**2 + 1
+    rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
+    height, width = unpad_image(torch.empty(0, rows * side, columns * side), size).shape[1:]
+    if bound is not None:
+        ratio = math.sqrt(height * width / (bound * side**2))
+        if ratio > 1.1:
+            height, width = int(height // ratio), int(width // ratio)
+    return side**2 + height * (width + 1)
+
+
+def _llava_onevision_video(config: Any, inputs: Inputs) -> Images:
+    """Frames pooled to half their side, and one newline at the end of a video."""
+    side = math.ceil(_side(config) / 2)
+    if (pixels := inputs.get("pixel_values_videos")) is not None:
+        videos, frames = pixels.shape[:2]
+    else:
+        features = _features(inputs, "video").pooler_output
+        videos, frames = len(features), (features[0].shape[0] - 1) // side**2
+    return ([Image(side**2, (side, side))] * frames + [Image(1, (1, 1))]) * videos
+
+
+def _qwen(config: Any, inputs: Inputs) -> Images:
+    return _qwen_grids(config, inputs, "image")
+
+
+def _qwen_video(config: Any, inputs: Inputs) -> Images:
+    return _qwen_grids(config, inputs, "video")
+
+
+def _qwen_grids(config: Any, inputs: Inputs, kind: str) -> Images:
+    """Native resolution: t x h x w patches, merged by squares in space."""
+    merge = config.vision_config.spatial_merge_size
+    if (given := inputs.get(f"{kind}_grid_thw")) is not None:
+        grids = torch.as_tensor(given).tolist()
+    else:
+        # Encoded beforehand: the tower's output tells the grids, in the order of distinct features
+        # (beams share theirs).
+        output = _features(inputs, kind)
+        distinct = list({id(one): None for one in output.pooler_output})
+        known = dict(zip(distinct, getattr(output, GRID), strict=True))
+        grids = [known[id(one)] for one in output.pooler_output]
+    return [
+        Image(h * w // merge**2, (h // merge, w // merge)) for t, h, w in grids for _ in range(t)
+    ]
+
+
+def _internvl(config: Any, inputs: Inputs) -> Images:
+    """Tiles of a fixed size, each shuffled to a quarter of its patches (`downsample_ratio`)."""
+    if (pixels := inputs.get("pixel_values")) is None:
+        return _encoded_images(inputs)
+    patch = config.vision_config.patch_size
+    patch = patch if isinstance(patch, int) else patch[0]
+    side = int(pixels.shape[-1] // patch * config.downsample_ratio)
+    return _of_pixels(pixels, Image(side**2, (side, side)))
+
+
+def _idefics(config: Any, inputs: Inputs) -> Images:
+    """Tiles between words; some of `pixel_values` only pad, so their number is not asked."""
+    side = _side(config) // config.scale_factor
+    return Image(side**2, (side, side))
+
+
+def _gemma(config: Any, inputs: Inputs) -> Images:
+    """A fixed number of tokens, pooled from the patches."""
+    if (pixels := inputs.get("pixel_values")) is None:
+        return _encoded_images(inputs)
+    side = math.isqrt(config.mm_tokens_per_image)
+    return _of_pixels(pixels, Image(side**2, (side, side)))
+
+
+def _paligemma(config: Any, inputs: Inputs) -> Images:
+    """One token for each patch."""
+    if (pixels := inputs.get("pixel_values")) is None:
+        return _encoded_images(inputs)
+    return _of_pixels(pixels, Image(_side(config) ** 2, (_side(config), _side(config))))
+
+
+def _gemma_blocks(inputs: Inputs, past: int, width: int) -> Tensor | None:
+    """Each run of image tokens attends to itself both ways."""
+    if (types := inputs.get("token_type_ids")) is None:
+        return None
+    image = types[:, -width:] == 1
+    starts = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
+    return torch.where(image, starts.cumsum(1) - 1, -1)
+
+
+def _paligemma_blocks(inputs: Inputs, past: int, width: int) -> Tensor | None:
+    """The prefix, image and question, attends to itself both ways; the answer is causal."""
+    types = inputs.get("token_type_ids")
+    return None if types is None else torch.where(types[:, -width:] == 0, 0, -1)
+
+
+def _deepstack_layers(config: Any) -> int:
+    """Image features are added to all vision tokens after each of these layers."""
+    return len(config.vision_config.deepstack_visual_indexes)
+
+
+def _image(images: Callable[[Any, Inputs], Images]) -> Placeholder:
+    return Placeholder("image_token_id", ("pixel_values",), "image", images)
+
+
+def _video(images: Callable[[Any, Inputs], Images]) -> Placeholder:
+    return Placeholder("video_token_id", ("pixel_values_videos",), "video", images)
+
+
+_QWEN = (_image(_qwen), _video(_qwen_video))
 
 FAMILIES: tuple[Family, ...] = (
+    Family(name="LLaVA-1.5", model_type="llava", placeholders=(_image(_llava),)),
+    Family(name="LLaVA-NeXT", model_type="llava_next", placeholders=(_image(_llava_next),)),
     Family(
-        name="LLaVA-1.5",
-        model_type="llava",
-        text_model="language_model",
-        token_ids=lambda config: (config.image_token_id,),
-        images=_llava_images,
+        name="LLaVA-OneVision",
+        model_type="llava_onevision",
+        placeholders=(_image(_llava_onevision), _video(_llava_onevision_video)),
+    ),
+    Family(name="Qwen2-VL", model_type="qwen2_vl", placeholders=_QWEN, axes=3),
+    Family(name="Qwen2.5-VL", model_type="qwen2_5_vl", placeholders=_QWEN, axes=3),
+    Family(
+        name="Qwen3-VL",
+        model_type="qwen3_vl",
+        placeholders=_QWEN,
+        axes=3,
+        first_layer=_deepstack_layers,
+    ),
+    Family(name="InternVL", model_type="internvl", placeholders=(_image(_internvl),)),
+    Family(
+        name="SmolVLM",
+        model_type="smolvlm",
+        placeholders=(_image(_idefics),),
+        text_model="text_model",
+    ),
+    Family(
+        name="Idefics3",
+        model_type="idefics3",
+        placeholders=(_image(_idefics),),
+        text_model="text_model",
+    ),
+    Family(
+        name="Gemma 3",
+        model_type="gemma3",
+        placeholders=(_image(_gemma),),
+        blocks=_gemma_blocks,
+        window_cuts_blocks=True,
+    ),
+    Family(
+        name="PaliGemma",
+        model_type="paligemma",
+        placeholders=(_image(_paligemma),),
+        blocks=_paligemma_blocks,
     ),
 )
 
@@ -146,6 +363,5 @@ def find_family(model: nn.Module) -> tuple[Family, nn.Module]:
     )
     raise UnsupportedModel(
         f"{type(model).__name__} with config.model_type {model_type!r} is of no known family; "
-        f"looked for {looked_for}. "
-        "A new family is a row in adsc/families.py."
+        f"looked for {looked_for}. A new family is a row in adsc/families.py."
     )

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adsc.families import Image, VisionTokenError
+from adsc.families import Image, Images, VisionTokenError
 from adsc.plan import PruningPlan
 
 
@@ -38,7 +38,7 @@ class Segment:
 
 
 def survivors(
-    vision: Tensor, valid: Tensor | None, images: tuple[Image, ...], plan: PruningPlan
+    vision: list[tuple[Tensor, Images]], valid: Tensor | None, plan: PruningPlan
 ) -> list[Segment]:
     """The segments after each drop of the plan.
 
@@ -47,33 +47,42 @@ def survivors(
     allows.
 
     Args:
-        vision: (B, S) bool, the vision tokens.
+        vision: for each kind of vision token (B, S) bool, where they are, and their images in
+            order.
         valid: (B, S) bool, False for padding; None if there is none.
-        images: the batch's images in the order of their tokens, row by row.
         plan: where and how much to drop.
 
     Raises:
-        VisionTokenError: a row's vision tokens are not those of a whole number of the images that
-        come next.
+        VisionTokenError: a row's vision tokens are not those of a whole number of the next images.
     """
-    rows, width = vision.shape
-    total = sum(image.tokens for image in images)
-    table = _keep_table(images, plan, vision.device)  # (K, N)
-    ordinal = vision.flatten().cumsum(0).view(rows, width) - 1
-    keep = ~vision | table[:, ordinal.clamp(0, total - 1)]  # (K, B, S)
-    ends_padded = torch.zeros_like(vision[:, 0])
+    keep = torch.stack([_kept(columns, images, plan) for columns, images in vision]).all(0)
+    ends_padded = torch.zeros_like(keep[0, :, 0])
     if valid is not None:
         keep, ends_padded = keep & valid, ~valid[:, -1]
+    tokens = [columns.sum(1) for columns, _ in vision]
     # The one copy to the host: a few integers for each row.
-    counts = torch.stack([vision.sum(1), ends_padded, *keep.sum(2)], dim=1).tolist()
-    _check_images([row[0] for row in counts], images)
-    left = not any(row[1] for row in counts)
+    counts = torch.stack([*tokens, ends_padded, *keep.sum(2)], dim=1).tolist()
+    for kind, (_, images) in enumerate(vision):
+        _check_images([row[kind] for row in counts], images)
+    left = not any(row[len(vision)] for row in counts)
 
     segments: list[Segment] = []
     for stage, kept in enumerate(keep):
-        lengths = [row[2 + stage] for row in counts]
+        lengths = [row[len(vision) + 1 + stage] for row in counts]
         segments.append(_compact(kept, segments[-1] if segments else None, lengths, left))
     return segments
+
+
+def _kept(columns: Tensor, images: Images, plan: PruningPlan) -> Tensor:
+    """(K, B, S) bool: False where a vision token of this kind is dropped by then."""
+    rows, width = columns.shape
+    if isinstance(images, Image):
+        table = _keep_table((images,), plan, columns.device)
+        ordinal = (columns.cumsum(1) - 1) % images.tokens
+    else:
+        table = _keep_table(tuple(images), plan, columns.device)
+        ordinal = columns.flatten().cumsum(0).view(rows, width) - 1
+    return ~columns | table[:, ordinal.clamp(0, table.shape[1] - 1)]
 
 
 def _compact(keep: Tensor, before: Segment | None, lengths: list[int], left: bool) -> Segment:
@@ -113,8 +122,16 @@ def _keep_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.devi
     return torch.tensor(stages, dtype=torch.bool, device=device)
 
 
-def _check_images(tokens: list[int], images: tuple[Image, ...]) -> None:
+def _check_images(tokens: list[int], images: Images) -> None:
     """Deal the images out to the rows in order. tokens: vision tokens of each row."""
+    if isinstance(images, Image):
+        for row, wanted in enumerate(tokens):
+            if wanted % images.tokens:
+                raise VisionTokenError(
+                    f"row {row} holds {wanted} vision tokens, which is no multiple of the "
+                    f"{images.tokens} that an image of this model has; {_REMEDY}"
+                )
+        return
     following = iter(images)
     for row, wanted in enumerate(tokens):
         found = 0
@@ -124,17 +141,17 @@ def _check_images(tokens: list[int], images: tuple[Image, ...]) -> None:
                 raise _mismatch(tokens, images, f"row {row} needs more images than were given")
             found += image.tokens
         if found > wanted:
-            raise _mismatch(
-                tokens, images, f"row {row} has {wanted}, and its images would bring {found}"
-            )
+            what = f"row {row} has {wanted}, and its images would bring {found}"
+            raise _mismatch(tokens, images, what)
     if left_over := len(list(following)):
         raise _mismatch(tokens, images, f"{left_over} images belong to no row")
 
 
-def _mismatch(tokens: list[int], images: tuple[Image, ...], what: str) -> VisionTokenError:
+_REMEDY = "the processor that wrote the image tokens must match the model and the images of a call"
+
+
+def _mismatch(tokens: list[int], images: list[Image], what: str) -> VisionTokenError:
     return VisionTokenError(
         f"the rows hold {tokens} vision tokens, the {len(images)} images make "
-        f"{[image.tokens for image in images]}: "
-        f"{what}; the processor that wrote the image tokens must match the model and the images "
-        "of the call"
+        f"{[image.tokens for image in images]}: {what}; {_REMEDY}"
     )
