@@ -167,11 +167,11 @@ class Tracker:
     def params(self, values: Mapping[str, Any]) -> None:
         """Log a nested config under dotted keys; credentials are hidden, long values cut with a
         mark."""
-        from mlflow.entities import Param
-
-        params = [Param(_name(key), _cut(value)) for key, value in flatten(values).items()]
 
         def log_batches(client: MlflowClient, run: str) -> None:
+            from mlflow.entities import Param
+
+            params = [Param(_name(key), _cut(value)) for key, value in flatten(values).items()]
             for start in range(0, len(params), 100):
                 client.log_batch(run, params=params[start : start + 100])
 
@@ -179,19 +179,23 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log numbers; nested names are joined by `/`, which MLflow groups by. None is left out."""
-        from mlflow.entities import Metric
-
-        now, batch = int(time.time() * 1000), []
+        numbers: dict[str, float] = {}
         for path, value in leaves(values):
             name = _name("/".join(path))
-            if value is None:
-                continue
             try:
-                batch.append(Metric(name, float(value), now, step or 0))
+                if value is not None:
+                    numbers[name] = float(value)
             except (TypeError, ValueError):
                 self._report(f"metric {name} is {value!r}, not a number")
-        if batch:
-            self._send("metrics", lambda client, run: client.log_batch(run, metrics=batch))
+        now = int(time.time() * 1000)
+
+        def log_batch(client: MlflowClient, run: str) -> None:
+            from mlflow.entities import Metric
+
+            batch = [Metric(name, number, now, step or 0) for name, number in numbers.items()]
+            client.log_batch(run, metrics=batch)
+
+        self._send("metrics", log_batch)
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Upload a file, or a folder with all that is in it."""
@@ -204,12 +208,16 @@ class Tracker:
     def dataset(self, uri: str, name: str, digest: str) -> None:
         """Name a data set that this run read: where it is, and which version (36 characters of its
         digest stay)."""
-        from mlflow.entities import Dataset, DatasetInput
-
         kind = urlsplit(uri).scheme or "local"
         source = json.dumps({"uri": redact(uri)})
-        data = DatasetInput(Dataset(name, digest[:36], kind, source), tags=[])
-        self._send("dataset", lambda client, run: client.log_inputs(run, [data]))
+
+        def log_input(client: MlflowClient, run: str) -> None:
+            from mlflow.entities import Dataset, DatasetInput
+
+            data = DatasetInput(Dataset(name, digest[:36], kind, source), tags=[])
+            client.log_inputs(run, [data])
+
+        self._send("dataset", log_input)
 
     def note(self, text: str) -> None:
         """The run's description, Markdown, on top of its page."""

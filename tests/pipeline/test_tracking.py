@@ -247,6 +247,54 @@ def test_a_run_that_could_not_start_writes_nowhere() -> None:
     tracking.finish_workflow("http://127.0.0.1:1", None)
 
 
+def test_artifacts_on_s3_and_an_endpoint_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    endpoint = ThreadedMotoServer("127.0.0.1", port=0)
+    endpoint.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*endpoint.get_host_and_port()),
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3 = boto3.client("s3")
+    s3.create_bucket(Bucket="lab")
+    uri = tracking.prepare(tracking.default_uri(tmp_path), EXPERIMENT, "s3://lab/mlflow")
+    (tmp_path / "a.txt").write_text("a")
+    with tracking.stage_run(uri, EXPERIMENT, None, "report", {}) as tracker:
+        tracker.artifact(tmp_path / "a.txt")
+        assert [o["Key"].split("/")[-1] for o in s3.list_objects(Bucket="lab")["Contents"]] == [
+            "a.txt"
+        ]
+        s3.delete_object(Bucket="lab", Key=s3.list_objects(Bucket="lab")["Contents"][0]["Key"])
+        s3.delete_bucket(Bucket="lab")
+        tracker.artifact(tmp_path / "a.txt")
+        assert "NoSuchBucket" in tracker.problems[0]
+        endpoint.stop()
+        tracker._quiet_until = 0.0  # the minute is over
+        tracker.artifact(tmp_path / "a.txt")
+        assert len(tracker.problems) == 2
+        assert "Could not connect" in tracker.problems[1]
+    assert fetch(uri, tracker.run_id).info.status == "FINISHED"
+
+
+def test_an_untracked_run_does_not_even_load_mlflow() -> None:
+    code = (
+        "import sys; from pipeline.tracking import RunHandle, Tracker\n"
+        "t = Tracker(RunHandle('', None)); t.params({'a': 1}); t.metrics({'m': 1}); t.note('x')\n"
+        "t.dataset('/x', 'd', '1'); t.artifact('/absent'); t.finish('FINISHED')\n"
+        "assert t.model('/absent', 'm') is None and t.problems == []\n"
+        "assert 'mlflow' not in sys.modules and 'boto3' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 class Server:
     """A real `mlflow server` process that can be killed and started again on its port."""
 
