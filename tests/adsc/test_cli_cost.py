@@ -3,8 +3,10 @@ take them in."""
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -169,3 +171,21 @@ def test_module_runs_alone():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "geometry 'nothing' is unknown" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cost.md"
+
+
+@pytest.mark.parametrize(
+    "block", re.findall(r"```console\n\$ adsc (.*?)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+)
+def test_documented_output_is_what_the_commands_print(capsys, block):
+    command, expected = block
+    assert output(capsys, *command.split()).out == expected
+
+
+def test_qwen3_vl_drops_no_earlier_than_its_last_injected_layer(capsys):
+    command = ("plan", "--model", "qwen3-vl-8b", "--average", "192", "--json", "--drops", "1")
+    found = json.loads(output(capsys, *command, "--keep", "1/9", "--tolerance", "0.5").out)
+    layers = [PruningPlan.parse(row["plan"]).stages[0][0] for row in found["placements"]]
+    assert min(layers) == 3

@@ -13,6 +13,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from adsc.attach import attach
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.plan import PlanError
@@ -93,6 +94,25 @@ def test_dense_llava_is_exact(name, attention):
             model, None, 9, num_images=images, batch_size=batch_size, new_tokens=steps
         )
         assert (cost.flops, cost.kv_cache_bytes) == (flops, kv), (images, batch_size, steps)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "plan", ["1:1/2,3:1/3", "0:1/4;anchor=first", "2:1/2;positions=reindex", "3:1/100"]
+)
+def test_llava_with_a_plan_is_exact(plan, attention):
+    model = attach(llava(attention), plan)
+    for images, batch_size, steps in ((1, 1, 0), (2, 3, 2)):
+        inputs = {
+            "input_ids": rows([16] * images, text_tokens=9, batch_size=batch_size),
+            "pixel_values": torch.zeros(images * batch_size, 3, 28, 28),
+        }
+        for logits, keep in (("last", 1), ("kept", 0)):
+            found = counted(model, steps=steps, logits_to_keep=keep, **inputs)
+            cost = estimate_cost(
+                model, plan, 9, images, batch_size, logits=logits, new_tokens=steps
+            )
+            assert (cost.flops, cost.kv_cache_bytes) == found, (images, batch_size, logits)
 
 
 def test_logits_on_all_positions_and_dtype():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
+from adsc.attach import attach
 from adsc.cost import estimate_cost
 from adsc.cost_error import CostError
 from adsc.vision_cost import FAMILIES
@@ -248,20 +249,23 @@ def test_exact(name: str, attention: str) -> None:
     torch.manual_seed(0)
     model = case.model._from_config(case.config(), attn_implementation=attention).eval()
     # Text alone comes first: the Qwen-VL models keep the rope offsets of their last call.
-    for images, rows, steps in ((0, 1, 1), (1, 1, 0), (case.most_images, 2, 2)):
-        if case.tokens > 500 and rows > 1:
-            continue
-        inputs = {"input_ids": ids(case.tokens, images, rows, 9)}
-        if images:
-            inputs |= case.pictures(rows, images)
-        if "gemma" in name:
-            inputs |= types(inputs["input_ids"])
-        elif "qwen" in name and images:
-            inputs["mm_token_type_ids"] = types(inputs["input_ids"])["token_type_ids"]
-        flops, kv = counted(model, steps=steps, **inputs)
-        cost = estimate_cost(model, "", 9, images, rows, new_tokens=steps, image_size=case.size)
-        assert (cost.flops, cost.kv_cache_bytes) == (flops, kv), (images, rows, steps)
-        assert cost.per_layer[0].vision_tokens == images * case.tokens
+    batches = [(0, 1, 1), (1, 1, 0)] + [(case.most_images, 2, 2)] * (case.tokens < 500)
+    for plan in ("", "2:1/2,4:1/3"):
+        attach(model, plan)
+        for images, rows, steps in batches[bool(plan) :]:
+            inputs = {"input_ids": ids(case.tokens, images, rows, 9)}
+            if images:
+                inputs |= case.pictures(rows, images)
+            if "gemma" in name:
+                inputs |= types(inputs["input_ids"])
+            elif "qwen" in name and images:
+                inputs["mm_token_type_ids"] = types(inputs["input_ids"])["token_type_ids"]
+            found = counted(model, steps=steps, **inputs)
+            cost = estimate_cost(
+                model, plan, 9, images, rows, new_tokens=steps, image_size=case.size
+            )
+            assert (cost.flops, cost.kv_cache_bytes) == found, (plan, images, rows, steps)
+            assert cost.per_layer[0].vision_tokens == images * case.tokens
 
 
 def test_several_onevision_images_are_not_cut() -> None:
