@@ -61,7 +61,8 @@ def prepare_trainable(
     by_name = dict(model.named_parameters())
     model.requires_grad_(False)
     if lora is not None and start is not None and (start / "adapter").exists():
-        model = PeftModel.from_pretrained(model, start / "adapter", is_trainable=True)  # type: ignore[arg-type]
+        adapter = str(start / "adapter")
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[arg-type]
     elif lora is not None:
         settings = LoraConfig(
             r=lora.rank,
@@ -135,6 +136,6 @@ def merge_trained(model: nn.Module, folder: Path) -> nn.Module:
     if (folder / "tuned.safetensors").exists():
         load_tuned(model, folder / "tuned.safetensors")
     if (folder / "adapter").exists():
-        adapted = PeftModel.from_pretrained(model, folder / "adapter")  # type: ignore[arg-type]
+        adapted = PeftModel.from_pretrained(model, str(folder / "adapter"))  # type: ignore[arg-type]
         model = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     return model

@@ -43,7 +43,8 @@ class PreparedData:
 
 
 def step_indices(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
-    """Rows of optimizer step `step`, shape (batch_size,): consecutive runs through epoch shuffles."""
+    """Rows of optimizer step `step`, shape (batch_size,): consecutive runs through epoch
+    shuffles."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, places = positions // rows, positions % rows
     orders = {e: np.random.default_rng([seed, int(e)]).permutation(rows) for e in np.unique(epochs)}
@@ -51,7 +52,8 @@ def step_indices(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray
 
 
 def collate(rows: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
-    """Right-padded tensors: input_ids, attention_mask and labels (B, S), and the pictures' inputs."""
+    """Right-padded tensors: input_ids, attention_mask and labels (B, S), and the pictures'
+    inputs."""
     length = max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), length)
     pad = processor.tokenizer.pad_token_id
@@ -69,7 +71,8 @@ def collate(rows: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tenso
 
 
 def picture_inputs(encoded: list[bytes], processor: Any) -> dict[str, torch.Tensor]:
-    """Decode pictures and turn them into the model's inputs (pixel_values and what goes with it)."""
+    """Decode pictures and turn them into the model's inputs (pixel_values and what goes with
+    it)."""
     if not encoded:
         return {}
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]

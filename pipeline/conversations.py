@@ -1,8 +1,9 @@
 """LLaVA's conversation JSON, record by record: read, validated, rendered to token ids with labels.
 
-One record has `id`, `image` (a path below the image root; absent for text alone) and `conversations`, a list of
-{"from": "human" | "gpt", "value": text} in which `<image>` marks where the picture stands (the layout of
-llava_v1_5_mix665k). Nothing here knows of Ray or of files of records: see stages/prepare.py.
+One record has `id`, `image` (a path below the image root; absent for text alone) and
+`conversations`, a list of {"from": "human" | "gpt", "value": text} in which `<image>` marks where
+the picture stands (the layout of llava_v1_5_mix665k). Nothing here knows of Ray or of files of
+records: see stages/prepare.py.
 """
 
 import io
@@ -52,11 +53,13 @@ class Limits:
     min_side: int
     """Shortest allowed side of a picture, pixels."""
     max_pixels: int
-    """Largest allowed area of a picture, pixels; checked before decoding, so a bomb is never unpacked."""
+    """Largest allowed area of a picture, pixels; checked before decoding, so a bomb is never
+    unpacked."""
 
 
 def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(position, record) of a JSON list or a JSON Lines file; an unreadable line is yielded as a string.
+    """(position, record) of a JSON list or a JSON Lines file; an unreadable line is yielded as a
+    string.
 
     Positions count list entries from 0, or lines from 1.
     """
@@ -149,7 +152,8 @@ def render_tokens(
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation; image number i takes `vision_tokens[i]` positions.
 
-    Labels equal the ids where a turn is supervised and IGNORED (-100) elsewhere, vision positions always.
+    Labels equal the ids where a turn is supervised and IGNORED (-100) elsewhere, vision positions
+    always.
     Raises BadRecord: markers.
     """
     markers = sum(text.count(MARKER) for _, text in turns)

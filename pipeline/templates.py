@@ -1,7 +1,9 @@
-"""Conversation templates: a conversation rendered to text segments, each of which knows whether it is supervised.
+"""Conversation templates: a conversation rendered to text segments, each of which knows whether it
+is supervised.
 
-The label mask is made while rendering, never found again in the finished text. Only assistant turns and their end token
-are supervised (LLaVA's rule). Formats: vicuna_v1 is that of LLaVA-1.5 (haotian-liu/LLaVA, conversation.py's name for it).
+The label mask is made while rendering, never found again in the finished text. Only assistant
+turns and their end token are supervised (LLaVA's rule). Formats: vicuna_v1 is that of LLaVA-1.5
+(haotian-liu/LLaVA, conversation.py's name for it).
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ ROLES = ("human", "gpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Texts around turns. A conversation is `system`, then for each exchange `user` + text + `assistant` + text + `end`."""
+    """Texts around turns. A conversation is `system`, then for each exchange `user` + text +
+    `assistant` + text + `end`."""
 
     name: str
     system: str
@@ -23,7 +26,8 @@ class Template:
     """Stands between an exchange's end token and the next user turn."""
 
     def render(self, turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
-        """Segments (text, supervised) of a conversation of (role, text) turns; roles as in LLaVA: human, gpt.
+        """Segments (text, supervised) of a conversation of (role, text) turns; roles as in LLaVA:
+        human, gpt.
 
         A conversation that ends with a human turn is a prompt: it ends with the assistant's cue.
 
@@ -46,14 +50,16 @@ class Template:
             f"{{{{ {self.system!r} }}}}"
             "{% for message in messages %}"
             "{% if message['role'] == 'user' %}"
-            f"{{% if not loop.first %}}{{{{ {self.separator!r} }}}}{{% endif %}}{{{{ {self.user!r} }}}}"
+            f"{{% if not loop.first %}}{{{{ {self.separator!r} }}}}{{% endif %}}"
+            f"{{{{ {self.user!r} }}}}"
             "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
             "{% for part in message['content'] %}"
-            "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}"
-            "{% endfor %}{% endif %}"
+            "{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
+            "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
             f"{{{{ {self.assistant!r} }}}}"
             "{% else %}{% generation %}"
-            "{{ ' ' + (message['content'] if message['content'] is string else message['content'][0]['text']) }}"
+            "{{ ' ' }}{% if message['content'] is string %}{{ message['content'] }}"
+            "{% else %}{{ message['content'][0]['text'] }}{% endif %}"
             f"{{{{ {self.end!r} }}}}"
             "{% endgeneration %}{% endif %}{% endfor %}"
         )
@@ -66,7 +72,8 @@ TEMPLATES = {
             name="vicuna_v1",
             system=(
                 "A chat between a curious human and an artificial intelligence assistant. "
-                "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+                "The assistant gives helpful, detailed, and polite answers to the human's "
+                "questions. "
             ),
             user="USER: ",
             assistant=" ASSISTANT:",

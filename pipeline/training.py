@@ -206,13 +206,13 @@ class _Run:
             group["lr"] = rate
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            hold = nullcontext() if last or context.world_size == 1 else self.model.no_sync()  # type: ignore[operator]
+            # DDP need only exchange gradients once a step.
+            hold = isinstance(self.model, DistributedDataParallel) and i < len(batches) - 1
             inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
             cast = torch.autocast(
                 self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
             )
-            with hold, cast:
+            with self.model.no_sync() if hold else nullcontext(), cast:  # type: ignore[operator]
                 loss = self.model(**inputs, num_items_in_batch=tokens, use_cache=False).loss
             # DDP averages over workers what is to be summed.
             (loss * context.world_size).backward()

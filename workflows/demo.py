@@ -1,4 +1,5 @@
-"""The demo: a small LLaVA compressed end to end on two CPU cores, real pictures, generated questions.
+"""The demo: a small LLaVA compressed end to end on two CPU cores, real pictures, generated
+questions.
 
 Hypothesis: at two thirds fewer vision tokens, training with a curriculum wins back most of what the
 untrained drop loses against the dense model that was LoRA-tuned alike.

@@ -1,8 +1,10 @@
-"""Real pictures, generated questions: Fashion-MNIST things composed into 3 x 3 grids, asked about in eight turns each.
+"""Real pictures, generated questions: Fashion-MNIST things composed into 3 x 3 grids, asked about
+in eight turns each.
 
-The pictures of things are photographs (Fashion-MNIST, MIT licence); the grids and the questions are generated. What is
-written is LLaVA's own format, conversation JSON beside a folder of picture files, so that everything downstream reads
-what it would read from LLaVA-665K. Test grids are made of official test instances only.
+The pictures of things are photographs (Fashion-MNIST, MIT licence); the grids and the questions
+are generated. What is written is LLaVA's own format, conversation JSON beside a folder of picture
+files, so that everything downstream reads what it would read from LLaVA-665K. Test grids are made
+of official test instances only.
 """
 
 import json
@@ -56,8 +58,8 @@ def plural(name: str) -> str:
 def draw_contents(rng: np.random.Generator) -> np.ndarray:
     """What stands in each of the nine cells: a class index, or -1 for an empty one.
 
-    Two or three classes occur once (so that "where" has one answer), one to three occur several times (so that "how
-    many" has answers above one), and the rest of the cells is empty.
+    Two or three classes occur once (so that "where" has one answer), one to three occur several
+    times (so that "how many" has answers above one), and the rest of the cells is empty.
     """
     classes = rng.permutation(len(CLASSES))
     singles = int(rng.integers(2, 4))
@@ -70,7 +72,8 @@ def draw_contents(rng: np.random.Generator) -> np.ndarray:
 
 
 def compose(rng: np.random.Generator, contents: np.ndarray, things: np.ndarray) -> Image.Image:
-    """Paint the grid: every thing at its own size (22-28 pixels) and place within its cell, some mirrored."""
+    """Paint the grid: every thing at its own size (22-28 pixels) and place within its cell, some
+    mirrored."""
     canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
     for cell, content in enumerate(contents):
         if content < 0:
@@ -88,7 +91,8 @@ def compose(rng: np.random.Generator, contents: np.ndarray, things: np.ndarray) 
 
 
 def ask(rng: np.random.Generator, contents: np.ndarray) -> list[tuple[str, str, str]]:
-    """Eight (kind, question, answer), two of each kind, none of which gives away another's answer."""
+    """Eight (kind, question, answer), two of each kind, none of which gives away another's
+    answer."""
     counts = Counter(int(content) for content in contents if content >= 0)
     single = rng.permutation([content for content, count in counts.items() if count == 1])[:2]
     where = [int(np.flatnonzero(contents == content)[0]) for content in single]

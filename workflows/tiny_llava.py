@@ -1,7 +1,9 @@
-"""The small LLaVA that ships here: its tokenizer, processor and randomly initialised model, built in code.
+"""The small LLaVA that ships here: its tokenizer, processor and randomly initialised model, built
+in code.
 
-An ordinary `LlavaForConditionalGeneration`: CLIP tower (64 patch tokens, features of the last layer but one, no class
-token), two-layer projector, LLaMA decoder of eight layers. Only its size is unusual. Training stands in tiny_base.py.
+An ordinary `LlavaForConditionalGeneration`: CLIP tower (64 patch tokens, features of the last
+layer but one, no class token), two-layer projector, LLaMA decoder of eight layers. Only its size
+is unusual. Training stands in tiny_base.py.
 """
 
 from collections.abc import Iterable
@@ -127,8 +129,8 @@ def build_model(
     )
     embeddings = model.model.vision_tower.embeddings
     with torch.no_grad():
-        # CLIP's initial 0.02 would hide where a patch is beneath what it shows: after the first norm, position and
-        # content must weigh about the same.
+        # CLIP's initial 0.02 would hide where a patch is beneath what it shows: after the first
+        # norm, position and content must weigh about the same.
         embeddings.position_embedding.weight.normal_()
         embeddings.patch_embedding.weight.normal_(std=(2 / (3 * config.patch_size**2)) ** 0.5)
     model.generation_config = GenerationConfig(

@@ -57,8 +57,8 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
         found = folder_digest(source)
         if config.digest is not None and found != config.digest:
             raise BaseError(
-                f"{source} has digest {found[:12]}, the config says {config.digest[:12]}: the files "
-                "changed; restore them, or set base.digest to the new one"
+                f"{source} has digest {found[:12]}, the config says {config.digest[:12]}: the "
+                "files changed; restore them, or set base.digest to the new one"
             )
     elif config.source.startswith((".", "/", "package:")) or config.source.count("/") != 1:
         raise BaseError(

@@ -57,8 +57,8 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     if not worst <= config.tolerance * scale:
         raise MergeMismatch(
             f"logits of the merged model differ by {worst:.3g} from the adapter model's (largest "
-            f"logit {scale:.3g}, allowed {config.tolerance:g} of it); a lower precision of the base "
-            "or a wrong adapter can be the cause"
+            f"logit {scale:.3g}, allowed {config.tolerance:g} of it); a lower precision of the "
+            "base or a wrong adapter can be the cause"
         )
     ctx.progress(3, 4, "writing")
     model.save_pretrained(ctx.out, max_shard_size=config.max_shard_size)

@@ -1,9 +1,10 @@
 """Stage `prepare`: conversation JSON and pictures in, validated and tokenised Parquet shards out.
 
-Records stream through Ray Data: each is validated, its picture decoded once to see that it can be, its text rendered with
-the label mask. A record that can't be used is set aside in quarantine.jsonl with its reason; none is lost, and none is
-repaired silently. Columns of a shard: id, pictures (encoded), input_ids and labels (vision positions expanded), kinds,
-turns (JSON). Batching and padding are the trainer's.
+Records stream through Ray Data: each is validated, its picture decoded once to see that it can be,
+its text rendered with the label mask. A record that can't be used is set aside in quarantine.jsonl
+with its reason; none is lost, and none is repaired silently. Columns of a shard: id, pictures
+(encoded), input_ids and labels (vision positions expanded), kinds, turns (JSON). Batching and
+padding are the trainer's.
 """
 
 import hashlib
@@ -67,7 +68,8 @@ class PrepareConfig(Config):
     template: str = "vicuna_v1"
     """Conversation template, a name from pipeline/templates.py."""
     context: int = Field(2048, gt=0)
-    """Longest rendered conversation in tokens, vision tokens included; longer ones are set aside."""
+    """Longest rendered conversation in tokens, vision tokens included; longer ones are set
+    aside."""
     min_side: int = Field(14, gt=0)
     """Shortest allowed side of a picture, pixels."""
     max_pixels: int = Field(50_000_000, gt=0)
@@ -162,9 +164,11 @@ def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
     bad = quarantined.total()
     if bad > config.max_quarantined * total:
         reasons = ", ".join(f"{reason} {count}" for reason, count in quarantined.most_common())
+        ctx.track.artifact(ctx.out / "quarantine.jsonl")
         raise TooManyBadRecords(
-            f"{bad} of {total} records had to be set aside ({reasons}), more than the allowed share "
-            f"of {config.max_quarantined:g}; mend the data, or raise prepare.max_quarantined. First: "
+            f"{bad} of {total} records had to be set aside ({reasons}), more than the allowed "
+            f"share of {config.max_quarantined:g}; mend the data, or raise "
+            "prepare.max_quarantined. The first: "
             f"{(ctx.out / 'quarantine.jsonl').read_text().splitlines()[0][:300]}"
         )
     ctx.track.dataset(ctx.inputs["data"].uri, "prepared conversations", digest[:12])
@@ -208,7 +212,8 @@ def _write_split(
     writer.close()
     if done != len(records) or done != writer.rows + reasons.total():
         raise RuntimeError(
-            f"split {split}: {len(records)} records in, {writer.rows} out, {reasons.total()} set aside"
+            f"split {split}: {len(records)} records in, {writer.rows} out, "
+            f"{reasons.total()} set aside"
         )
     return {
         "in": len(records),

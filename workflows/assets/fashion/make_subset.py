@@ -1,10 +1,12 @@
-"""Cut the small Fashion-MNIST subset that ships here out of Debian's `dataset-fashion-mnist` (MIT licence).
+"""Cut the small Fashion-MNIST subset that ships here out of Debian's `dataset-fashion-mnist` (MIT
+licence).
 
     apt-get install dataset-fashion-mnist
     python workflows/assets/fashion/make_subset.py /usr/share/datasets/fashion-mnist
 
-Writes train.png and test.png beside this file: contact sheets of 28 x 28 pixel pictures, one row of sheet cells for each
-class in the order of `CLASSES` of workflows/fashion.py. test.png holds instances of the official test split only.
+Writes train.png and test.png beside this file: contact sheets of 28 x 28 pixel pictures, one row
+of sheet cells for each class in the order of `CLASSES` of workflows/fashion.py. test.png holds
+instances of the official test split only.
 """
 
 import argparse
@@ -14,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Fashion-MNIST's label of each class that is used; shirt (6) and coat (4) are left out, since at this size people
-# confuse them with T-shirt and pullover as well (the data set's own human benchmark is 83.5 %).
+# Fashion-MNIST's label of each class that is used; shirt (6) and coat (4) are left out, since at
+# this size people confuse them with T-shirt and pullover as well (the data set's own human
+# benchmark is 83.5 %).
 LABELS = {
     "t-shirt": 0,
     "trouser": 1,
@@ -30,7 +33,8 @@ COUNTS = {"train": 750, "test": 150}
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file (LeCun's format) of bytes as an array; the header holds magic, then one size a dimension."""
+    """An IDX file (LeCun's format) of bytes as an array; the header holds magic, then one size a
+    dimension."""
     raw = gzip.decompress(path.read_bytes())
     shape = np.frombuffer(raw, dtype=">i4", count=raw[3], offset=4)
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape)

@@ -1,0 +1,47 @@
+"""A small prepared data set and a random small model, made once by the real stages."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.pipeline.contexts import stage_context
+
+
+class Small(NamedTuple):
+    """Folders of one small world: 24 training and 6 test pictures, a model of four layers."""
+
+    pictures: Path
+    base: Path
+    prepared: Path
+
+
+@pytest.fixture(scope="session")
+def small(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    from pipeline.conversations import iter_records, parse_turns
+    from pipeline.stages.prepare import PrepareConfig, prepare
+    from pipeline.templates import TEMPLATES
+    from workflows.fashion import FashionConfig, compose_fashion
+    from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+
+    root = tmp_path_factory.mktemp("small")
+    compose_fashion(
+        stage_context("pictures", root / "pictures", {}),
+        FashionConfig(train_pictures=24, test_pictures=6),
+    )
+    records = iter_records(root / "pictures" / "train.json")
+    template = TEMPLATES["vicuna_short"]
+    texts = [
+        "".join(text for text, _ in template.render(parse_turns(record))) for _, record in records
+    ]
+    sizes = TinyLlavaConfig(vision_width=32, vision_layers=2, width=32, layers=4, mlp_width=48)
+    processor = build_processor(texts, sizes)
+    build_model(processor, sizes, seed=0).save_pretrained(root / "base")
+    processor.save_pretrained(root / "base")
+    inputs = {"data": (root / "pictures", {}), "base": (root / "base", {})}
+    prepare(
+        stage_context("prepare", root / "prepared", inputs),
+        PrepareConfig(template="vicuna_short", context=512),
+    )
+    yield Small(root / "pictures", root / "base", root / "prepared")
