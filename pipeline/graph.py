@@ -6,21 +6,23 @@ no state of its own, no dynamic graphs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from pipeline import record as records
+from pipeline.attempt import execute
 from pipeline.driver import cancelling, git_commit, ray_for, tracked
 from pipeline.failure import RunFailed, StageFailed, StageInterrupted, of_task
 from pipeline.identity import body_name, digest, fingerprint
 from pipeline.lease import alive
 from pipeline.progress import Board, Display, ProgressHandle, table
 from pipeline.record import Record
-from pipeline.stage import RunContext, Stage, execute
+from pipeline.stage import RunContext, Stage
 from pipeline.store import Store, open_store
 
 
@@ -84,13 +86,11 @@ def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
 
 def state(store: Store, stages: Sequence[Stage]) -> list[State]:
     """What a run would do, in its order; takes a few beats of a lease where one is held."""
-    prints = fingerprints(stages)
-    ordered = lint(stages)
-    found = _finished(store, ordered, prints)
+    ordered, prints = lint(stages), fingerprints(stages)
+    found = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
     leases = {s.name: records.lease_key(s.name, prints[s.name]) for s in ordered}
     fresh = alive(store, [key for name, key in leases.items() if name not in found])
-    rows: list[State] = []
-    elsewhere: set[str] = set()
+    rows, elsewhere = list[State](), set[str]()
     for stage in ordered:
         path = store.uri(records.folder(stage.name, prints[stage.name]))
         if stage.name in found:
@@ -120,36 +120,20 @@ def run(
     console = console or Console()
     ordered, prints = lint(stages), fingerprints(stages)
     store = open_store(context.root)
-    found = _finished(store, ordered, prints)
+    found = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
     todo = [stage for stage in ordered if stage.name not in found]
     cached = set(found)
     if todo:
         for word, group in (("cached", sorted(cached)), ("to run", [it.name for it in todo])):
             console.print(f"{word}: {', '.join(group) or 'nothing'}", highlight=False)
         store.check_writable()
-        context = dataclasses.replace(
-            context, root=store.root, commit=context.commit or git_commit()
-        )
+        context = replace(context, root=store.root, commit=git_commit())
         with tracked(context, ordered) as context, ray_for(context):
             found |= _submit(todo, prints, context, found, console)
     result = {stage.name: found[stage.name] for stage in ordered}
-    times = {name: f"{record.seconds:.0f} s" for name, record in result.items()}
-    words = times | dict.fromkeys(cached, "cached")
-    rows = [(name, words[name], record.uri) for name, record in result.items()]
-    console.print(table(rows), crop=False)
+    took = {n: "cached" if n in cached else f"{it.seconds:.0f} s" for n, it in result.items()}
+    console.print(table([(n, took[n], it.uri) for n, it in result.items()]), crop=False)
     return result
-
-
-def _finished(
-    store: Store, stages: Sequence[Stage], prints: Mapping[str, str]
-) -> dict[str, Record]:
-    found = {}
-    for name, pinned in ((stage.name, stage.pinned) for stage in stages):
-        if pinned is not None:
-            found[name] = records.adopt(open_store(pinned), name, prints[name])
-        elif record := records.load(store, name, prints[name]):
-            found[name] = record
-    return found
 
 
 def _task(
@@ -173,7 +157,8 @@ def _submit(
     import ray
 
     board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
-    task = ray.remote(
+    remote: Any = ray.remote
+    task = remote(
         num_cpus=context.stage_cpus,
         max_retries=context.max_retries,
         retry_exceptions=[StageInterrupted],
@@ -191,25 +176,24 @@ def _submit(
     done: dict[str, Record] = {}
     failures: dict[str, StageFailed] = {}
     skipped: list[str] = []
-    titles = {stage.name: stage.title for stage in todo}
-    with Display(console, titles) as display, cancelling(list(refs.values())):
+    display = Display(console, {stage.name: stage.title for stage in todo})
+    with display, cancelling(list(refs.values())):
         while names:
-            ready, _ = ray.wait(list(names), timeout=0.5)
-            display.update(ray.get(board.all.remote()))
-            if not ready:
-                continue
-            name = names.pop(ready[0])
-            try:
-                done[name] = ray.get(refs[name])
-                display.end(name, f"done in {done[name].seconds:.0f} s", "green")
-            except ray.exceptions.RayError as error:
-                if needs[name] & (failures.keys() | set(skipped)):
-                    skipped.append(name)
-                    display.end(name, "not run", "yellow")
-                else:
-                    home = records.folder(name, prints[name])
-                    failures[name] = of_task(name, error, f"{context.root}/{home}")
-                    display.end(name, f"failed: {failures[name].message}", "red")
+            ready, _ = ray.wait(list(names), num_returns=len(names), timeout=0.5)
+            with suppress(ray.exceptions.RayError):  # the board's machine may be lost: no matter
+                display.update(ray.get(board.all.remote(), timeout=5))
+            for name in [names.pop(ref) for ref in list(names) if ref in ready]:
+                try:
+                    done[name] = ray.get(refs[name])
+                    display.end(name, f"done in {done[name].seconds:.0f} s", "green")
+                except ray.exceptions.RayError as error:
+                    if needs[name] & (failures.keys() | set(skipped)):
+                        skipped.append(name)
+                        display.end(name, "not run", "yellow")
+                    else:
+                        home = records.folder(name, prints[name])
+                        failures[name] = of_task(name, error, f"{context.root}/{home}")
+                        display.end(name, f"failed: {failures[name].message}", "red")
     if failures:
         raise RunFailed(failures, skipped)
     return done

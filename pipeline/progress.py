@@ -136,15 +136,18 @@ class Display:
 
     def _titled(self, stage: str, text: str, style: str = "") -> None:
         title = self._titles[stage].ljust(self._width)
-        self._console.print(f"{title}  {text}", style=style, markup=False, highlight=False)
+        self._console.print(
+            f"{title}  {text}", style=style, markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def table(rows: Iterable[tuple[str, str, str]]) -> Table:
     """Stages with their state and path; paths are never cut, so that they can be copied."""
+    rows = list(rows)
     shown = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("stage", "state"):
-        shown.add_column(column)
-    shown.add_column("path", no_wrap=True, overflow="ignore")
+    for index, column in enumerate(("stage", "state", "path")):
+        width = max((len(row[index]) for row in rows), default=0)
+        shown.add_column(column, no_wrap=True, overflow="ignore", min_width=width)
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -1,0 +1,169 @@
+"""One attempt at a stage: what a Ray task runs, and what makes a stage durable.
+
+Look for the record, take the lease, run the body, publish the record once. It works without Ray as
+well, and it neither orders stages nor retries them: that is Ray's part, and the graph's to ask for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import failure
+from pipeline import record as records
+from pipeline.identity import body_name, canonical
+from pipeline.lease import Holder, Lease, acquire
+from pipeline.progress import ProgressHandle, Report
+from pipeline.record import Record, Source
+from pipeline.stage import Input, Inputs, RunContext, Stage, StageContext
+from pipeline.store import Store, open_store
+
+if TYPE_CHECKING:
+    from pipeline.tracking import Tracker
+
+
+def execute(
+    stage: Stage,
+    fingerprint: str,
+    context: RunContext,
+    progress: ProgressHandle,
+    inputs: Mapping[str, Record],
+) -> Record:
+    """The stage's record: found, waited for, or made by running the body under a lease.
+
+    Raises:
+        StageFailed: the body raised; StageInterrupted when it lost a process or machine.
+    """
+    store = open_store(context.root)
+
+    def finished() -> Record | None:
+        return records.load(store, stage.name, fingerprint)
+
+    def waiting(holder: Holder, seconds: float) -> None:
+        note = f"for {seconds:.0f} s: held by {holder.holder} since {holder.since}"
+        progress.send(Report(state="waiting", note=note))
+
+    if found := finished():
+        return found
+    attempt = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    lease = Lease(store, records.lease_key(stage.name, fingerprint), attempt, context.lease_seconds)
+    while not acquire(lease, lambda: finished() is not None, waiting):
+        if found := finished():
+            return found
+    try:
+        # Whoever held the lease may have finished between our look and our turn.
+        if found := finished():
+            return found
+        progress.send(Report(state="running"))
+        return _attempt(stage, fingerprint, context, progress, inputs, store, lease)
+    finally:
+        lease.release()
+
+
+def _attempt(
+    stage: Stage,
+    fingerprint: str,
+    context: RunContext,
+    progress: ProgressHandle,
+    inputs: Mapping[str, Record],
+    store: Store,
+    lease: Lease,
+) -> Record:
+    """Run the body once, under the lease, and publish its record."""
+    home = records.folder(stage.name, fingerprint)
+    target = records.attempt_key(stage.name, fingerprint, lease.attempt)
+    started, clock = datetime.now(UTC), time.monotonic()
+    tags = {"adsc.record": store.uri(records.record_key(stage.name, fingerprint))}
+    tags |= {"adsc.fingerprint": fingerprint, "adsc.attempt": lease.attempt}
+    try:
+        with _folder(store, target) as out, _tracker(context, stage, tags) as track:
+            track.params(stage.config.model_dump())
+            body_context = StageContext(
+                name=stage.name,
+                fingerprint=fingerprint,
+                run=context,
+                inputs=Inputs({name: Input(it, context.cache) for name, it in inputs.items()}),
+                out=out,
+                train_storage=(store.uri(home), "run"),
+                track=track,
+                progress_handle=progress,
+            )
+            outputs = _outputs(stage, stage.body(body_context, stage.config))
+            made = Record(
+                stage=stage.name,
+                fingerprint=fingerprint,
+                attempt=lease.attempt,
+                outputs=outputs,
+                files=records.manifest(out),
+                inputs={
+                    name: Source(fingerprint=it.fingerprint, uri=it.uri)
+                    for name, it in inputs.items()
+                },
+                config=canonical(stage.config),
+                version=stage.version,
+                body=body_name(stage.body),
+                commit=context.commit,
+                started=started.isoformat(timespec="seconds"),
+                finished=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - clock, 3),
+                run_id=track.run_id,
+                host=socket.gethostname(),
+            )
+            if store.local("") is None:
+                store.upload(out, target)
+            if not lease.confirm():
+                lease.lost()
+            record = records.publish(store, made)
+    # The boundary of a stage: whatever its body raises is written down and becomes a text.
+    except Exception as error:  # noqa: BLE001
+        raise failure.of_body(store, stage.name, fingerprint, lease.attempt, error) from None
+    # Other attempts can't be reached any more: of processes that died, or ours, if we came second.
+    records.sweep(store, record)
+    return record
+
+
+@contextlib.contextmanager
+def _folder(store: Store, target: str) -> Iterator[Path]:
+    """The attempt's folder: in place where the store is local, else a scratch folder."""
+    place = store.local(target)
+    if place is None:
+        with tempfile.TemporaryDirectory(prefix="adsc-stage-") as scratch:
+            yield Path(scratch)
+        return
+    place.mkdir(parents=True)
+    try:
+        yield place
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _tracker(context: RunContext, stage: Stage, tags: Mapping[str, str]) -> Iterator[Tracker]:
+    from pipeline import tracking
+
+    if context.tracking_uri is None:
+        yield tracking.Tracker(tracking.RunHandle("", None))
+        return
+    with tracking.stage_run(
+        context.tracking_uri, context.experiment, context.parent_run_id, stage.name, tags
+    ) as tracker:
+        yield tracker
+
+
+def _outputs(stage: Stage, outputs: object) -> dict[str, Any]:
+    if not isinstance(outputs, Mapping):
+        raise TypeError(
+            f"the body of {stage.name} returned a {type(outputs).__name__}; return a dict of JSON "
+            "values, {} if there is nothing to say"
+        )
+    literals: dict[str, Any] = canonical(outputs, "outputs")
+    return literals
