@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pipeline.config import Config
 from pipeline.conversations import iter_records, parse_turns
@@ -34,7 +35,12 @@ from workflows.fashion import (
     draw_contents,
     load_things,
 )
-from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+from workflows.tiny_llava import (
+    TinyLlavaConfig,
+    build_model,
+    build_processor,
+    initialise_decoder,
+)
 
 TEMPLATE = "vicuna_short"
 
@@ -65,21 +71,30 @@ class TinyBaseConfig(Config):
     """Grids and questions for the decoder."""
     tower: TowerConfig = TowerConfig()
     """The tower's own training, and the model's sizes."""
+    start: StartConfig = StartConfig()
+    """Where projector and decoder start from."""
     prepare: PrepareConfig = PrepareConfig(template=TEMPLATE, context=512)
     """Validation and rendering."""
     decoder: TrainConfig = TrainConfig(
-        steps=3000,
-        batch_size=32,
-        learning_rate=1e-3,
+        steps=5000,
+        batch_size=16,
+        learning_rate=2e-3,
         warmup=0.05,
         weight_decay=0.05,
         lora=None,
         tune=(r".*language_model\..*", r".*multi_modal_projector\..*", r"lm_head\..*"),
-        checkpoint_every=200,
+        checkpoint_every=250,
     )
     """Projector and decoder in full, tower frozen."""
     evaluate: EvaluateConfig = EvaluateConfig(title="The small base", control="dense")
     """Questions about official test instances."""
+
+
+class StartConfig(Config):
+    """Fresh weights around the trained tower."""
+
+    seed: int = 1
+    """Initial weights of projector and decoder."""
 
 
 class CellReader(nn.Module):
@@ -144,6 +159,16 @@ def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
     return {"cell_accuracy": accuracy}
 
 
+def start_decoder(ctx: StageContext, config: StartConfig) -> dict[str, Any]:
+    """Stage body: the tower's checkpoint with projector and decoder drawn anew."""
+    folder = ctx.inputs["tower"].folder
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    initialise_decoder(model, config.seed)
+    model.save_pretrained(ctx.out)
+    AutoProcessor.from_pretrained(folder).save_pretrained(ctx.out)
+    return {}
+
+
 def _grids(split: str, first: int, count: int, processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (B, 3, side, side) and class + 1 of each cell (B, 9) of grids made on the spot."""
     pixels, contents = [], []
@@ -167,7 +192,7 @@ def tiny_base() -> Workflow:
 
 
 def build(config: TinyBaseConfig) -> list[Stage]:
-    data = {"base": "tower", "data": "prepare"}
+    data = {"base": "start", "data": "prepare"}
     dense = Arm(name="dense", label="dense base", checkpoint="merge", plan="", trained=True)
     return [
         Stage(
@@ -194,6 +219,14 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             needs={"data": "pictures", "base": "tower"},
         ),
         Stage(
+            name="start",
+            title="start: fresh decoder around the tower",
+            body=start_decoder,
+            version=1,
+            config=config.start,
+            needs={"tower": "tower"},
+        ),
+        Stage(
             name="train",
             title="train: projector and decoder",
             body=train_stage,
@@ -215,7 +248,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             body=evaluate,
             version=1,
             config=config.evaluate.model_copy(update={"arms": (dense,)}),
-            needs={"base": "tower", "data": "prepare", "merge": "merge", "train": "train"},
+            needs={**data, "merge": "merge", "train": "train"},
         ),
     ]
 
