@@ -64,6 +64,13 @@ class TowerConfig(Config):
     """Initial weights and grids."""
 
 
+class StartConfig(Config):
+    """Fresh weights around the trained tower."""
+
+    seed: int = 1
+    """Initial weights of projector and decoder."""
+
+
 class TinyBaseConfig(Config):
     """The whole recipe of the small base."""
 
@@ -88,13 +95,6 @@ class TinyBaseConfig(Config):
     """Projector and decoder in full, tower frozen."""
     evaluate: EvaluateConfig = EvaluateConfig(title="The small base", control="dense")
     """Questions about official test instances."""
-
-
-class StartConfig(Config):
-    """Fresh weights around the trained tower."""
-
-    seed: int = 1
-    """Initial weights of projector and decoder."""
 
 
 class CellReader(nn.Module):
