@@ -20,7 +20,7 @@ from pipeline.driver import cancelling, git_commit, ray_for, tracked
 from pipeline.failure import RunFailed, StageFailed, StageInterrupted, of_task
 from pipeline.identity import body_name, digest, fingerprint
 from pipeline.lease import alive
-from pipeline.progress import Board, Display, ProgressHandle, table
+from pipeline.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.record import Record
 from pipeline.stage import RunContext, Stage
 from pipeline.store import Store, open_store
@@ -125,14 +125,14 @@ def run(
     cached = set(found)
     if todo:
         for word, group in (("cached", sorted(cached)), ("to run", [it.name for it in todo])):
-            console.print(f"{word}: {', '.join(group) or 'nothing'}", highlight=False)
+            console.print(f"{word}: {', '.join(group) or 'nothing'}", **PLAIN)
         store.check_writable()
         context = replace(context, root=store.root, commit=git_commit())
         with tracked(context, ordered) as context, ray_for(context):
             found |= _submit(todo, prints, context, found, console)
     result = {stage.name: found[stage.name] for stage in ordered}
     took = {n: "cached" if n in cached else f"{it.seconds:.0f} s" for n, it in result.items()}
-    console.print(table([(n, took[n], it.uri) for n, it in result.items()]), crop=False)
+    console.print(table([(n, took[n], it.uri) for n, it in result.items()]), **PLAIN)
     return result
 
 

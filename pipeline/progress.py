@@ -13,9 +13,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 _EVERY = 0.2  # seconds between two reports of one handle
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+"""For `Console.print`: the text as it is, and lines that are never cut."""
 _LINE_EVERY = 10.0  # seconds between two lines of one stage where there is no terminal
 
 
@@ -51,7 +52,7 @@ class ProgressHandle:
 
     stage: str
     board: Any = None
-    _last: float = field(default=0.0, repr=False)
+    _last: float = field(default=0.0, repr=False, compare=False)
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
         """`done` of `total` in any unit; cheap: at most a few reports a second are sent."""
@@ -114,9 +115,12 @@ class Display:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(title, total=None, note="")
         note = report.note if report.state == "running" else f"{report.state} {report.note}"
-        # No total yet: a bar that pulses.
         self._bars.update(
-            self._tasks[stage], completed=report.done, total=report.total or None, note=note
+            self._tasks[stage],
+            completed=report.done,
+            total=report.total or None,  # not known yet: a bar that pulses
+            note=note,
+            refresh=True,
         )
 
     def _print(self, stage: str, report: Report) -> None:
@@ -136,18 +140,11 @@ class Display:
 
     def _titled(self, stage: str, text: str, style: str = "") -> None:
         title = self._titles[stage].ljust(self._width)
-        self._console.print(
-            f"{title}  {text}", style=style, markup=False, highlight=False, soft_wrap=True
-        )
+        self._console.print(f"{title}  {text}", style=style, **PLAIN)
 
 
-def table(rows: Iterable[tuple[str, str, str]]) -> Table:
-    """Stages with their state and path; paths are never cut, so that they can be copied."""
-    rows = list(rows)
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for index, column in enumerate(("stage", "state", "path")):
-        width = max((len(row[index]) for row in rows), default=0)
-        shown.add_column(column, no_wrap=True, overflow="ignore", min_width=width)
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def table(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Stages with state and path, as lines that are never cut: paths are there to be copied."""
+    lines = [("stage", "state", "path"), *rows]
+    first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
+    return "\n".join(f"{a.ljust(first)}  {b.ljust(second)}  {c}" for a, b, c in lines)

@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from pipeline.progress import Board, Display, ProgressHandle, Report, table
+from pipeline.progress import PLAIN, Board, Display, ProgressHandle, Report, table
 
 
 def console(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -53,7 +53,7 @@ def test_a_bar_on_a_terminal() -> None:
 def test_paths_can_be_copied_from_a_narrow_screen() -> None:
     screen, file = console(terminal=False)
     path = "s3://bucket/" + "very-long-folder/" * 10
-    screen.print(table([("make-the-numbers", "cached", path)]), crop=False)
+    screen.print(table([("make-the-numbers", "cached", path)]), **PLAIN)
     assert file.getvalue().splitlines()[1].split() == ["make-the-numbers", "cached", path]
 
 
