@@ -13,7 +13,6 @@ L decoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -230,7 +229,8 @@ def estimate_cost(
     >>> dense.kv_cache_bytes == (576 + 101) * 524_288
     True
     """
-    _check_arguments(text_tokens, num_images, batch_size, convention, logits, new_tokens)
+    _check_words(convention, logits)
+    _check_counts(text_tokens, num_images, batch_size, new_tokens, image_size)
     config, kv_dtype = _config_and_dtype(config_or_model)
     image = image_cost(config, ImageInput(size=image_size, images_in_row=num_images))
     decoder = Decoder.from_config(config.get_text_config())
@@ -282,6 +282,10 @@ def _vision_tokens_per_layer(
     if not hasattr(plan, "tokens_per_layer"):
         plan = as_plan(() if plan is None else plan)
     each = plan.tokens_per_layer(image_tokens, num_layers)
+    if len(each) != num_layers:
+        raise CostError(
+            f"{plan!r} gives token counts for {len(each)} layers; the decoder has {num_layers}"
+        )
     return [num_images * count for count in each]
 
 
@@ -289,41 +293,48 @@ def _config_and_dtype(config_or_model: Any) -> tuple[Any, torch.dtype]:
     """The whole model's config, and the dtype of its KV cache: fp16 where the config names none."""
     if isinstance(config_or_model, str):
         config_or_model = geometry(config_or_model)
-    if isinstance(config_or_model, torch.nn.Module):
-        return config_or_model.config, config_or_model.dtype  # type: ignore[return-value]
     config = config_or_model
+    if isinstance(config_or_model, torch.nn.Module):
+        config = getattr(config_or_model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise CostError(
-            f"cannot cost a {type(config).__name__}: pass a transformers config, a model, or the "
-            "name of a geometry"
+            f"cannot cost a {type(config_or_model).__name__}: pass a transformers config, a "
+            "transformers model without wrapper, or the name of a geometry"
         )
+    if config is not config_or_model:  # a model's weights may have been cast since it was built
+        return config, config_or_model.dtype
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     return config, dtype if isinstance(dtype, torch.dtype) else torch.float16
 
 
-def _check_arguments(
+def _check_words(convention: str, logits: str) -> None:
+    for name, word, allowed in (
+        ("convention", convention, tuple(CONVENTIONS)),
+        ("logits", logits, LOGITS),
+    ):
+        if word not in allowed:
+            raise CostError(f"{name} {word!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _check_counts(
     text_tokens: int,
     num_images: int,
     batch_size: int,
-    convention: str,
-    logits: str,
     new_tokens: int,
+    image_size: tuple[int, int] | None,
 ) -> None:
-    words: Sequence[tuple[str, str, Sequence[str]]] = (
-        ("convention", convention, tuple(CONVENTIONS)),
-        ("logits", logits, LOGITS),
-    )
-    for name, word, allowed in words:
-        if word not in allowed:
-            raise CostError(f"{name} {word!r} is unknown; choose one of {', '.join(allowed)}")
-    counts = (
+    counts: list[tuple[str, object, int]] = [
         ("text_tokens", text_tokens, 0),
         ("num_images", num_images, 0),
         ("batch_size", batch_size, 1),
         ("new_tokens", new_tokens, 0),
-    )
+    ]
+    if image_size is not None:
+        if len(image_size) != 2:
+            raise CostError(f"image_size {image_size!r} must be (height, width) in pixels")
+        counts += [("image height", image_size[0], 1), ("image width", image_size[1], 1)]
     for name, count, least in counts:
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise CostError(f"{name} {count!r} must be a whole number from {least}")

@@ -143,7 +143,14 @@ class HalfAfterTwo:
         return [num_vision_tokens] * 2 + [num_vision_tokens // 2] * (num_layers - 2)
 
 
+class ForAnotherModel:
+    def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
+        return [num_vision_tokens]
+
+
 def test_any_plan_with_tokens_per_layer():
+    with pytest.raises(CostError, match="for 1 layers; the decoder has 32"):
+        estimate_cost("llava-1.5-7b", ForAnotherModel())
     assert estimate_cost("llava-1.5-7b", HalfAfterTwo()) == estimate_cost("llava-1.5-7b", "2:1/2")
 
 
@@ -231,6 +238,8 @@ def test_pyramiddrop_coincidence():
         ({"batch_size": 0}, ["batch_size 0"]),
         ({"new_tokens": 1.5}, ["new_tokens 1.5"]),
         ({"text_tokens": 0, "num_images": 0}, ["both 0"]),
+        ({"image_size": (0, 9)}, ["height 0"]),
+        ({"image_size": (9, 9, 3)}, ["(9, 9, 3)", "(height, width)"]),
     ],
 )
 def test_bad_arguments_are_named(changes, names):
@@ -244,6 +253,8 @@ def test_unsupported_models_list_what_is_supported():
         estimate_cost(LlamaConfig())
     with pytest.raises(CostError, match="pass a transformers config"):
         estimate_cost(42)
+    with pytest.raises(CostError, match="cannot cost a Linear"):
+        estimate_cost(torch.nn.Linear(2, 2))
     with pytest.raises(CostError, match=r"'gpt2'.*llama, mistral"):
         estimate_cost(LlavaConfig(text_config={"model_type": "gpt2"}))
     with pytest.raises(CostError, match=r"nearest first: llava-1.5-7b"):
