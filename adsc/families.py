@@ -88,6 +88,7 @@ class Family:
         window_cuts_blocks: whether a sliding window also cuts attention inside a block.
         first_layer: the first decoder layer before which a drop may be, from the config.
         axes: how many position ids a token has.
+        rotary_by_layer_type: whether full and sliding layers turn differently.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Family:
     window_cuts_blocks: bool = False
     first_layer: Callable[[Any], int] = field(default=lambda _: 0)
     axes: int = 1
+    rotary_by_layer_type: bool = False
 
     def decoder(self, model: nn.Module) -> Any:
         """The text model inside the inner model: it has `layers`, `rotary_emb` and a `config`."""
@@ -334,6 +336,7 @@ FAMILIES: tuple[Family, ...] = (
         placeholders=(_image(_gemma),),
         blocks=_gemma_blocks,
         window_cuts_blocks=True,
+        rotary_by_layer_type=True,
     ),
     Family(
         name="PaliGemma",

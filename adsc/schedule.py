@@ -11,7 +11,7 @@ drops); N vision tokens of the whole batch, row by row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -56,6 +56,8 @@ def survivors(
         VisionTokenError: a row's vision tokens are not those of a whole number of the next images.
     """
     keep = torch.stack([_kept(columns, images, plan) for columns, images in vision]).all(0)
+    if is_captured():
+        return _evenly(keep, valid, vision, plan)
     ends_padded = torch.zeros_like(keep[0, :, 0])
     if valid is not None:
         keep, ends_padded = keep & valid, ~valid[:, -1]
@@ -71,6 +73,61 @@ def survivors(
         lengths = [row[len(vision) + 1 + stage] for row in counts]
         segments.append(_compact(kept, segments[-1] if segments else None, lengths, left))
     return segments
+
+
+def is_captured() -> bool:
+    """Whether this runs where nothing can be read back: in torch.compile or a CUDA graph."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _evenly(
+    keep: Tensor, valid: Tensor | None, vision: list[tuple[Tensor, Images]], plan: PruningPlan
+) -> list[Segment]:
+    """The segments by shapes alone: all rows have as many images, and padding stays where it is.
+
+    Raises:
+        VisionTokenError: the images can't be dealt out evenly.
+    """
+    _, rows, width = keep.shape
+    lengths = [width] * len(plan.stages)
+    for _, images in vision:
+        if isinstance(images, Image) or len(images) % rows:
+            raise VisionTokenError(
+                "where nothing can be read back (torch.compile, CUDA graphs), each of the "
+                f"{rows} rows must have as many images, of shapes that tell their tokens"
+            )
+        share = len(images) // rows
+        dropped = [
+            [
+                sum(image.tokens - len(image_kept[k]) for image, image_kept in row)
+                for k in range(len(lengths))
+            ]
+            for row in _shares(images, share, plan)
+        ]
+        if any(row != dropped[0] for row in dropped):
+            raise VisionTokenError(
+                f"where nothing can be read back, all rows must drop as many tokens: {dropped}"
+            )
+        lengths = [length - gone for length, gone in zip(lengths, dropped[0], strict=True)]
+    segments: list[Segment] = []
+    for kept, length in zip(keep, lengths, strict=True):
+        torch._assert_async((kept.sum(1) == length).all(), "vision tokens and images don't match")
+        before = segments[-1] if segments else None
+        segment = _compact(kept, before, [length] * rows, left=True)
+        if valid is not None:
+            segment = replace(segment, valid=valid.gather(1, segment.columns))
+        segments.append(segment)
+    return segments
+
+
+def _shares(
+    images: list[Image], share: int, plan: PruningPlan
+) -> list[list[tuple[Image, list[tuple[int, ...]]]]]:
+    """The images of each row with what each keeps after each drop."""
+    kept = [(image, plan.kept_indices(image.tokens, image.lattice)) for image in images]
+    return [kept[start : start + share] for start in range(0, len(kept), share)]
 
 
 def _kept(columns: Tensor, images: Images, plan: PruningPlan) -> Tensor:
@@ -89,7 +146,8 @@ def _compact(keep: Tensor, before: Segment | None, lengths: list[int], left: boo
     """Move kept columns together. keep: (B, S) bool; lengths: how many each row keeps."""
     if before is not None:
         keep = keep.gather(1, before.columns)
-        keep = keep if before.valid is None else keep & before.valid
+        if before.valid is not None and not is_captured():
+            keep = keep & before.valid
     rows, width = keep.shape
     size = max(1, *lengths)
     ragged = min(lengths) < size
