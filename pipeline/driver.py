@@ -23,8 +23,6 @@ from pipeline.store import open_store
 
 # Set before Ray is imported; what the user has set stays.
 _ENVIRONMENT = {
-    # Clients that leave the mode unset can't talk to a Ray that was started with a token.
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The default is to start a task that fills the memory again and again, for ever.
@@ -41,6 +39,9 @@ def ray_for(context: RunContext) -> Iterator[None]:
     """Ray for the length of a `with`; where this process has a Ray already, that one, untouched."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Left unset, Ray itself and its clients take different modes, and refuse each other.
+    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if token else "disabled")
     import ray
 
     if ray.is_initialized():

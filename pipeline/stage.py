@@ -134,7 +134,9 @@ class Input:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".tmp-") as scratch:
                 fetched = Path(scratch) / name
-                store.download("", fetched)
+                fetched.mkdir()
+                if self.record.files or not self.record.attempt:  # else there is nothing to get
+                    store.download("", fetched)
                 records.verify(fetched, self.record)
                 # Another process of this machine may have been faster with the same files.
                 with contextlib.suppress(OSError):

@@ -28,7 +28,7 @@ from pipeline.failure import RunFailed, StageFailed, StageInterrupted
 from pipeline.graph import GraphError, State, fingerprints, lint
 from pipeline.lease import Holder
 from pipeline.record import Record
-from pipeline.stage import Stage, StageContext
+from pipeline.stage import Input, Stage, StageContext
 from pipeline.store import Store, StoreError, open_store
 from tests.pipeline import toy
 
@@ -361,6 +361,12 @@ def test_records_carry_no_credentials(any_toys: Toys, tmp_path: Path) -> None:
     record.publish(any_toys.store, made)
     text = (any_toys.store.read(record.record_key("make", "0" * 64)) or b"").decode()
     assert "lovelace" not in text and "abc" not in text and "test-secret-value" not in text
+
+
+def test_an_input_without_files(s3_endpoint: str, tmp_path: Path) -> None:
+    store = open_store(f"s3://lab/{uuid.uuid4().hex}")
+    made = record.publish(store, Record(stage="make", fingerprint="1" * 64, attempt="a"))
+    assert list(Input(made, str(tmp_path / "cache")).folder.iterdir()) == []
 
 
 def test_a_damaged_copy_is_refused(ray_address: str, tmp_path: Path) -> None:
