@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -317,22 +318,21 @@ def _client(tracking_uri: str) -> MlflowClient:
 
 def _failures() -> tuple[type[Exception], ...]:
     """What a tracking server, its database or its artifact store can raise."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (
-        TrackingError,
-        MlflowException,
-        RequestException,
-        SQLAlchemyError,
-        OSError,
-        Boto3Error,
-        BotoCoreError,
-        ClientError,
-    )
+    # MLflow loads these itself where artifacts lie on S3; unloaded, they can't have been raised.
+    s3 = [
+        getattr(sys.modules[module], name)
+        for module, name in (
+            ("boto3.exceptions", "Boto3Error"),
+            ("botocore.exceptions", "BotoCoreError"),
+            ("botocore.exceptions", "ClientError"),
+        )
+        if module in sys.modules
+    ]
+    return (TrackingError, MlflowException, RequestException, SQLAlchemyError, OSError, *s3)
 
 
 def _refused(error: Exception) -> bool:

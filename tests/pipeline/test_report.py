@@ -284,7 +284,7 @@ def test_a_browser_shows_it_without_sideways_scrolling(tmp_path: Path, width: in
     dom = subprocess.run(
         [*BROWSER, f"--user-data-dir={tmp_path}/profile", "--allow-file-access-from-files",
          "--window-size=1400,900", "--dump-dom", f"file://{tmp_path}/frame.html"],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=180, check=True,
     ).stdout  # fmt: skip
     found = re.search(r"<title>(\d+)/(\d+)</title>", dom)
     assert found is not None, dom[:500]
