@@ -100,7 +100,7 @@ def _llava_projector(config: Any) -> int:
 
 def _llava_next(config: Any, image: ImageInput) -> ImageCost:
     """LLaVA-NeXT: the whole image and its tiles, whose padding is cut off, and row ends."""
-    grid, tiles = _anyres_grid(config, image.size)
+    grid, tiles = anyres_grid(config, image.size)
     return _anyres_cost(config, tiles, _with_row_ends(grid))
 
 
@@ -109,7 +109,7 @@ def _llava_onevision(config: Any, image: ImageInput) -> ImageCost:
     are not cut."""
     if image.images_in_row > 1:
         return _anyres_cost(config, 0, 1)
-    (height, width), tiles = _anyres_grid(config, image.size)
+    (height, width), tiles = anyres_grid(config, image.size)
     most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     side = config.vision_config.image_size // config.vision_config.patch_size
     ratio = math.sqrt(height * width / (most * side**2))
@@ -133,7 +133,7 @@ def _with_row_ends(grid: tuple[int, int]) -> int:
     return grid[0] * (grid[1] + 1)
 
 
-def _anyres_grid(config: Any, size: tuple[int, int] | None) -> tuple[tuple[int, int], int]:
+def anyres_grid(config: Any, size: tuple[int, int] | None) -> tuple[tuple[int, int], int]:
     """Features (height, width) that are left of the tiles without padding, and how many tiles.
 
     The arithmetic is that of transformers' `unpad_image`, rounding included. Without a size, twice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 from adsc.attach import attach
 from adsc.cost import estimate_cost
 from adsc.cost_error import CostError
-from adsc.vision_cost import FAMILIES
+from adsc.geometries import geometry
+from adsc.vision_cost import FAMILIES, anyres_grid
 from tests.adsc.counting import counted
 
 IMAGE_TOKEN = 90
@@ -274,6 +281,20 @@ def test_several_onevision_images_are_not_cut() -> None:
     flops, kv = counted(model, **inputs)
     cost = estimate_cost(model, "", 9, num_images=2, image_size=(56, 56))
     assert (cost.flops, cost.kv_cache_bytes) == (flops, kv)
+
+
+@pytest.mark.parametrize("name", ["llava-next-7b", "llava-onevision-7b"])
+def test_tokens_of_any_resolution_are_those_of_transformers(name: str) -> None:
+    config = geometry(name)
+    tile, side = config.vision_config.image_size, config.vision_config.image_size // 14
+    draw = random.Random(0)
+    for _ in range(200):
+        size = (draw.randint(20, 3000), draw.randint(20, 3000))
+        grid = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
+        features = torch.empty(1, grid[0] * side, grid[1] * side, device="meta")
+        (rows, columns), tiles = anyres_grid(config, size)
+        assert (1, rows, columns) == tuple(unpad_image(features, size).shape), size
+        assert tiles + 1 == image_size_to_num_patches(size, config.image_grid_pinpoints, tile)
 
 
 def test_every_family_has_a_case() -> None:
