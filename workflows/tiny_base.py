@@ -83,9 +83,9 @@ class TinyBaseConfig(Config):
     prepare: PrepareConfig = PrepareConfig(template=TEMPLATE, context=512)
     """Validation and rendering."""
     decoder: TrainConfig = TrainConfig(
-        steps=5000,
+        steps=4500,
         batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         warmup=0.05,
         weight_decay=0.05,
         lora=None,
