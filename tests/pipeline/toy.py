@@ -76,4 +76,4 @@ def stages(log: Path | str, **changes: dict[str, Any]) -> list[Stage]:
 
 
 def context(root: Path | str, **changes: Any) -> RunContext:
-    return RunContext(root=str(root), workflow="toy", **{"lease_seconds": 4.0, **changes})
+    return RunContext(root=str(root), workflow="toy", **{"lease_seconds": 30.0, **changes})
