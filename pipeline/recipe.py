@@ -9,9 +9,10 @@ from typing import Literal
 from pydantic import Field
 
 from adsc.curriculum import curriculum
+from adsc.plan import PruningPlan
 from pipeline.config import Config
 from pipeline.stage import Stage
-from pipeline.stages.base import BaseConfig, base
+from pipeline.stages.base import BaseConfig, base, num_decoder_layers
 from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
 from pipeline.stages.export import ExportConfig, export
 from pipeline.stages.merge import MergeConfig, merge
@@ -59,7 +60,13 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     """The stages of a compression; `data` is a stage that writes records and pictures.
 
     Besides the target plan a dense control is trained: same data, same steps, no drop.
+
+    Raises:
+        PlanError: a plan that is malformed or that names a layer which the base does not have.
     """
+    layers = num_decoder_layers(config.base.source)
+    if layers is not None:
+        PruningPlan.parse(config.plan).check_layers(layers)
     stages = [
         data,
         Stage(

@@ -10,6 +10,7 @@ from pipeline.recipe import CompressConfig, CurriculumConfig, compress
 from pipeline.stage import Stage
 from pipeline.stages.base import BaseConfig
 from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
 from pipeline.training import TrainConfig
 from pipeline.workflow import Workflow
@@ -37,6 +38,9 @@ def demo() -> Workflow:
             learning_rate=2e-3,
             lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
             checkpoint_every=20,
+        ),
+        export=ExportConfig(
+            name="tiny-llava-compressed", base="tiny_base of this repository", licence="apache-2.0"
         ),
         evaluate=EvaluateConfig(
             title="A small LLaVA with two thirds fewer vision tokens",

@@ -5,6 +5,7 @@ processor. Weights in any other format are refused: nothing is unpickled.
 """
 
 import hashlib
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def resolve(source: str) -> Path:
         return Path(source)
     package, _, folder = source.removeprefix("package://").partition("/")
     return Path(str(files(package))) / folder
+
+
+def num_decoder_layers(source: str) -> int | None:
+    """Decoder layers according to the checkpoint's config.json; None where it isn't at hand."""
+    file = resolve(source) / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text())
+    return int((config.get("text_config") or config)["num_hidden_layers"])
 
 
 def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:

@@ -86,30 +86,46 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         answers[arm.name] = generate_answers(
             model, processor, questions, config.batch_size, config.max_new_tokens, report
         )
+    trained = {
+        name: source
+        for name, source in ctx.inputs.items()
+        if (source.folder / "trained" / "history.json").exists()
+    }
     results = {
         "title": config.title,
         "task": config.task,
         "workflow": ctx.run.workflow,
         "seed": config.seed,
         "commit": ctx.run.commit,
-        "config": config.model_dump(mode="json"),
+        "config": {"evaluate": config.model_dump(mode="json")}
+        | {name: source.record.config for name, source in trained.items()},
         "num_questions": len(questions),
+        "prefill_batch": min(config.prefill_batch, len(questions)),
         "num_pictures": len({question.record for question in questions}),
         "majority": _majority(questions, majority_answers(PreparedData(data / "train"))),
         **_score(questions, answers, config),
         "samples": _samples(questions, answers, ctx.out, config.sample_pictures),
         "curves": {
-            name: json.loads((source.folder / "trained" / "history.json").read_text())
-            for name, source in ctx.inputs.items()
-            if name.startswith("train")
+            _curve_name(name, source.outputs): json.loads(
+                (source.folder / "trained" / "history.json").read_text()
+            )
+            for name, source in trained.items()
         },
     }
     _add_costs(results, model, build_inputs(questions[: config.prefill_batch], processor), config)
     (ctx.out / "results.json").write_text(json.dumps(results, indent=1))
     _write_samples(questions, answers, ctx.out / "samples.parquet")
     summary = {arm["name"]: _summary(arm) for arm in results["arms"]}
-    ctx.track.metrics(summary | {"majority": results["majority"]["accuracy"]})
+    numbers = {
+        name: {key: value for key, value in row.items() if key != "plan"}
+        for name, row in summary.items()
+    }
+    ctx.track.metrics(numbers | {"majority": results["majority"]["accuracy"]})
     return {"arms": summary, "majority": results["majority"]["accuracy"]}
+
+
+def _curve_name(stage: str, outputs: dict[str, Any]) -> str:
+    return f"{stage} ({outputs.get('plan') or 'no drop'})"
 
 
 def _report(ctx: StageContext, before: int, total: int, label: str, done: int) -> None:

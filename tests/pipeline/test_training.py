@@ -75,7 +75,12 @@ def whole(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Plain:
 def test_loss_falls_when_the_same_pictures_come_again(small: Small, tmp_path: Path) -> None:
     context = Plain(tmp_path)
     config = CONFIG.model_copy(
-        update={"steps": 40, "batch_size": 8, "lora": None, "tune": (r".*language_model.*",)}
+        update={
+            "steps": 40,
+            "batch_size": 8,
+            "lora": None,
+            "tune": (r".*language_model.*", r"lm_head.*"),
+        }
     )
     train(config, sources(small), context)
     assert context.losses[40] < 0.6 * context.losses[1]
@@ -156,9 +161,9 @@ def test_exactly_the_declared_parameters_move(small: Small, tmp_path: Path) -> N
 
 def test_the_next_stage_starts_from_the_adapter(small: Small, tmp_path: Path, whole: Plain) -> None:
     start = whole.folder / "step-0006" / "trained"
-    config = CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-12})
+    config = CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-6})
     train(config, sources(small, start), Plain(tmp_path))
-    assert worst_difference(trained(tmp_path, 1), trained(whole.folder)) < 1e-8
+    assert worst_difference(trained(tmp_path, 1), trained(whole.folder)) < 2e-6
 
 
 def test_divergence_names_the_records(small: Small, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""The command line: help, errors in one sentence, dry runs."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from workflows.cli import WORKFLOWS, build_parser, load_workflow, main
+
+
+@pytest.mark.parametrize("command", ["run", "ls", "show", "chat", "cost", "plan"])
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args([command, "--help"])
+    assert caught.value.code == 0
+    assert f"  adsc {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_workflow_passes_a_dry_run(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", name, "--dry-run", "--root", str(tmp_path / "store")]) == 0
+    assert "to run" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()
+
+
+def test_all_unknown_keys_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["run", "demo", "--set", "train.learning_rat=1", "--set", "curriculum.ordr=x",
+                 "--set", "train.steps=none"])  # fmt: skip
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "did you mean train.learning_rate?" in said
+    assert "did you mean curriculum.order?" in said
+    assert "train.steps" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "demmo"], "workflow 'demmo' is unknown; did you mean demo?"),
+        (["run", "demo", "--set", "plan"], "is not KEY=VALUE"),
+        (["run", "demo", "--set", "plan=9:1/2"], "layer 9"),
+        (["run", "demo", "--set", "plan=2:3"], "keep ratio 3 at layer 2 must be in (0, 1]"),
+        (["show", "demo", "trian-1"], "has no stage 'trian-1'"),
+        (["chat", "nowhere", "--image", "none.png"], "there is no picture 'none.png'"),
+    ],
+)
+def test_errors_are_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = [] if arguments[0] == "chat" else ["--root", str(tmp_path)]
+    assert main([*arguments, *root]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_an_unwritable_store_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["run", "demo", "--root", str(tmp_path / "file" / "store")]) == 2
+    assert str(tmp_path / "file" / "store") in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    if ray.is_initialized():
+        pytest.skip("another test of this process holds a Ray")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["run", "demo", "--root", str(tmp_path), "--dashboard-port", str(port)]) == 2
+    assert f"port {port} for Ray's dashboard is in use" in capsys.readouterr().err
+
+
+def test_show_prints_every_key_that_set_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", "demo", "--config", "--root", str(tmp_path)]) == 0
+    lines = dict(line.split(" = ", 1) for line in capsys.readouterr().out.splitlines())
+    assert json.loads(lines["plan"]) == load_workflow("demo").config.model_dump()["plan"]
+    changes = [f"{key}={json.loads(value)}" for key, value in lines.items() if value[0] == '"']
+    assert load_workflow("demo", changes).config == load_workflow("demo").config
+    assert os.environ.get("ADSC_ROOT") is None

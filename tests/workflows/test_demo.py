@@ -1,0 +1,162 @@
+"""The whole demo at a small size, in processes of its own: undisturbed, cached, and killed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import record as records
+from pipeline.graph import fingerprints
+from pipeline.record import Record
+from pipeline.store import open_store
+from tests.pipeline.conftest import Small
+from workflows.cli import load_workflow
+
+SMALL = (
+    "data.train_pictures=60",
+    "data.test_pictures=8",
+    "plan=1:1/4,2:1/2",
+    "curriculum.stages=2",
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.checkpoint_every=1",
+    "evaluate.prefill_rounds=3",
+    "export.log_model=false",
+)
+
+
+def command(name: str, root: Path, base: Path, *extra: str) -> list[str]:
+    changes = [f"--set={change}" for change in (*SMALL, f"base.source={base}")]
+    return [
+        sys.executable,
+        "-m",
+        "workflows.cli",
+        name,
+        "demo",
+        "--root",
+        str(root),
+        *changes,
+        *extra,
+    ]
+
+
+def run(root: Path, base: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_API_SERVER_ADDRESS"}
+    return subprocess.run(
+        command("run", root, base, *extra), capture_output=True, text=True, env=environment
+    )
+
+
+def made(root: Path, base: Path) -> dict[str, Record]:
+    """Records of all finished stages."""
+    workflow = load_workflow("demo", [*SMALL, f"base.source={base}"])
+    store = open_store(str(root))
+    found = {
+        name: records.load(store, name, fingerprint)
+        for name, fingerprint in fingerprints(workflow.stages()).items()
+    }
+    return {name: record for name, record in found.items() if record is not None}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = run(root, small.base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+def test_every_stage_is_recorded_and_linked_with_its_run(undisturbed: Path, small: Small) -> None:
+    from mlflow import MlflowClient
+
+    found = made(undisturbed, small.base)
+    assert set(found) == {
+        "pictures", "base", "prepare", "train-1", "train-2", "merge", "control-1", "control-2",
+        "merge-control", "evaluate", "export", "report",
+    }  # fmt: skip
+    client = MlflowClient(f"sqlite:///{undisturbed}/mlflow.db")
+    parents = set()
+    for record in found.values():
+        assert record.run_id is not None
+        tags = client.get_run(record.run_id).data.tags
+        assert tags["adsc.fingerprint"] == record.fingerprint
+        assert tags["adsc.record"].endswith("record.json")
+        parents.add(tags["mlflow.parentRunId"])
+    assert len(parents) == 1
+    steps = client.get_metric_history(found["train-2"].run_id, "loss")
+    assert [metric.step for metric in steps] == [6]
+
+
+def test_the_table_shows_every_arm_and_what_to_type_next(undisturbed: Path, small: Small) -> None:
+    done = run(undisturbed, small.base)
+    assert done.returncode == 0, done.stderr
+    for word in ("dense_lora", "plan_untrained", "plan_trained", "majority answer", "adsc chat"):
+        assert word in done.stdout
+    assert done.stdout.count("cached") >= 12 and "to run" not in done.stdout
+
+
+def test_ls_and_show_find_what_was_made(undisturbed: Path, small: Small) -> None:
+    listed = subprocess.run(
+        command("ls", undisturbed, small.base, "--json"), capture_output=True, text=True, check=True
+    )
+    assert {row["state"] for row in json.loads(listed.stdout)} == {"cached"}
+    shown = subprocess.run(
+        [*command("show", undisturbed, small.base), "export", "--path"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (Path(shown.stdout.strip()) / "model.safetensors").is_file()
+
+
+def test_chat_answers_from_the_exported_checkpoint(undisturbed: Path, small: Small) -> None:
+    found = made(undisturbed, small.base)
+    picture = next((small.pictures / "images" / "test").glob("*.png"))
+    done = subprocess.run(
+        [sys.executable, "-m", "workflows.cli", "chat", found["export"].uri, "--image",
+         str(picture), "is there a bag?"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_killed_driver_loses_nothing(undisturbed: Path, small: Small, tmp_path: Path) -> None:
+    """kill -9 as soon as the second training stage has a checkpoint, then the same command."""
+    root = tmp_path / "killed"
+    for finished in undisturbed.glob("*-*"):
+        # Stages before training are taken over, so that the test is about the kill.
+        if re.match(r"(pictures|base|prepare)-", finished.name):
+            shutil.copytree(finished, root / finished.name)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_API_SERVER_ADDRESS"}
+    driver = subprocess.Popen(
+        command("run", root, small.base, "--lease=6"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not list(root.glob("train-2-*/run/step-*")) and time.monotonic() < deadline:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = {record.stage: record for record in made(root, small.base).values()}
+    assert "train-1" in before and "merge" not in before
+    done = run(root, small.base, "--lease=6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after, whole = made(root, small.base), made(undisturbed, small.base)
+    for stage, record in before.items():
+        assert after[stage] == record, f"{stage} was repeated"
+    for stage in ("train-2", "merge", "merge-control"):
+        assert weights(after[stage]) == weights(whole[stage])
+    answers = [
+        pq.read_table(Path(found["evaluate"].uri) / "samples.parquet") for found in (after, whole)
+    ]
+    assert answers[0].equals(answers[1])
+
+
+def weights(record: Record) -> dict[str, str]:
+    return {file.path: file.sha256 for file in record.files if "safetensors" in file.path}
