@@ -4,13 +4,14 @@ Torch, transformers and peft only: nothing here knows of Ray, MLflow or object s
 """
 
 from adsc.attach import attach, detach, plan_of
-from adsc.checkpoint import CheckpointError, from_pretrained
+from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.families import UnsupportedModel, VisionTokenError
 from adsc.held import CacheError
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import solve_plans
+from adsc.static import static_cache
 
 __all__ = [
     "CacheError",
@@ -27,4 +28,7 @@ __all__ = [
     "from_pretrained",
     "plan_of",
     "solve_plans",
+    "static_cache",
 ]
+
+attach_on_loading()

@@ -39,7 +39,7 @@ def attach(model: M, plan: PruningPlan | str | Iterable[tuple[int, float]]) -> M
         PlanError: the plan does not fit the model.
     """
     plan = as_plan(plan)
-    base = _base_model(model)
+    base = base_model(model)
     family, inner = find_family(base)
     decoder = family.decoder(inner)
     layers = decoder.layers
@@ -84,7 +84,7 @@ def _check_family(family: Family, config: Any, plan: PruningPlan) -> None:
 
 def detach(model: M) -> M:
     """Take the plan off a model, in place; the model is what it was."""
-    base = _base_model(model)
+    base = base_model(model)
     _remove_hooks(base)
     if hasattr(base.config, CONFIG_FIELD):
         delattr(base.config, CONFIG_FIELD)
@@ -93,7 +93,7 @@ def detach(model: M) -> M:
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
     """The plan that a model runs with; None if it has none."""
-    base = _base_model(model)
+    base = base_model(model)
     for hook in base._forward_pre_hooks.values():
         if isinstance(hook, EnterModel):
             return hook.plan
@@ -103,13 +103,13 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
     return None
 
 
-def _base_model(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The transformers model inside wrappers that keep it under a known name."""
-    if hasattr(model, "get_base_model"):  # peft
-        return _base_model(model.get_base_model())
+    if hasattr(model, "getbase_model"):  # peft
+        return base_model(model.getbase_model())
     for wrapped in ("module", "_orig_mod"):  # DDP and DeepSpeed; torch.compile
         if isinstance(inner := getattr(model, wrapped, None), nn.Module):
-            return _base_model(inner)
+            return base_model(inner)
     return model
 
 

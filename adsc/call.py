@@ -226,6 +226,12 @@ def is_sliding(config: Any, layer: int) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
+def first_full_layer(config: Any) -> int:
+    """The first layer of the decoder that attends to everything."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return kinds.index("full_attention") if "full_attention" in kinds else 0
+
+
 def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str, Any]) -> Call:
     """Work out the schedule of a call of the inner model `model` with these inputs.
 
@@ -241,6 +247,13 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
         raise CacheError(f"{type(cache).__name__} is no transformers Cache; pass a DynamicCache")
     before = held_by(cache)
     past = before.total(cache) if before else _length(cache, 0)
+    decoder, first = family.decoder(model), plan.stages[0][0]
+    if cache is not None and cache.is_compileable and first <= first_full_layer(decoder.config):
+        raise CacheError(
+            f"{type(cache).__name__} with a plan that drops before layer {first}: `generate` makes "
+            f"masks for layer {first_full_layer(decoder.config)}, which must still stand for the "
+            "whole conversation; drop after that layer, or use a DynamicCache"
+        )
     seen, square = _read_mask(inputs.get("attention_mask"), cache, past, width)
 
     segments: list[Segment] = []
@@ -255,12 +268,12 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
         if before is None and past:
             nothing = torch.empty(1, 0, dtype=torch.long, device=tokens.device)
             count = len(plan.stages)
-            before = Held(0, (nothing,) * count, (False,) * count, plan.stages[0][0])
+            before = Held(0, (nothing,) * count, (False,) * count, first)
     after = _after(before, segments, seen, past, width, plan) if segments else None
     return Call(
         plan=plan,
         family=family,
-        decoder=family.decoder(model),
+        decoder=decoder,
         rows=rows,
         width=width,
         segments=segments,
@@ -283,7 +296,7 @@ def _read_mask(
         return None, None
     if isinstance(mask, Tensor) and mask.ndim == 4:
         if cache is not None and cache.is_compileable:
-            # `generate` has made it for layer 0: the last query sees all columns but padding.
+            # `generate` has made it: the last query sees all columns but padding.
             last = mask[:, 0, -1]
             return (last if last.dtype == torch.bool else last == 0), None
         if isinstance(past, int) and past == 0 and mask.shape[-2:] == (width, width):

@@ -1,14 +1,18 @@
 """Load a model with the plan that travels in its checkpoint's config.
 
-Weights are transformers' business; the one thing asked of it is to miss and to ignore none.
+Weights are transformers' business; the one thing asked of it is to miss and to ignore none. A model
+was trained to live with its plan, so one that is loaded by other means (the Auto classes,
+pipelines) after `import adsc` has it attached too: transformers offers no hook for that, so its one
+loading method is wrapped. Without adsc the same checkpoint loads as a dense model.
 """
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from adsc.attach import CONFIG_FIELD, attach
 from adsc.plan import PruningPlan
@@ -42,7 +46,23 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
             "the checkpoint and "
             "have its place in the model"
         )
-    data = getattr(model.config, CONFIG_FIELD, None)
-    if data is not None:
-        attach(model, PruningPlan.from_dict(data))
     return (model, report) if kwargs.get("output_loading_info") else model
+
+
+def attach_on_loading() -> None:
+    """Make `PreTrainedModel.from_pretrained` attach the plan of a checkpoint; again is no more."""
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    if hasattr(load, "__wrapped__") and load.__module__ == __name__:
+        return
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        data = getattr(model.config, CONFIG_FIELD, None)
+        if data is not None:
+            attach(model, PruningPlan.from_dict(data))
+        return loaded
+
+    wrapped = wraps(load)(from_pretrained)
+    wrapped.__module__ = __name__
+    PreTrainedModel.from_pretrained = classmethod(wrapped)  # type: ignore[method-assign,assignment]

@@ -167,9 +167,14 @@ def _compact(keep: Tensor, before: Segment | None, lengths: list[int], left: boo
     return Segment(columns, (local + offset).flatten(), valid)
 
 
-@lru_cache(maxsize=256)
 def _keep_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
-    """(K, N) bool: which vision tokens are left after each drop; cached to save the copy."""
+    """(K, N) bool: which vision tokens are left after each drop."""
+    if torch.compiler.is_compiling():  # becomes a constant of the graph
+        return _make_table(images, plan, device)
+    return _kept_table(images, plan, device)
+
+
+def _make_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
     stages: list[list[bool]] = [[] for _ in plan.stages]
     for image in images:
         for row, kept in zip(stages, plan.kept_indices(image.tokens, image.lattice), strict=True):
@@ -178,6 +183,9 @@ def _keep_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.devi
                 flags[index] = True
             row.extend(flags)
     return torch.tensor(stages, dtype=torch.bool, device=device)
+
+
+_kept_table = lru_cache(maxsize=256)(_make_table)  # saves the copy to the device, too
 
 
 def _check_images(tokens: list[int], images: Images) -> None:
