@@ -4,15 +4,15 @@ A workflow (see workflows/) brings a config and the stages that make its data; e
 that is the same for the small demo and for a 7B model. Nothing here runs anything.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adsc.curriculum import curriculum
 from adsc.plan import PruningPlan
 from pipeline.config import Config
 from pipeline.stage import Stage
-from pipeline.stages.base import BaseConfig, base, num_decoder_layers
+from pipeline.stages.base import BaseConfig, base, num_decoder_layers, pin_digest
 from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
 from pipeline.stages.export import ExportConfig, export
 from pipeline.stages.merge import MergeConfig, merge
@@ -55,6 +55,18 @@ class CompressConfig(Config):
     report: ReportConfig = ReportConfig()
     """The page and the figure."""
 
+    @model_validator(mode="after")
+    def _leave_what_is_filled_in(self) -> Self:
+        filled = {
+            "train.plan": self.train.plan,
+            "merge.plan": self.merge.plan,
+            "evaluate.arms": self.evaluate.arms,
+        }
+        given = [name for name, value in filled.items() if value]
+        if given:
+            raise ValueError(f"{', '.join(given)} follow from `plan` and `curriculum`: set those")
+        return self
+
 
 def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     """The stages of a compression; `data` is a stage that writes records and pictures.
@@ -74,7 +86,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             title="base: the checkpoint to compress",
             body=base,
             version=1,
-            config=config.base,
+            config=pin_digest(config.base),
         ),
         Stage(
             name="prepare",

@@ -56,3 +56,7 @@ def ray_address(s3_endpoint: str) -> Iterator[str]:
         )
         yield context.address_info["address"]
         ray.shutdown()
+
+
+# A fixture for every folder; imported below the environment's settings on purpose.
+from tests.small import small  # noqa: E402, F401

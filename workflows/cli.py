@@ -50,14 +50,19 @@ SHOW_EXAMPLES = """examples:
 """
 
 
+def _console() -> Console:
+    """A terminal's own width; elsewhere (a job's log, a pipe) wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
-    console = Console()
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        print("adsc: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except _user_errors() as error:
         print(f"adsc: {error}", file=sys.stderr)
@@ -190,7 +195,7 @@ def _run(options: argparse.Namespace) -> int:
     workflow = load_workflow(options.workflow, options.changes)
     stages = workflow.stages()
     store = open_store(options.root)
-    console = Console()
+    console = _console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
     if options.dry_run:
         return 0
@@ -246,7 +251,7 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
 def _ls(options: argparse.Namespace) -> int:
     from pipeline import graph
 
-    console = Console()
+    console = _console()
     if options.workflow is None:
         table = Table("workflow", "what", box=None, padding=(0, 2, 0, 0))
         rows = [(name, load_workflow(name).title) for name in WORKFLOWS]

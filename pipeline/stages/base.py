@@ -51,6 +51,14 @@ def resolve(source: str) -> Path:
     return Path(str(files(package))) / folder
 
 
+def pin_digest(config: BaseConfig) -> BaseConfig:
+    """With the digest of a checkpoint that ships in a package, so that new weights there are
+    another base. Folders of users are taken as they are: hashing a large one takes minutes."""
+    if config.digest is not None or not config.source.startswith("package://"):
+        return config
+    return config.model_copy(update={"digest": folder_digest(resolve(config.source))})
+
+
 def num_decoder_layers(source: str) -> int | None:
     """Decoder layers according to the checkpoint's config.json; None where it isn't at hand."""
     file = resolve(source) / "config.json"

@@ -18,7 +18,7 @@ from pipeline.conversations import (
     render_tokens,
 )
 from pipeline.templates import TEMPLATES
-from tests.pipeline.conftest import Small
+from tests.small import Small
 
 TURNS = [
     ("human", "<image>\nwhat is at the top left?"),

@@ -22,9 +22,9 @@ from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
 from pipeline.stages.results import Results
 from pipeline.training import train
-from tests.pipeline.conftest import Small
 from tests.pipeline.contexts import stage_context
 from tests.pipeline.test_training import CONFIG, Plain, sources
+from tests.small import Small
 
 PLAN = CONFIG.plan
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoProcessor
 
 from pipeline.stages.prepare import PrepareConfig, TooManyBadRecords, prepare
-from tests.pipeline.conftest import Small
 from tests.pipeline.contexts import stage_context
+from tests.small import Small
 
 CONFIG = PrepareConfig(splits={"train": "train.json"}, template="vicuna_short", context=512)
 

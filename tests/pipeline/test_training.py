@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from pipeline.adapters import LoraSettings, merge_trained
 from pipeline.training import Diverged, Sources, TrainConfig, learning_rate_at, train
-from tests.pipeline.conftest import Small
+from tests.small import Small
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
 CONFIG = TrainConfig(

@@ -17,7 +17,7 @@ from pipeline import record as records
 from pipeline.graph import fingerprints
 from pipeline.record import Record
 from pipeline.store import open_store
-from tests.pipeline.conftest import Small
+from tests.small import Small
 from workflows.cli import load_workflow
 
 SMALL = (
