@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,6 +74,14 @@ class Placeholder:
         )
 
 
+def _causal(inputs: Inputs, past: int, width: int) -> Tensor | None:
+    return None
+
+
+def _any_layer(config: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family.
@@ -95,9 +103,9 @@ class Family:
     model_type: str
     placeholders: tuple[Placeholder, ...]
     text_model: str = "language_model"
-    blocks: Callable[[Inputs, int, int], Tensor | None] = field(default=lambda *_: None)
+    blocks: Callable[[Inputs, int, int], Tensor | None] = _causal
     window_cuts_blocks: bool = False
-    first_layer: Callable[[Any], int] = field(default=lambda _: 0)
+    first_layer: Callable[[Any], int] = _any_layer
     axes: int = 1
     rotary_by_layer_type: bool = False
 

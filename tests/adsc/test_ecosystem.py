@@ -1,0 +1,79 @@
+"""A checkpoint with a plan in transformers' own doors: pipelines and the Auto classes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+import adsc
+from tests.adsc.tiny import IMAGE, batch, llava, row
+
+PLAN = adsc.PruningPlan.parse("2:1/2,4:1/4")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    adsc.attach(llava(), PLAN).save_pretrained(tmp_path)
+    words = {f"w{i}": i for i in range(100)} | {"<image>": IMAGE, "<pad>": 0, "<s>": 1, "</s>": 2}
+    words = {word: i for word, i in words.items() if word[0] != "w" or i not in (0, 1, 2, IMAGE)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_auto_classes_attach_the_plan(checkpoint):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    assert adsc.plan_of(model) == PLAN
+    inputs = batch([row(3, 0, 5)])
+    assert torch.equal(model(**inputs).logits, adsc.attach(llava(), PLAN)(**inputs).logits)
+
+
+def test_the_pipeline_runs_compressed(checkpoint):
+    pipe = pipeline("image-text-to-text", model=str(checkpoint))
+    seen: list[int] = []
+    last = pipe.model.model.language_model.layers[-1]
+    last.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    picture = Image.new("RGB", (40, 50), (200, 30, 90))
+    told = pipe(images=picture, text="w5 <image> w7 w8", max_new_tokens=3, return_full_text=False)
+    assert isinstance(told[0]["generated_text"], str)
+    assert adsc.plan_of(pipe.model) == PLAN
+    assert seen[0] == 3 + 2
+
+
+def test_copies_and_pickles_of_a_model_are_attached_and_can_be_detached():
+    inputs = batch([row(3, 0, 5)])
+    model = adsc.attach(llava(), PLAN)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+        adsc.detach(other)
+        assert torch.equal(other(**inputs).logits, llava()(**inputs).logits)
+    assert adsc.plan_of(model) == PLAN
