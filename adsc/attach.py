@@ -105,8 +105,8 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
 
 def base_model(model: Any) -> Any:
     """The transformers model inside wrappers that keep it under a known name."""
-    if hasattr(model, "getbase_model"):  # peft
-        return base_model(model.getbase_model())
+    if hasattr(model, "get_base_model"):  # peft
+        return base_model(model.get_base_model())
     for wrapped in ("module", "_orig_mod"):  # DDP and DeepSpeed; torch.compile
         if isinstance(inner := getattr(model, wrapped, None), nn.Module):
             return base_model(inner)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adsc.call import Call, begin
-from adsc.families import GRID, Family, VisionTokenError
+from adsc.families import GRID, SIZE, Family, VisionTokenError
 from adsc.held import CacheError, held_by, keep_record
 from adsc.plan import PruningPlan
 
@@ -134,7 +134,7 @@ class EnterVision:
 
 
 class LeaveVision:
-    """Forward hook of a vision tower: its output keeps the grids that it was called with.
+    """Forward hook of a vision tower: its output keeps the shapes that it was called with.
 
     `generate` encodes images first and then forgets their grids, by which frames are told apart.
     """
@@ -142,7 +142,11 @@ class LeaveVision:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if (grid := kwargs.get("grid_thw")) is not None and hasattr(output, "to_tuple"):
+        if not hasattr(output, "to_tuple"):
+            return
+        pixels = kwargs.get("pixel_values", args[0] if args else None)
+        setattr(output, SIZE, tuple(getattr(pixels, "shape", ()))[-2:])
+        if (grid := kwargs.get("grid_thw")) is not None and not torch.compiler.is_compiling():
             setattr(output, GRID, grid.tolist())
 
 

@@ -27,7 +27,8 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 Inputs = Mapping[str, Any]
-GRID = "adsc_grid"  # on the output of a vision tower: the grids it was called with
+# On the output of a vision tower: the grids (t, h, w) and the (height, width) it was called with.
+GRID, SIZE = "adsc_grid", "adsc_size"
 
 
 class UnsupportedModel(TypeError):
@@ -140,14 +141,28 @@ def _features(inputs: Inputs, kind: str) -> Any:
     return encoded.get(kind) if isinstance(encoded, Mapping) else None
 
 
-def _encoded_images(inputs: Inputs, kind: str = "image") -> list[Image]:
+def _encoded_images(inputs: Inputs) -> list[Image]:
     """One image for each (n, D) of the encoded features."""
-    output = _features(inputs, kind)
-    return [] if output is None else [Image(len(features)) for features in output.pooler_output]
+    output = _whole(_features(inputs, "image"))
+    return [Image(len(features)) for features in output.pooler_output]
 
 
-def _of_pixels(pixels: Tensor, image: Image) -> list[Image]:
-    return [image] * pixels.shape[0]
+def _whole(output: Any) -> Any:
+    """Refuse features that chunked prefill has cut: where an image begins is lost."""
+    if not hasattr(output, SIZE):
+        raise VisionTokenError(
+            "images were encoded before this call, but not by this model's vision tower, or cut "
+            "into chunks since; pass pixel values, and leave prefill_chunk_size out of `generate`"
+        )
+    return output
+
+
+def _pixels(inputs: Inputs) -> tuple[int, int, int]:
+    """Number, height and width of a call's images."""
+    if (pixels := inputs.get("pixel_values")) is not None:
+        return pixels.shape[0], pixels.shape[-2], pixels.shape[-1]
+    output = _whole(_features(inputs, "image"))
+    return (len(output.pooler_output), *getattr(output, SIZE))
 
 
 def _side(config: Any) -> int:
@@ -157,18 +172,18 @@ def _side(config: Any) -> int:
 
 def _llava(config: Any, inputs: Inputs) -> Images:
     """A fixed patch grid; the tower's class token goes (`default`) or stays (`full`)."""
-    if (pixels := inputs.get("pixel_values")) is None:
-        return _encoded_images(inputs)
     patch = config.vision_config.patch_size
     if (sizes := inputs.get("image_sizes")) is not None:  # towers of native resolution (Pixtral)
         grids = [(int(h) // patch, int(w) // patch) for h, w in torch.as_tensor(sizes).tolist()]
         return [Image(h * w, (h, w)) for h, w in grids]
     strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     has_class_token = "clip" in config.vision_config.model_type
-    height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    if config.vision_config.model_type == "pixtral":  # encoded beforehand
+        return _encoded_images(inputs)
+    number, height, width = _pixels(inputs)
+    height, width = height // patch, width // patch
     tokens = height * width + has_class_token - (strategy == "default")
-    lattice = (height, width) if tokens == height * width else None
-    return _of_pixels(pixels, Image(tokens, lattice))
+    return [Image(tokens, (height, width) if tokens == height * width else None)] * number
 
 
 def _llava_next(config: Any, inputs: Inputs) -> Images:
@@ -217,7 +232,7 @@ def _llava_onevision_video(config: Any, inputs: Inputs) -> Images:
     if (pixels := inputs.get("pixel_values_videos")) is not None:
         videos, frames = pixels.shape[:2]
     else:
-        features = _features(inputs, "video").pooler_output
+        features = _whole(_features(inputs, "video")).pooler_output
         videos, frames = len(features), (features[0].shape[0] - 1) // side**2
     return ([Image(side**2, (side, side))] * frames + [Image(1, (1, 1))]) * videos
 
@@ -238,7 +253,7 @@ def _qwen_grids(config: Any, inputs: Inputs, kind: str) -> Images:
     else:
         # Encoded beforehand: the tower's output tells the grids, in the order of distinct features
         # (beams share theirs).
-        output = _features(inputs, kind)
+        output = _whole(_features(inputs, kind))
         distinct = list({id(one): None for one in output.pooler_output})
         known = dict(zip(distinct, getattr(output, GRID), strict=True))
         grids = [known[id(one)] for one in output.pooler_output]
@@ -249,33 +264,30 @@ def _qwen_grids(config: Any, inputs: Inputs, kind: str) -> Images:
 
 def _internvl(config: Any, inputs: Inputs) -> Images:
     """Tiles of a fixed size, each shuffled to a quarter of its patches (`downsample_ratio`)."""
-    if (pixels := inputs.get("pixel_values")) is None:
-        return _encoded_images(inputs)
+    number, _, width = _pixels(inputs)
     patch = config.vision_config.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
-    side = int(pixels.shape[-1] // patch * config.downsample_ratio)
-    return _of_pixels(pixels, Image(side**2, (side, side)))
+    side = int(width // patch * config.downsample_ratio)
+    return [Image(side**2, (side, side))] * number
 
 
 def _idefics(config: Any, inputs: Inputs) -> Images:
     """Tiles between words; some of `pixel_values` only pad, so their number is not asked."""
+    if inputs.get("pixel_values") is None:
+        _whole(_features(inputs, "image"))
     side = _side(config) // config.scale_factor
     return Image(side**2, (side, side))
 
 
 def _gemma(config: Any, inputs: Inputs) -> Images:
     """A fixed number of tokens, pooled from the patches."""
-    if (pixels := inputs.get("pixel_values")) is None:
-        return _encoded_images(inputs)
     side = math.isqrt(config.mm_tokens_per_image)
-    return _of_pixels(pixels, Image(side**2, (side, side)))
+    return [Image(side**2, (side, side))] * _pixels(inputs)[0]
 
 
 def _paligemma(config: Any, inputs: Inputs) -> Images:
     """One token for each patch."""
-    if (pixels := inputs.get("pixel_values")) is None:
-        return _encoded_images(inputs)
-    return _of_pixels(pixels, Image(_side(config) ** 2, (_side(config), _side(config))))
+    return [Image(_side(config) ** 2, (_side(config), _side(config)))] * _pixels(inputs)[0]
 
 
 def _gemma_blocks(inputs: Inputs, past: int, width: int) -> Tensor | None:
