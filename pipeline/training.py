@@ -129,7 +129,8 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
         betas=(0.9, 0.95),
         weight_decay=config.weight_decay,
     )
-    first, history = 0, []
+    first = 0
+    history: list[list[float]] = []
     with context.latest() as folder:
         if folder is not None:
             first, history = _load_checkpoint(folder, trainable, optimizer)

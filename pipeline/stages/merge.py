@@ -49,7 +49,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     ctx.progress(1, 4, "logits with the adapter")
     expected = _logits(_adapted(base, trained, plan), probe)
     ctx.progress(2, 4, "merging")
-    model = merge_trained(AutoModelForImageTextToText.from_pretrained(base), trained)
+    model: Any = merge_trained(AutoModelForImageTextToText.from_pretrained(base), trained)
     adsc.attach(model, plan)
     got = _logits(model, probe)
     scale = expected.abs().max().item()

@@ -67,6 +67,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig
 
     start = ctx.inputs["start"].folder / "trained" if "start" in ctx.inputs else None
     sources = Sources(
@@ -90,7 +91,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage_path,
-            failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
         torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),

@@ -33,7 +33,7 @@ SMALL = (
 )
 
 
-def command(name: str, root: Path, base: Path, *extra: str) -> list[str]:
+def command(name: str, root: Path | str, base: Path, *extra: str) -> list[str]:
     changes = [f"--set={change}" for change in (*SMALL, f"base.source={base}")]
     return [
         sys.executable,
@@ -48,14 +48,14 @@ def command(name: str, root: Path, base: Path, *extra: str) -> list[str]:
     ]
 
 
-def run(root: Path, base: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+def run(root: Path | str, base: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_API_SERVER_ADDRESS"}
     return subprocess.run(
         command("run", root, base, *extra), capture_output=True, text=True, env=environment
     )
 
 
-def made(root: Path, base: Path) -> dict[str, Record]:
+def made(root: Path | str, base: Path) -> dict[str, Record]:
     """Records of all finished stages."""
     workflow = load_workflow("demo", [*SMALL, f"base.source={base}"])
     store = open_store(str(root))
@@ -160,3 +160,19 @@ def test_a_killed_driver_loses_nothing(undisturbed: Path, small: Small, tmp_path
 
 def weights(record: Record) -> dict[str, str]:
     return {file.path: file.sha256 for file in record.files if "safetensors" in file.path}
+
+
+@pytest.mark.slow
+def test_the_same_demo_on_an_s3_endpoint(s3_endpoint: str, undisturbed: Path, small: Small) -> None:
+    root = "s3://lab/demo"
+    tracking = f"--mlflow=sqlite:///{undisturbed}/s3.db"
+    done = run(root, small.base, tracking)
+    assert done.returncode == 0, done.stdout + done.stderr
+    on_s3, local = made(root, small.base), made(undisturbed, small.base)
+    assert {name: weights(record) for name, record in on_s3.items()} == {
+        name: weights(record) for name, record in local.items()
+    }
+    store = open_store(on_s3["export"].uri)
+    assert {entry.key for entry in store.list("")} >= {"model.safetensors", "manifest.json"}
+    again = run(root, small.base, tracking)
+    assert again.returncode == 0 and "to run" not in again.stdout
