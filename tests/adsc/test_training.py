@@ -140,3 +140,24 @@ def test_the_trainer_runs_unchanged_and_moves_the_declared_parameters(tmp_path):
     moved = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}
     assert moved == {name for name in before if "lora_" in name}
     assert losses[-1] < losses[0]
+
+
+def test_ddp_around_an_attached_model_changes_nothing(tmp_path):
+    inputs = _collate([row(3, 0, 5), row(2, 0, 3, 0, 4), row(6)])
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(
+            attached().train(), find_unused_parameters=True
+        )
+        assert adsc.plan_of(wrapped) == adsc.PruningPlan(stages=STAGES)
+        wrapped(**inputs).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    alone_model = attached().train()
+    alone_model(**inputs).loss.backward()
+    wanted = dict(alone_model.named_parameters())
+    for name, parameter in wrapped.module.named_parameters():
+        if wanted[name].grad is not None:
+            torch.testing.assert_close(parameter.grad, wanted[name].grad)
