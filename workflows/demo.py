@@ -33,11 +33,11 @@ def demo() -> Workflow:
         prepare=PrepareConfig(template="vicuna_short", context=512),
         curriculum=CurriculumConfig(order="reverse", stages=3, extreme=1.5),
         train=TrainConfig(
-            steps=80,
-            batch_size=32,
+            steps=100,
+            batch_size=16,
             learning_rate=2e-3,
             lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
-            checkpoint_every=20,
+            checkpoint_every=25,
         ),
         export=ExportConfig(
             name="tiny-llava-compressed", base="tiny_base of this repository", licence="apache-2.0"
