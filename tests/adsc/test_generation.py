@@ -76,9 +76,7 @@ def test_assisted_decoding_equals_greedy(assistant, stages):
             other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.3)
         how = {"assistant_model": other}
     got = model.generate(**inputs, max_new_tokens=12, **GREEDY, **how)
-    assert new_tokens(got, inputs)[0] == greedy_reference(
-        llava(), alone(inputs, 0), 12, stages
-    )
+    assert new_tokens(got, inputs)[0] == greedy_reference(llava(), alone(inputs, 0), 12, stages)
 
 
 @pytest.mark.parametrize("positions", ["keep", "reindex"])
@@ -112,7 +110,9 @@ def test_a_conversation_goes_on_on_the_same_cache(opening, image, stages, positi
         kept = adsc.plan_of(model).tokens_per_layer(TOKENS, LAYERS)
         images = sum(len(one) for one in everything)
         words = whole.shape[1] - images * TOKENS + 3
-        assert [layer.keys.shape[-2] for layer in cache.layers] == [n * images + words for n in kept]
+        assert [layer.keys.shape[-2] for layer in cache.layers] == [
+            n * images + words for n in kept
+        ]
 
 
 def test_padded_conversations_go_on_in_a_batch():
