@@ -93,6 +93,8 @@ class TinyBaseConfig(Config):
         checkpoint_every=250,
     )
     """Projector and decoder in full, tower frozen."""
+    second_steps: int = Field(2000, gt=0)
+    """Steps of a second round at the same rate: after the first, places are still being learned."""
     evaluate: EvaluateConfig = EvaluateConfig(title="The small base", control="dense")
     """Questions about official test instances."""
 
@@ -235,12 +237,22 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             needs=data,
         ),
         Stage(
+            name="train-2",
+            title="train-2: projector and decoder, second round",
+            body=train_stage,
+            version=1,
+            config=config.decoder.model_copy(
+                update={"steps": config.second_steps, "seed": config.decoder.seed + 1}
+            ),
+            needs={**data, "start": "train"},
+        ),
+        Stage(
             name="merge",
             title="merge: one checkpoint",
             body=merge,
             version=1,
             config=MergeConfig(),
-            needs={**data, "trained": "train"},
+            needs={**data, "trained": "train-2"},
         ),
         Stage(
             name="evaluate",
@@ -248,7 +260,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             body=evaluate,
             version=1,
             config=config.evaluate.model_copy(update={"arms": (dense,)}),
-            needs={**data, "merge": "merge", "train": "train"},
+            needs={**data, "merge": "merge", "train": "train", "train-2": "train-2"},
         ),
     ]
 
