@@ -28,5 +28,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Ratios on this machine, a few minutes each; docs/performance.md says how to read them.
 bench: install
-	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.prefill --json runs/bench/prefill.json
+	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
+	$(BIN)/python -m benchmarks.train_step --json runs/bench/train_step.json

@@ -136,23 +136,19 @@ def measure(options: argparse.Namespace, batch: int, *, static: bool = False) ->
     runs = {
         name: Decoding(one, inputs, options.steps, static=static) for name, one in models.items()
     }
-    cases = [
-        Case(name=name, call=run.decode, prepare=run.set_back) for name, run in runs.items()
-    ]
+    cases = [Case(name=name, call=run.decode, prepare=run.set_back) for name, run in runs.items()]
     times = take_turns(cases, options.rounds, options.device, warm=False)
     return rows_of(times, runs, chosen)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__, geometry_name="cpu-narrow", rows=1, rounds=5)
     made.set_defaults(batch=[1, 32])
     made.add_argument("--batches", dest="batch", type=int, nargs="+", help="batch sizes")
     made.add_argument("--steps", type=int, default=16, help="tokens of a turn")
     made.add_argument("--static", action="store_true", help="static caches")
-    options = parsed(made)
-    rows = [
-        row for size in options.batch for row in measure(options, size, static=options.static)
-    ]
+    options = parsed(made, arguments)
+    rows = [row for size in options.batch for row in measure(options, size, static=options.static)]
     report("decode", vars(options), rows, options.device, options.json)
 
 

@@ -96,7 +96,7 @@ def machine(device: torch.device) -> Row:
     """What a figure depends on beside the code."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
@@ -110,6 +110,14 @@ def machine(device: torch.device) -> Row:
     }
 
 
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def _commit() -> str | None:
     """The commit of this checkout; None outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -119,9 +127,16 @@ def _commit() -> str | None:
         return None
 
 
-def table(rows: Iterable[Row]) -> str:
+def tables(rows: Iterable[Row]) -> str:
+    """A table for each kind of row, in the order in which they come up."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row), []).append(row)
+    return "\n\n".join(map(table, kinds.values()))
+
+
+def table(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table, aligned: what is printed is what goes into docs/performance.md."""
-    rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
@@ -150,7 +165,7 @@ def report(
     about = machine(device)
     print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
     print(", ".join(f"{key} {value}" for key, value in settings.items()), "\n")
-    print(table(rows), flush=True)
+    print(tables(rows), flush=True)
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -181,9 +181,9 @@ def parser(doc: str, *, geometry_name: str, rows: int, rounds: int) -> argparse.
     return made
 
 
-def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """Options with the device and dtype as torch's."""
-    options = made.parse_args()
+def parsed(made: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options with the device and dtype as torch's; those of the command line by default."""
+    options = made.parse_args(arguments)
     options.device = torch.device(options.device)
     name = options.dtype or ("float32" if options.device.type == "cpu" else "bfloat16")
     options.dtype = DTYPES[name]

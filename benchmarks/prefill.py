@@ -67,8 +67,8 @@ def measure(
     return rows
 
 
-def main() -> None:
-    options = parsed(parser(__doc__, geometry_name="cpu", rows=1, rounds=9))
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(parser(__doc__, geometry_name="cpu", rows=1, rounds=9), arguments)
     report("prefill", vars(options), measure(options), options.device, options.json)
 
 

@@ -20,7 +20,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import adsc
 from benchmarks.measure import Case, Row, peak_flops, report, speedup, take_turns
 from benchmarks.models import build, llava_config, parsed, parser, plans, prompts, twin
 
@@ -49,15 +48,14 @@ class Training:
     Args:
         model: a peft model, with or without a plan.
         inputs: the batch; all words are labels.
+        optimizer: of the adapters, which twins share.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Tensor]):
-        self.model = model
+    def __init__(self, model: Any, inputs: dict[str, Tensor], optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
         ids = inputs["input_ids"]
         labels = ids.masked_fill(ids == model.config.image_token_id, -100)
         self.inputs = inputs | {"labels": labels}
-        trained = [one for one in model.parameters() if one.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def loss(self) -> Tensor:
         """The loss of the batch."""
@@ -77,7 +75,10 @@ class Training:
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so no address is reused
+                kept[storage.data_ptr()] = (
+                    storage.nbytes(),
+                    tensor,
+                )  # alive, so no address is reused
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -115,16 +116,18 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
     model = with_adapters(build(config, options.device, options.dtype), options.rank)
     chosen = plans(config)
     models = {"dense": model} | {name: twin(model, plan) for name, plan in chosen.items()}
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
     size = (options.text, options.device, options.dtype)
     flops = {
-        name: options.batch * Training(one, prompts(config, 1, *size)).flops()
+        name: options.batch * Training(one, prompts(config, 1, *size), optimizer).flops()
         for name, one in models.items()
     }
     if checkpointing:
         for one in models.values():
             one.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = prompts(config, options.batch, *size)
-    runs = {name: Training(one, inputs) for name, one in models.items()}
+    runs = {name: Training(one, inputs, optimizer) for name, one in models.items()}
     cases = [Case(name=name, call=run.step) for name, run in runs.items()]
     times = take_turns(cases, options.rounds, options.device, warm=False)
     peak = peak_flops(options.device)
@@ -146,11 +149,11 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
     return rows
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__, geometry_name="cpu-narrow", rows=2, rounds=7)
     made.add_argument("--rank", type=int, default=16, help="of the adapters")
     made.add_argument("--checkpointing", action="store_true", help="recompute each layer")
-    options = parsed(made)
+    options = parsed(made, arguments)
     rows = measure(options, checkpointing=options.checkpointing)
     report("train_step", vars(options), rows, options.device, options.json)
 
