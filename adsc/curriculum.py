@@ -20,8 +20,8 @@ def scale_plan(plan: PruningPlan, pressure: float) -> PruningPlan:
     """
     stages = []
     for layer, keep in plan.stages:
-        scaled = Fraction(float(keep) ** pressure).limit_denominator(1000)
-        stages.append((layer, max(scaled, Fraction(1, 1000))))
+        scaled = Fraction(float(keep) ** pressure).limit_denominator(64)
+        stages.append((layer, max(scaled, Fraction(1, 64))))
     return PruningPlan(stages=tuple(stages), anchor=plan.anchor, positions=plan.positions)
 
 

@@ -63,7 +63,12 @@ def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
 
     Positions count list entries from 0, or lines from 1.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path.name} is not UTF-8 text (byte {error.start}); convert it"
+        ) from None
     if text.lstrip()[:1] == "[":
         try:
             yield from enumerate(json.loads(text))
@@ -73,7 +78,7 @@ def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
                 "write a JSON list, or one object a line (JSON Lines)"
             ) from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -92,6 +97,8 @@ def parse_turns(record: Any) -> list[tuple[str, str]]:
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, 0)
         if not isinstance(text, str) or not text.strip():
             raise BadRecord("malformed", f"turn {position} has no text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadRecord("malformed", f"turn {position} holds half a character (a surrogate)")
         if role != ROLES[position % 2]:
             raise BadRecord(
                 "roles", f"turn {position} is from {role!r}, not {ROLES[position % 2]!r}"
@@ -100,6 +107,18 @@ def parse_turns(record: Any) -> list[tuple[str, str]]:
     if not turns or len(turns) % 2:
         raise BadRecord("roles", f"{len(turns)} turns; a conversation ends with an answer")
     return turns
+
+
+def question_kinds(record: dict[str, Any], exchanges: int) -> list[str]:
+    """The record's kinds of question, one an exchange, or none at all."""
+    kinds = record.get("kinds")
+    if kinds is None:
+        return []
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise BadRecord("malformed", f"kinds {str(kinds)[:80]!r} is not a list of texts")
+    if len(kinds) != exchanges:
+        raise BadRecord("malformed", f"{len(kinds)} kinds for {exchanges} exchanges")
+    return kinds
 
 
 def picture_names(record: dict[str, Any]) -> list[str]:
@@ -116,7 +135,10 @@ def read_picture(root: Path, name: str, limits: Limits) -> bytes:
 
     Raises BadRecord: path, missing_picture, broken_picture, picture_size.
     """
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except ValueError as error:
+        raise BadRecord("path", f"{name!r}: {error}") from None
     if not path.is_relative_to(root.resolve()):
         raise BadRecord("path", repr(name))
     try:

@@ -155,6 +155,12 @@ def git_commit() -> str | None:
     """The commit of this code, with `-dirty` if files differ from it; None outside of git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        # An environment inside somebody else's repository must not lend its commit.
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            check=True,
+        )
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )

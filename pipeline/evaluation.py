@@ -32,7 +32,7 @@ class Question:
     kind: str
     text: str
     expected: str
-    picture: bytes
+    pictures: tuple[bytes, ...]
 
 
 def read_questions(data: PreparedData) -> list[Question]:
@@ -44,7 +44,8 @@ def read_questions(data: PreparedData) -> list[Question]:
         pairs = zip(kinds, turns[::2], turns[1::2], strict=True)
         for kind, (_, asked), (_, answer) in pairs:
             text = asked.replace(MARKER, "").strip()
-            questions.append(Question(row["id"], kind, text, answer.strip(), row["pictures"][0]))
+            pictures = tuple(row["pictures"])
+            questions.append(Question(row["id"], kind, text, answer.strip(), pictures))
     return questions
 
 
@@ -52,15 +53,27 @@ def build_inputs(questions: Sequence[Question], processor: Any) -> dict[str, tor
     """Left-padded model inputs of a batch of questions."""
     prompts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}],
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}] * len(q.pictures)
+                    + [{"type": "text", "text": q.text}],
+                }
+            ],
             add_generation_prompt=True,
         )
         for q in questions
     ]
-    pictures = [Image.open(io.BytesIO(q.picture)).convert("RGB") for q in questions]
+    pictures = [
+        Image.open(io.BytesIO(picture)).convert("RGB") for q in questions for picture in q.pictures
+    ]
     return dict(
         processor(
-            text=prompts, images=pictures, return_tensors="pt", padding=True, padding_side="left"
+            text=prompts,
+            images=pictures or None,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
         )
     )
 
@@ -76,7 +89,7 @@ def generate_answers(
     """Greedy answers, in the order of the questions."""
     answers: list[str] = []
     for batch in _batches(questions, batch_size):
-        inputs = build_inputs(batch, processor)
+        inputs = to_device(build_inputs(batch, processor), model)
         with torch.inference_mode():
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -84,6 +97,11 @@ def generate_answers(
         answers += [text.strip() for text in texts]
         report(len(answers))
     return answers
+
+
+def to_device(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """The inputs where the model is."""
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 def _batches(items: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
@@ -96,7 +114,8 @@ def majority_answers(train: PreparedData) -> dict[str, str]:
     counts: dict[str, Counter[str]] = {}
     for row in train.table.select(["kinds", "turns"]).to_pylist():
         answers = [answer for _, answer in json.loads(row["turns"])[1::2]]
-        for kind, answer in zip(row["kinds"], answers, strict=True):
+        kinds = row["kinds"] or ["other"] * len(answers)
+        for kind, answer in zip(kinds, answers, strict=True):
             counts.setdefault(kind, Counter())[answer.strip()] += 1
     return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
 

@@ -19,6 +19,7 @@ from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.prepare import PrepareConfig, prepare
 from pipeline.stages.report import ReportConfig, report
 from pipeline.stages.train import train_stage
+from pipeline.templates import TEMPLATES
 from pipeline.training import TrainConfig
 
 
@@ -79,6 +80,13 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     layers = num_decoder_layers(config.base.source)
     if layers is not None:
         PruningPlan.parse(config.plan).check_layers(layers)
+    if config.prepare.template not in TEMPLATES:
+        raise ValueError(
+            f"prepare.template {config.prepare.template!r} is unknown; there are "
+            f"{', '.join(TEMPLATES)}"
+        )
+    if config.train.lora is None and not config.train.tune:
+        raise ValueError("nothing to train: set train.lora or train.tune")
     stages = [
         data,
         Stage(
@@ -97,15 +105,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             needs={"data": data.name, "base": "base"},
         ),
     ]
-    plans = [
-        str(plan)
-        for plan in curriculum(
-            config.plan,
-            config.curriculum.order,
-            config.curriculum.stages,
-            config.curriculum.extreme,
-        )
-    ]
+    plans = training_plans(config)
     stages += _train_and_merge("train", "merge", plans, config)
     stages += _train_and_merge("control", "merge-control", [""] * len(plans), config)
     arms = (
@@ -163,6 +163,12 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     return stages
 
 
+def training_plans(config: CompressConfig) -> list[str]:
+    """The plan of each training stage."""
+    way = config.curriculum
+    return [str(plan) for plan in curriculum(config.plan, way.order, way.stages, way.extreme)]
+
+
 def _train_and_merge(
     prefix: str, merged: str, plans: list[str], config: CompressConfig
 ) -> list[Stage]:
@@ -179,7 +185,7 @@ def _train_and_merge(
                 version=1,
                 # Each stage draws its own batches.
                 config=config.train.model_copy(
-                    update={"plan": plan, "seed": config.train.seed + number}
+                    update={"plan": plan, "seed": 1000 * config.train.seed + number}
                 ),
                 needs=needs,
             )

@@ -396,7 +396,9 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> st
                 code_paths=[str(Path(adsc.__file__).parent)],
                 signature=mlflow_model.signature(),
                 input_example=mlflow_model.example(),
-                pip_requirements=[f"{pkg}=={metadata.version(pkg)}" for pkg in MODEL_PACKAGES],
+                pip_requirements=[
+                    f"{pkg}=={metadata.version(pkg).partition('+')[0]}" for pkg in MODEL_PACKAGES
+                ],
                 mlflow_model=Model(
                     artifact_path=logged.artifact_location,
                     run_id=run_id,

@@ -68,8 +68,12 @@ class TrainConfig(Config):
     """Order of the data, the adapter's initial values and dropout."""
 
 
-class Diverged(RuntimeError):
+class Diverged(ValueError):
     """Loss or gradient is no longer finite; retrying won't help."""
+
+
+class MovementError(ValueError):
+    """Other parameters moved than the config declares."""
 
 
 class TrainContext(Protocol):
@@ -112,7 +116,7 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
 
     Raises:
         Diverged: naming the step and the ids of its conversations.
-        RuntimeError: a parameter moved that should not, or did not move and should.
+        MovementError: a parameter moved that should not, or did not move and should.
     """
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,10 +142,8 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
     wrapped: nn.Module = trainable
     if context.world_size > 1:
         wrapped = DistributedDataParallel(trainable)
-    run = _Run(config, context, wrapped, optimizer, data, processor, device, history)
+    run = _Run(config, context, wrapped, optimizer, data, processor, device, history, before)
     run.steps_from(first)
-    if context.rank == 0 and first < config.steps:
-        _check_moved(before, _checksums(trainable))
 
 
 @dataclass
@@ -155,6 +157,8 @@ class _Run:
     device: torch.device
     history: list[list[float]]
     """[step, loss] as logged so far; it travels in the checkpoints."""
+    before: dict[str, tuple[bool, float]]
+    """Checksums of all parameters before the stage's first step."""
 
     def steps_from(self, first: int) -> None:
         config, context = self.config, self.context
@@ -234,8 +238,11 @@ class _Run:
         if self.context.rank != 0:
             self.context.report(step, metrics, None)
             return
+        model = getattr(self.model, "module", self.model)
+        if step == self.config.steps:
+            # Before the last checkpoint, so that a retry can't slip past it.
+            _check_moved(self.before, _checksums(model))
         with tempfile.TemporaryDirectory(prefix="adsc-checkpoint-") as name:
-            model = getattr(self.model, "module", self.model)
             save_trained(model, Path(name) / "trained")
             (Path(name) / "trained" / "history.json").write_text(json.dumps(self.history))
             state = {
@@ -271,9 +278,17 @@ def _checksums(model: nn.Module) -> dict[str, tuple[bool, float]]:
 def _check_moved(
     before: dict[str, tuple[bool, float]], after: dict[str, tuple[bool, float]]
 ) -> None:
-    wrong = [name for name, (moves, was) in before.items() if (after[name][1] != was) != moves]
-    if wrong:
-        raise RuntimeError(
-            f"{len(wrong)} parameters moved that are frozen, or did not move and are trained, "
-            f"for instance {wrong[:3]}; this is a defect of the training set-up"
+    moved = {name for name, (_, was) in before.items() if after[name][1] != was}
+    leaked = [name for name, (trained, _) in before.items() if not trained and name in moved]
+    if leaked:
+        raise MovementError(
+            f"{len(leaked)} frozen parameters moved, such as {leaked[:3]}: a defect of the code"
+        )
+    still = [name for name, (trained, _) in before.items() if trained and name not in moved]
+    # In a fresh adapter's first step B is zero, and so is the gradient of A.
+    still = [name for name in still if ".lora_A." not in name]
+    if still:
+        raise MovementError(
+            f"{len(still)} parameters were to be trained but did not move, such as {still[:3]}: "
+            "the model does not use them; leave them out of train.tune or train.lora.targets"
         )

@@ -7,22 +7,23 @@ imports wait until a command needs them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from adsc.cli import add_commands
-from pipeline.store import Store, open_store
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipeline.record import Record
     from pipeline.stage import RunContext
     from pipeline.workflow import Workflow
@@ -52,8 +53,31 @@ SHOW_EXAMPLES = """examples:
 
 def _console() -> Console:
     """A terminal's own width; elsewhere (a job's log, a pipe) wide enough for every table."""
+    from rich.console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=200)
+
+
+def _table(*columns: str, title: str | None = None) -> Any:
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    """An argparse type: a number above zero."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        return value
+
+    return parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,12 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print stages, plans and costs only")
     run.add_argument("--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)")
     run.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
-    run.add_argument("--workers", type=int, default=1, help="Ray Train workers of a training stage")
-    run.add_argument("--cpus", type=float, default=1, help="CPU cores of a worker")
+    run.add_argument(
+        "--workers", type=_positive(int), default=1, help="Ray Train workers of a training stage"
+    )
+    run.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
     run.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
     run.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
     run.add_argument(
-        "--lease", type=float, default=20, help="seconds until a dead run is taken over"
+        "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
     )
     run.set_defaults(run=_run)
 
@@ -116,9 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
         "ask an exported checkpoint about a picture",
         'examples:\n  adsc chat CHECKPOINT --image grid.png "where is the bag?"\n',
     )
-    chat.add_argument("checkpoint", help="folder of an exported checkpoint")
+    chat.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
-    chat.add_argument("--image", required=True, type=Path, help="a picture file")
+    chat.add_argument("--image", required=True, help="a picture: a file or s3://...")
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
     add_commands(commands)
@@ -172,6 +198,7 @@ def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
 
 def _context(options: argparse.Namespace) -> RunContext:
     from pipeline.stage import RunContext
+    from pipeline.store import open_store
     from pipeline.tracking import default_uri
 
     place = open_store(options.root).local("")
@@ -191,6 +218,7 @@ def _context(options: argparse.Namespace) -> RunContext:
 
 def _run(options: argparse.Namespace) -> int:
     from pipeline import graph
+    from pipeline.store import open_store
 
     workflow = load_workflow(options.workflow, options.changes)
     stages = workflow.stages()
@@ -198,6 +226,7 @@ def _run(options: argparse.Namespace) -> int:
     console = _console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
     if options.dry_run:
+        _print_costs(console, workflow.config)
         return 0
     context = _context(options)
     found = graph.run(stages, context, console)
@@ -207,7 +236,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _print_states(console: Console, states: Sequence[Any], titles: dict[str, str]) -> None:
-    table = Table("stage", "what", "state", box=None, padding=(0, 2, 0, 0))
+    table = _table("stage", "what", "state")
     for state in states:
         title = titles[state.name].partition(": ")[2] or titles[state.name]
         table.add_row(state.name, title, state.state)
@@ -218,10 +247,9 @@ def _print_results(console: Console, found: dict[str, Record]) -> None:
     if "evaluate" not in found:
         return
     outputs = found["evaluate"].outputs
-    table = Table(
+    table = _table(
         "arm", "plan", "accuracy", "of control", "vision tokens", "GFLOPs", "KV KiB", "prefill ms",
-        title="Accuracy and cost of one question", title_justify="left", box=None,
-        padding=(0, 2, 0, 0),
+        title="Accuracy and cost of one question",
     )  # fmt: skip
     for name, arm in outputs["arms"].items():
         retention = arm["retention"]
@@ -239,21 +267,70 @@ def _print_results(console: Console, found: dict[str, Record]) -> None:
     console.print(table)
 
 
+def _print_costs(console: Console, config: Any) -> None:
+    """Tokens and costs of each training stage's plan, where the base's config is at hand."""
+    from transformers import AutoConfig
+
+    import adsc
+    from pipeline.recipe import CompressConfig, training_plans
+    from pipeline.stages.base import resolve
+
+    if not isinstance(config, CompressConfig):
+        return
+    folder = resolve(config.base.source)
+    if not (folder / "config.json").is_file():
+        console.print(f"no costs: {config.base.source} is not on this machine", markup=False)
+        return
+    model = AutoConfig.from_pretrained(folder)
+    layers = model.get_text_config().num_hidden_layers
+    table = _table(
+        "plan of", "plan", "tokens per layer", "average", "GFLOPs", "KV KiB",
+        title="One picture with 101 text tokens",
+    )  # fmt: skip
+    plans = [("dense", "")] + [
+        (f"train-{number}", plan) for number, plan in enumerate(training_plans(config), 1)
+    ]
+    for name, plan in plans:
+        cost = adsc.estimate_cost(model, plan)
+        tokens = [layer.vision_tokens for layer in cost.per_layer]
+        table.add_row(
+            name,
+            plan or "-",
+            " ".join(map(str, tokens)),
+            f"{sum(tokens) / layers:.1f}",
+            f"{cost.flops / 1e9:.3f}",
+            f"{cost.kv_cache_bytes / 1024:.0f}",
+        )
+    console.print(table)
+
+
 def _print_next(console: Console, found: dict[str, Record], context: RunContext) -> None:
-    lines = [f"mlflow ui --backend-store-uri {context.tracking_uri}"]
+    from pipeline.redact import redact
+
+    programs = Path(sys.executable).parent
+    uri = redact(context.tracking_uri or "")
+    served = uri.startswith("http")
+    lines = [uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"]
     if "report" in found:
-        lines.append(f"open {found['report'].uri}/report.html")
-    if "export" in found:
-        lines.append(f'adsc chat {found["export"].uri} --image PICTURE "where is the bag?"')
-    console.print("Next:", *(f"  {line}" for line in lines), sep="\n", soft_wrap=True, markup=False)
+        lines.append(f"{found['report'].uri}/report.html")
+    if "export" in found and "evaluate" in found:
+        picture = f"{found['evaluate'].uri}/pictures/0.png"
+        lines.append(
+            f"{programs}/adsc chat {shlex.quote(found['export'].uri)} "
+            f'--image {shlex.quote(picture)} "is there a bag?"'
+        )
+    console.print("Next: browse the runs, read the report, ask the checkpoint", markup=False)
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _ls(options: argparse.Namespace) -> int:
     from pipeline import graph
+    from pipeline.store import open_store
 
     console = _console()
     if options.workflow is None:
-        table = Table("workflow", "what", box=None, padding=(0, 2, 0, 0))
+        table = _table("workflow", "what")
         rows = [(name, load_workflow(name).title) for name in WORKFLOWS]
         if options.json:
             print(json.dumps([{"name": name, "title": title} for name, title in rows]))
@@ -267,7 +344,7 @@ def _ls(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([state._asdict() for state in states]))
         return 0
-    table = Table("name", "state", "path", box=None, padding=(0, 2, 0, 0))
+    table = _table("name", "state", "path")
     for state in states:
         table.add_row(*state)
     console.print(table, soft_wrap=True)
@@ -276,7 +353,9 @@ def _ls(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from pipeline import graph
+    from pipeline import record as records
     from pipeline.config import keys
+    from pipeline.store import open_store
 
     workflow = load_workflow(options.workflow, options.changes)
     if options.stage is None or options.config:
@@ -294,7 +373,9 @@ def _show(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{workflow.name} has no stage {options.stage!r}; it has {', '.join(names)}"
         )
-    record = _finished(open_store(options.root), graph.fingerprints(stages), options.stage)
+    record = records.load(
+        open_store(options.root), options.stage, graph.fingerprints(stages)[options.stage]
+    )
     if record is None:
         raise ValueError(
             f"stage {options.stage} is not finished in {options.root}; "
@@ -304,10 +385,33 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _finished(store: Store, prints: dict[str, str], stage: str) -> Record | None:
-    from pipeline import record as records
+def _read_file(path: str) -> bytes:
+    from pipeline.store import open_store
 
-    return records.load(store, stage, prints[stage])
+    folder, _, name = path.rpartition("/")
+    data = open_store(folder or ".").read(name)
+    if data is None:
+        raise ValueError(f"there is no picture {path!r}")
+    return data
+
+
+@contextlib.contextmanager
+def _local_folder(place: str) -> Iterator[Path]:
+    """A checkpoint's folder; one in a remote store is downloaded for the time of a `with`."""
+    from pipeline.store import open_store
+
+    store = open_store(place)
+    if not store.list(""):
+        raise ValueError(
+            f"there is no checkpoint at {place!r}; `adsc show demo export --path` prints a place"
+        )
+    local = store.local("")
+    if local is not None:
+        yield local
+        return
+    with tempfile.TemporaryDirectory(prefix="adsc-chat-") as scratch:
+        store.download("", Path(scratch))
+        yield Path(scratch)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -316,18 +420,13 @@ def _chat(options: argparse.Namespace) -> int:
     import adsc
     from pipeline.evaluation import Question, generate_answers
 
-    if not options.image.is_file():
-        raise ValueError(f"there is no picture {str(options.image)!r}")
-    if not Path(options.checkpoint).is_dir():
-        raise ValueError(
-            f"there is no folder {options.checkpoint!r}; `adsc show demo export --path` prints one"
-        )
-    model = adsc.from_pretrained(options.checkpoint).eval()
-    processor = AutoProcessor.from_pretrained(options.checkpoint)
-    picture = options.image.read_bytes()
+    picture = _read_file(options.image)
+    with _local_folder(options.checkpoint) as folder:
+        model = adsc.from_pretrained(folder).eval()
+        processor = AutoProcessor.from_pretrained(folder)
     asked = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
     for text in filter(None, asked):
-        question = Question("chat", "chat", text, "", picture)
+        question = Question("chat", "chat", text, "", (picture,))
         print(generate_answers(model, processor, [question], 1, options.max_new_tokens)[0])
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.stage import StageContext
@@ -34,9 +35,9 @@ TOP_COUNT = 4
 class FashionConfig(Config):
     """How many grids to compose, and from which seed."""
 
-    train_pictures: int = 2000
+    train_pictures: int = Field(2000, gt=0)
     """Grids for training, eight questions each."""
-    test_pictures: int = 200
+    test_pictures: int = Field(200, gt=0)
     """Grids for evaluation, eight questions each, from official test instances."""
     seed: int = 0
     """Seed of composition and questions; train and test draw from separate streams."""

@@ -1,12 +1,16 @@
-"""Train the small LLaVA that ships in workflows/assets/tiny_base, from nothing, in about an hour.
+"""Train the small LLaVA that ships in workflows/assets/tiny_base from nothing: two core hours.
 
 First the tower learns to name the thing in each cell, then projector and decoder learn to answer
 with the tower frozen, as in LLaVA. To replace the checkpoint that ships:
 
     adsc run tiny_base
-    adsc publish-base           # copies the merged checkpoint and the records of the run
+    python -m workflows.tiny_base runs     # copies the checkpoint and the records of the run
 """
 
+import json
+import shutil
+import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,16 @@ from pydantic import Field
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from pipeline import graph
+from pipeline import record as records
 from pipeline.config import Config
 from pipeline.conversations import iter_records, parse_turns
-from pipeline.stage import Stage, StageContext
+from pipeline.stage import Input, Stage, StageContext
 from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.prepare import PrepareConfig, prepare
 from pipeline.stages.train import train_stage
+from pipeline.store import open_store
 from pipeline.templates import TEMPLATES
 from pipeline.training import TrainConfig
 from pipeline.workflow import Workflow
@@ -43,6 +50,7 @@ from workflows.tiny_llava import (
 )
 
 TEMPLATE = "vicuna_short"
+ASSETS = Path(__file__).parent / "assets" / "tiny_base"
 
 
 class TowerConfig(Config):
@@ -119,11 +127,11 @@ class CellReader(nn.Module):
 def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
     """Stage body: tokenizer, processor and model; the tower trained, the rest random."""
     torch.manual_seed(config.seed)
-    records = iter_records(ctx.inputs["data"].folder / "train.json")
+    rows = iter_records(ctx.inputs["data"].folder / "train.json")
     template = TEMPLATES[TEMPLATE]
     texts = (
         "".join(text for text, _ in template.render(parse_turns(record)))
-        for _, record in (next(records) for _ in range(1000))
+        for _, record in islice(rows, 1000)
     )
     processor = build_processor(texts, config.model)
     model = build_model(processor, config.model, config.seed)
@@ -265,6 +273,34 @@ def build(config: TinyBaseConfig) -> list[Stage]:
     ]
 
 
-def shipped() -> Path:
-    """The folder of the checkpoint that ships."""
-    return Path(__file__).parent / "assets" / "tiny_base"
+def ship(root: str, target: Path = ASSETS) -> None:
+    """Copy the finished run's checkpoint into `target`, with the records of the stages that made
+    it.
+
+    Raises:
+        ValueError: the workflow isn't finished in this store.
+    """
+    stages = tiny_base().stages()
+    store = open_store(root)
+    found = {
+        name: records.load(store, name, fingerprint)
+        for name, fingerprint in graph.fingerprints(stages).items()
+    }
+    missing = [name for name, record in found.items() if record is None]
+    if missing:
+        raise ValueError(f"stages {missing} are not finished in {root}; adsc run tiny_base")
+    lineage = {
+        name: record.model_dump(mode="json", exclude={"host", "files"})
+        for name, record in found.items()
+        if record is not None
+    }
+    merged = Input(found["merge"]).folder  # type: ignore[arg-type]
+    target.mkdir(parents=True, exist_ok=True)
+    for file in merged.iterdir():
+        if file.name != "probe.safetensors":
+            shutil.copyfile(file, target / file.name)
+    (target / "lineage.json").write_text(json.dumps(lineage, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    ship(sys.argv[1] if len(sys.argv) > 1 else "runs")

@@ -46,7 +46,7 @@ def folder_digest(folder: Path) -> str:
 def resolve(source: str) -> Path:
     """The folder that a source names; a hub id stays as it is."""
     if not source.startswith("package://"):
-        return Path(source)
+        return Path(source).expanduser()
     package, _, folder = source.removeprefix("package://").partition("/")
     return Path(str(files(package))) / folder
 
@@ -56,6 +56,8 @@ def pin_digest(config: BaseConfig) -> BaseConfig:
     another base. Folders of users are taken as they are: hashing a large one takes minutes."""
     if config.digest is not None or not config.source.startswith("package://"):
         return config
+    if not resolve(config.source).is_dir():
+        raise BaseError(f"there is no folder {config.source!r} in this installation")
     return config.model_copy(update={"digest": folder_digest(resolve(config.source))})
 
 
@@ -78,12 +80,12 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
                 f"{source} has digest {found[:12]}, the config says {config.digest[:12]}: the "
                 "files changed; restore them, or set base.digest to the new one"
             )
-    elif config.source.startswith((".", "/", "package:")) or config.source.count("/") != 1:
+    elif config.source.startswith((".", "/", "~", "package:")) or config.source.count("/") != 1:
         raise BaseError(
             f"there is no folder {config.source!r}; give a folder or a hub id owner/name"
         )
     ctx.progress(1, 3, "loading")
-    model = adsc.from_pretrained(source)
+    model = adsc.from_pretrained(source, use_safetensors=True)
     processor = AutoProcessor.from_pretrained(source)
     adsc.detach(model)
     ctx.progress(2, 3, "copying")

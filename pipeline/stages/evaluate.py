@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pydantic import Field
 from transformers import AutoProcessor
 
@@ -26,8 +27,10 @@ from pipeline.evaluation import (
     majority_answers,
     read_questions,
     time_prefill,
+    to_device,
 )
 from pipeline.stage import StageContext
+from pipeline.templates import TEMPLATES
 
 
 class Arm(Config):
@@ -76,11 +79,14 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     data = ctx.inputs["data"].folder
     questions = read_questions(PreparedData(data / "test"))
     processor = AutoProcessor.from_pretrained(ctx.inputs["base"].folder)
+    # Questions are put as training put them, whatever template the checkpoint came with.
+    processor.chat_template = TEMPLATES[ctx.inputs["data"].outputs["template"]].jinja()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     answers: dict[str, list[str]] = {}
     total = len(questions) * len(config.arms)
     model: Any = None
     for i, arm in enumerate(config.arms):
-        model = adsc.from_pretrained(ctx.inputs[arm.checkpoint].folder).eval()
+        model = adsc.from_pretrained(ctx.inputs[arm.checkpoint].folder).to(device).eval()
         adsc.attach(model, adsc.PruningPlan.parse(arm.plan))
         report = partial(_report, ctx, i * len(questions), total, arm.label)
         answers[arm.name] = generate_answers(
@@ -91,14 +97,14 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         for name, source in ctx.inputs.items()
         if (source.folder / "trained" / "history.json").exists()
     }
+    training = {name: source.record.config or {"seed": 0} for name, source in trained.items()}
     results = {
         "title": config.title,
         "task": config.task,
         "workflow": ctx.run.workflow,
-        "seed": config.seed,
+        "seed": next((c["seed"] for c in training.values()), config.seed),
         "commit": ctx.run.commit,
-        "config": {"evaluate": config.model_dump(mode="json")}
-        | {name: source.record.config for name, source in trained.items()},
+        "config": {"evaluate": config.model_dump(mode="json")} | training,
         "num_questions": len(questions),
         "prefill_batch": min(config.prefill_batch, len(questions)),
         "num_pictures": len({question.record for question in questions}),
@@ -120,6 +126,8 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         name: {key: value for key, value in row.items() if key != "plan"}
         for name, row in summary.items()
     }
+    data_input = ctx.inputs["data"]
+    ctx.track.dataset(data_input.uri, "test questions", data_input.outputs["digest"][:12])
     ctx.track.metrics(numbers | {"majority": results["majority"]["accuracy"]})
     return {"arms": summary, "majority": results["majority"]["accuracy"]}
 
@@ -185,7 +193,7 @@ def _add_costs(
     text = round(float(inputs["attention_mask"].sum()) / len(inputs["input_ids"])) - vision
     plans = [adsc.PruningPlan.parse(arm.plan) for arm in config.arms]
     adsc.detach(model)
-    times = time_prefill(model, inputs, plans, config.prefill_rounds)
+    times = time_prefill(model, to_device(inputs, model), plans, config.prefill_rounds)
     dense = adsc.estimate_cost(model_config, "", text_tokens=text)
     dense_time = next(
         (t["median"] for t, plan in zip(times, plans, strict=True) if not plan.stages),
@@ -210,14 +218,15 @@ def _add_costs(
 def _samples(
     questions: list[Question], answers: dict[str, list[str]], out: Path, pictures: int
 ) -> list[dict[str, Any]]:
-    chosen = list(dict.fromkeys(question.record for question in questions))[:pictures]
+    shown = [question.record for question in questions if question.pictures]
+    chosen = list(dict.fromkeys(shown))[:pictures]
     (out / "pictures").mkdir()
     samples = []
     for i, question in enumerate(questions):
         if question.record not in chosen:
             continue
         name = f"pictures/{chosen.index(question.record)}.png"
-        (out / name).write_bytes(question.picture)
+        (out / name).write_bytes(question.pictures[0])
         given = {arm: texts[i] for arm, texts in answers.items()}
         samples.append(
             {

@@ -19,6 +19,7 @@ from pipeline.adapters import load_tuned, merge_trained
 from pipeline.batches import PreparedData, collate
 from pipeline.config import Config
 from pipeline.stage import StageContext
+from pipeline.templates import TEMPLATES
 
 
 class MergeConfig(Config):
@@ -62,6 +63,8 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
         )
     ctx.progress(3, 4, "writing")
     model.save_pretrained(ctx.out, max_shard_size=config.max_shard_size)
+    # Users are to ask as training asked.
+    processor.chat_template = TEMPLATES[ctx.inputs["data"].outputs["template"]].jinja()
     processor.save_pretrained(ctx.out)
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")

@@ -30,10 +30,11 @@ from pipeline.conversations import (
     iter_records,
     parse_turns,
     picture_names,
+    question_kinds,
     read_picture,
     render_tokens,
 )
-from pipeline.stage import StageContext
+from pipeline.stage import Input, StageContext
 from pipeline.templates import TEMPLATES
 
 SCHEMA = pa.schema(
@@ -104,7 +105,7 @@ def _render_one(record: Any, processor: Any, root: Path, config: PrepareConfig) 
         "pictures": pictures,
         "input_ids": ids,
         "labels": labels,
-        "kinds": [str(kind) for kind in record.get("kinds", [])],
+        "kinds": question_kinds(record, len(turns) // 2),
         "turns": json.dumps(turns),
     }
 
@@ -120,16 +121,15 @@ def vision_token_counts(processor: Any, pictures: list[bytes]) -> list[int]:
     return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
 
-def render_batch(
-    batch: pa.Table, processor_folder: str, root: str, config: PrepareConfig
-) -> pa.Table:
+def render_batch(batch: pa.Table, base: Input, data: Input, config: PrepareConfig) -> pa.Table:
     """Ray Data's function: records (position, JSON) to rows, or to the reason why not; in order."""
-    processor = _load_processor(processor_folder)
+    processor = _load_processor(str(base.folder))
+    root = data.folder / config.images
     rows: list[dict[str, Any]] = []
     for position, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
         row: dict[str, Any] = {"position": position, "record": text}
         try:
-            row |= _render_one(json.loads(text), processor, Path(root), config)
+            row |= _render_one(json.loads(text), processor, root, config)
         except BadRecord as bad:
             row |= {"reason": bad.reason, "detail": bad.detail}
         rows.append(row)
@@ -142,16 +142,21 @@ def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
     Raises:
         TooManyBadRecords: with the counts per reason; nothing is published then.
     """
-    data, base = ctx.inputs["data"].folder, ctx.inputs["base"].folder
+    data, base = ctx.inputs["data"], ctx.inputs["base"]
     if config.template not in TEMPLATES:
         raise ValueError(f"template {config.template!r} is unknown; there are {sorted(TEMPLATES)}")
     manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "splits": {}}
     quarantined: Counter[str] = Counter()
     with (ctx.out / "quarantine.jsonl").open("w") as quarantine:
         for split, file in config.splits.items():
-            records = list(iter_records(data / file))
+            records = list(iter_records(data.folder / file))
             report = partial(ctx.progress, total=len(records), note=f"{split} records")
             counts = _write_split(split, records, data, base, ctx.out, config, quarantine, report)
+            if not counts["out"]:
+                raise TooManyBadRecords(
+                    f"split {split} has no good record left of {len(records)} in {file}: "
+                    f"{counts['quarantined'] or 'it is empty'}"
+                )
             manifest["splits"][split] = counts
             quarantined.update(counts["quarantined"])
     manifest["files"] = {
@@ -171,17 +176,22 @@ def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
             "prepare.max_quarantined. The first: "
             f"{(ctx.out / 'quarantine.jsonl').read_text().splitlines()[0][:300]}"
         )
-    ctx.track.dataset(ctx.inputs["data"].uri, "prepared conversations", digest[:12])
+    ctx.track.dataset(data.uri, "conversations", data.fingerprint[:12])
     ctx.track.metrics({f"quarantined.{reason}": n for reason, n in quarantined.items()})
     ctx.track.metrics({f"{name}.records": c["out"] for name, c in manifest["splits"].items()})
-    return {"digest": digest, "quarantined": dict(quarantined), "splits": manifest["splits"]}
+    return {
+        "digest": digest,
+        "template": config.template,
+        "quarantined": dict(quarantined),
+        "splits": manifest["splits"],
+    }
 
 
 def _write_split(
     split: str,
     records: list[tuple[int, Any]],
-    data: Path,
-    base: Path,
+    data: Input,
+    base: Input,
     out: Path,
     config: PrepareConfig,
     quarantine: TextIO,
@@ -193,7 +203,7 @@ def _write_split(
     reasons: Counter[str] = Counter()
     seen: set[str] = set()
     done = 0
-    for table in _rendered(records, data / config.images, base, config):
+    for table in _rendered(records, data, base, config):
         good = []
         for row in table.to_pylist():
             if row["reason"] is None:
@@ -226,7 +236,7 @@ def _write_split(
 
 
 def _rendered(
-    records: list[tuple[int, Any]], images: Path, base: Path, config: PrepareConfig
+    records: list[tuple[int, Any]], data: Input, base: Input, config: PrepareConfig
 ) -> Iterator[pa.Table]:
     import ray.data
 
@@ -240,7 +250,7 @@ def _rendered(
         }
     )
     blocks = max(1, len(records) // 512)
-    render = partial(render_batch, processor_folder=str(base), root=str(images), config=config)
+    render = partial(render_batch, base=base, data=data, config=config)
     rendered = ray.data.from_arrow(table, override_num_blocks=blocks).map_batches(
         render, batch_format="pyarrow", batch_size=256
     )

@@ -5,15 +5,20 @@ share one Ray Train folder, so an attempt after a crash resumes from the last ch
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.progress import ProgressHandle
-from pipeline.stage import StageContext
+from pipeline.stage import Input, StageContext
 from pipeline.tracking import RunHandle
 from pipeline.training import Sources, TrainConfig, train
+
+
+class TrainingRefused(ValueError):
+    """Training can't succeed with this config or these data, however often it is tried."""
 
 
 class RayContext:
@@ -53,33 +58,54 @@ class RayContext:
         self._progress(step, self._steps, f"steps, loss {metrics['loss']:.3f}")
 
 
-def _worker(arguments: dict[str, Any]) -> None:
+def _worker(arguments: dict[str, Any]) -> str | None:
+    """One worker's loop; returns why the config or the data can't be trained with, if so.
+
+    An error that is raised makes Ray start the workers again, which helps where a machine was lost
+    and never where the config is wrong.
+    """
     config: TrainConfig = arguments["config"]
+    inputs: dict[str, Input] = arguments["inputs"]
+    # Asked for here, since this can be another machine than the stage's.
+    sources = Sources(
+        base=inputs["base"].folder,
+        data=inputs["data"].folder / "train",
+        start=inputs["start"].folder / "trained" if "start" in inputs else None,
+    )
     context = RayContext(config.steps, arguments["progress"], arguments["run"])
-    train(config, arguments["sources"], context)
+    try:
+        train(config, sources, context)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     """Stage body; inputs `base`, `data` and, from the second stage on, `start`.
 
     Raises:
-        Diverged: loss or gradient is not finite.
+        TrainingRefused: the config or the data can't be trained with, or the loss diverged.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
 
-    start = ctx.inputs["start"].folder / "trained" if "start" in ctx.inputs else None
-    sources = Sources(
-        base=ctx.inputs["base"].folder, data=ctx.inputs["data"].folder / "train", start=start
-    )
     run = ctx.run
+    if config.batch_size < run.num_workers:
+        raise TrainingRefused(
+            f"train.batch_size = {config.batch_size} leaves some of {run.num_workers} workers "
+            "without a conversation; raise it, or use fewer workers"
+        )
+    # Two branches of a workflow may take turns on the same workers: wait for them, don't fail.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+    data = ctx.inputs["data"]
+    ctx.track.dataset(data.uri, "prepared conversations", data.outputs.get("digest", "")[:12])
     storage_path, name = ctx.train_storage
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config,
-            "sources": sources,
+            "inputs": dict(ctx.inputs),
             "progress": ctx.progress_handle,
             "run": ctx.track.handle,
         },
@@ -97,6 +123,8 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
     )
     result = trainer.fit()
+    if isinstance(result.return_value, str):
+        raise TrainingRefused(result.return_value)
     if result.checkpoint is None or result.metrics is None:
         raise RuntimeError(f"Ray Train ended without a checkpoint; look into {storage_path}/{name}")
     with result.checkpoint.as_directory() as folder:

@@ -14,6 +14,7 @@ from pipeline.conversations import (
     iter_records,
     parse_turns,
     picture_names,
+    question_kinds,
     read_picture,
     render_tokens,
 )
@@ -122,6 +123,7 @@ def test_marker_count_must_fit(small: Small) -> None:
         ("/etc/hostname", "path"),
         ("link.png", "path"),
         ("none.png", "missing_picture"),
+        ("nul\0.png", "path"),
         ("text.png", "broken_picture"),
         ("cut.png", "broken_picture"),
         ("thin.png", "picture_size"),
@@ -141,7 +143,7 @@ def test_pictures_that_cannot_be_used(tmp_path: Path, name: str, reason: str) ->
     assert read_picture(root, "whole.png", LIMITS) == (root / "whole.png").read_bytes()
     with pytest.raises(BadRecord) as caught:
         read_picture(root, name, LIMITS)
-    assert caught.value.reason == reason and name in str(caught.value)
+    assert caught.value.reason == reason and repr(name) in str(caught.value)
 
 
 def test_records_of_a_list_and_of_lines(tmp_path: Path) -> None:
@@ -152,6 +154,25 @@ def test_records_of_a_list_and_of_lines(tmp_path: Path) -> None:
     assert list(iter_records(tmp_path / "lines.jsonl")) == [(1, {"id": 1}), (3, '{"id": 2')]
     with pytest.raises(ValueError, match=r"broken.json is not valid JSON"):
         list(iter_records(tmp_path / "broken.json"))
+
+
+def test_odd_characters_do_not_cut_records(tmp_path: Path) -> None:
+    record = {"id": "a", "text": "one\u2028two\u0085three"}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "bom.json").write_text(json.dumps([record]), encoding="utf-8-sig")
+    (tmp_path / "latin.json").write_bytes('[{"id": "caf\u00e9"}]'.encode("latin-1"))
+    assert [found for _, found in iter_records(tmp_path / "lines.jsonl")] == [record]
+    assert [found for _, found in iter_records(tmp_path / "bom.json")] == [record]
+    with pytest.raises(ValueError, match=r"latin.json is not UTF-8 text \(byte 12\)"):
+        list(iter_records(tmp_path / "latin.json"))
+
+
+@pytest.mark.parametrize("kinds", ["what", ["what"], [1, 2], {"a": 1}])
+def test_kinds_must_be_one_text_an_exchange(kinds: object) -> None:
+    assert question_kinds({}, 2) == question_kinds({"kinds": None}, 2) == []
+    assert question_kinds({"kinds": ["a", "b"]}, 2) == ["a", "b"]
+    with pytest.raises(BadRecord, match="malformed"):
+        question_kinds({"kinds": kinds}, 2)
 
 
 def test_a_record_has_no_picture_one_or_several() -> None:

@@ -27,6 +27,7 @@ from tests.pipeline.test_training import CONFIG, Plain, sources
 from tests.small import Small
 
 PLAN = CONFIG.plan
+DATA = {"template": "vicuna_short", "digest": "0" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def trained(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def merged(small: Small, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("merged") / "out"
-    inputs = {"base": (small.base, {}), "data": (small.prepared, {}), "trained": (trained, {})}
+    inputs = {"base": (small.base, {}), "data": (small.prepared, DATA), "trained": (trained, {})}
     merge(stage_context("merge", out, inputs), MergeConfig(plan=PLAN))
     return out
 
@@ -78,7 +79,7 @@ def test_evaluate_writes_results_that_the_report_reads(
     )
     inputs = {
         "base": (small.base, {}),
-        "data": (small.prepared, {}),
+        "data": (small.prepared, DATA),
         "merge": (merged, {}),
         "train-1": (trained, {}),
     }
@@ -153,3 +154,26 @@ def test_bootstrap_of_a_paired_difference_is_narrow_where_arms_agree() -> None:
     b[:4] = 1 - b[:4]
     interval = Bootstrap(records, seed=0).mean(a - b)
     assert interval["mean"] == 0 and interval["high"] - interval["low"] < 0.05
+
+
+def test_records_without_kinds_or_pictures_are_asked_too(small: Small, tmp_path: Path) -> None:
+    """LLaVA-665K names no kinds of question, and holds conversations about no picture."""
+    rows = pq.read_table(small.prepared / "test").to_pylist()[:2]
+    for row in rows:
+        row["kinds"] = []
+    rows[1]["pictures"] = []
+    import pyarrow as pa
+
+    from pipeline.stages.prepare import SCHEMA
+
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "0.parquet")
+    data = PreparedData(tmp_path)
+    questions = read_questions(data)
+    assert {question.kind for question in questions} == {"other"}
+    assert set(majority_answers(data)) == {"other"}
+    model = adsc.from_pretrained(small.base).eval()
+    processor = AutoProcessor.from_pretrained(small.base)
+    mixed = [questions[0], questions[-1]]
+    assert [len(question.pictures) for question in mixed] == [1, 0]
+    together = generate_answers(model, processor, mixed, 2, 3)
+    assert together == generate_answers(model, processor, mixed, 1, 3)

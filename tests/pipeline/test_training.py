@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from pipeline.adapters import LoraSettings, merge_trained
-from pipeline.training import Diverged, Sources, TrainConfig, learning_rate_at, train
+from pipeline.training import Diverged, MovementError, Sources, TrainConfig, learning_rate_at, train
 from tests.small import Small
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
@@ -157,6 +157,15 @@ def test_exactly_the_declared_parameters_move(small: Small, tmp_path: Path) -> N
         if "language_model.layers" in name and "proj" in name
     }
     assert moved == linears | set(tuned)
+
+
+def test_a_retry_cannot_slip_past_the_check_of_what_moved(small: Small, tmp_path: Path) -> None:
+    """The tower's last layer feeds nothing in a LLaVA, so it can't be trained."""
+    config = CONFIG.model_copy(update={"steps": 2, "tune": (r".*vision_tower.*layers\.1\..*",)})
+    for _ in range(2):
+        with pytest.raises(MovementError, match=r"to be trained but did not move"):
+            train(config, sources(small), Plain(tmp_path))
+    assert not (tmp_path / "step-0002").exists()
 
 
 def test_the_next_stage_starts_from_the_adapter(small: Small, tmp_path: Path, whole: Plain) -> None:

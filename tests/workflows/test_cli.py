@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,10 @@ def test_all_unknown_keys_are_named_at_once(capsys: pytest.CaptureFixture[str]) 
         (["run", "demo", "--set", "plan"], "is not KEY=VALUE"),
         (["run", "demo", "--set", "plan=9:1/2"], "layer 9"),
         (["run", "demo", "--set", "plan=2:3"], "keep ratio 3 at layer 2 must be in (0, 1]"),
+        (["run", "demo", "--set", "prepare.template=nope"], "'nope' is unknown; there are vicuna"),
+        (["run", "demo", "--set", "train.plan=1:1/2"], "train.plan follow from `plan`"),
+        (["run", "demo", "--set", "train.lora=null"], "nothing to train"),
+        (["run", "demo", "--set", "data.test_pictures=0"], "data.test_pictures"),
         (["show", "demo", "trian-1"], "has no stage 'trian-1'"),
         (["chat", "nowhere", "--image", "none.png"], "there is no picture 'none.png'"),
     ],
@@ -68,18 +74,18 @@ def test_an_unwritable_store_is_said_at_once(
 
 
 def test_a_port_in_use_is_said_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("another test of this process holds a Ray")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["run", "demo", "--root", str(tmp_path), "--dashboard-port", str(port)]) == 2
-    assert f"port {port} for Ray's dashboard is in use" in capsys.readouterr().err
+        done = subprocess.run(
+            [sys.executable, "-m", "workflows.cli", "run", "demo", "--root", str(tmp_path),
+             "--dashboard-port", str(port)], capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert f"port {port} for Ray's dashboard is in use" in done.stderr
 
 
 def test_show_prints_every_key_that_set_takes(
