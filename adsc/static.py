@@ -6,6 +6,7 @@ Everything else about static caches is transformers': this only makes its layers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import StaticCache
@@ -47,6 +48,7 @@ def static_cache(model: nn.Module, max_cache_len: int, vision_tokens: Sequence[i
         )
     cache = StaticCache(config, max_cache_len=max_cache_len)
     kept = [plan.tokens_per_layer(n, len(cache.layers)) for n in vision_tokens]
+    layer: Any  # every layer of a StaticCache has max_cache_len
     for number, layer in enumerate(cache.layers):
         dropped = sum(n - of[number] for n, of in zip(vision_tokens, kept, strict=True))
         # A sliding layer holds no more than its window anyway.

@@ -102,7 +102,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     ctx.track.dataset(data.uri, "prepared conversations", data.outputs.get("digest", "")[:12])
     storage_path, name = ctx.train_storage
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]  # v2 hands the return value on
         train_loop_config={
             "config": config,
             "inputs": dict(ctx.inputs),
@@ -122,7 +122,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         ),
         torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
     )
-    result = trainer.fit()
+    result: Any = trainer.fit()  # typed as the Result of Ray Train v1, which has no return_value
     if isinstance(result.return_value, str):
         raise TrainingRefused(result.return_value)
     if result.checkpoint is None or result.metrics is None:
