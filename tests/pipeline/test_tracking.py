@@ -264,16 +264,18 @@ def test_artifacts_on_s3_and_an_endpoint_that_dies(
     }.items():
         monkeypatch.setenv(name, value)
     s3 = boto3.client("s3")
-    s3.create_bucket(Bucket="lab")
-    uri = tracking.prepare(tracking.default_uri(tmp_path), EXPERIMENT, "s3://lab/mlflow")
+    s3.create_bucket(Bucket="artifacts")
+    uri = tracking.prepare(tracking.default_uri(tmp_path), EXPERIMENT, "s3://artifacts/mlflow")
     (tmp_path / "a.txt").write_text("a")
     with tracking.stage_run(uri, EXPERIMENT, None, "report", {}) as tracker:
         tracker.artifact(tmp_path / "a.txt")
-        assert [o["Key"].split("/")[-1] for o in s3.list_objects(Bucket="lab")["Contents"]] == [
-            "a.txt"
-        ]
-        s3.delete_object(Bucket="lab", Key=s3.list_objects(Bucket="lab")["Contents"][0]["Key"])
-        s3.delete_bucket(Bucket="lab")
+        assert [
+            o["Key"].split("/")[-1] for o in s3.list_objects(Bucket="artifacts")["Contents"]
+        ] == ["a.txt"]
+        s3.delete_object(
+            Bucket="artifacts", Key=s3.list_objects(Bucket="artifacts")["Contents"][0]["Key"]
+        )
+        s3.delete_bucket(Bucket="artifacts")
         tracker.artifact(tmp_path / "a.txt")
         assert "NoSuchBucket" in tracker.problems[0]
         endpoint.stop()
