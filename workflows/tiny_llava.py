@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -52,6 +51,8 @@ class TinyLlavaConfig(Config):
 
 def build_processor(texts: Iterable[str], config: TinyLlavaConfig) -> LlavaProcessor:
     """Train a byte-level BPE tokenizer on `texts` and wrap it with a CLIP image processor."""
+    from transformers import CLIPImageProcessor  # warns where torchvision is missing
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
