@@ -8,7 +8,7 @@ Each part writes `results/PART.json` when it is through, and one that is there i
 run that was cut off goes on where it was (`--again` runs it anyway). `--all` runs each part in a
 process of its own and ends with the rows for docs/performance.md. The geometry is LLaVA-1.5-7B's
 with random weights in bf16; nothing is downloaded. Needs torch, transformers and peft, and a
-checkout of this repository. `--device cpu --geometry tiny` tries every part in a minute.
+checkout of this repository. `--device cpu --geometry tiny` tries every part in minutes.
 """
 
 from __future__ import annotations

@@ -52,6 +52,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Wall time; for a single thread on a CPU its processor time, which leaves out the turns that
+    other processes have on a shared machine."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 def take_turns(
     cases: Sequence[Case], rounds: int, device: torch.device, *, warm: bool = True
 ) -> dict[str, list[float]]:
@@ -63,6 +70,7 @@ def take_turns(
         device: is waited for before and after each timed call.
         warm: whether an untimed call of the same case comes before each timed one.
     """
+    now = clock(device)
     times: dict[str, list[float]] = {case.name: [] for case in cases}
     for turn in range(rounds + 1):
         for case in cases if turn % 2 else reversed(cases):
@@ -70,11 +78,12 @@ def take_turns(
             if warm:
                 case.call()
             synchronize(device)
-            start = time.perf_counter()
+            start = now()
             case.call()
             synchronize(device)
+            seconds = now() - start
             if turn:
-                times[case.name].append(time.perf_counter() - start)
+                times[case.name].append(seconds)
     return times
 
 
@@ -100,6 +109,7 @@ def machine(device: torch.device) -> Row:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
+        "clock": clock(device).__name__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "transformers": transformers.__version__,
