@@ -290,7 +290,9 @@ def ship(root: str, target: Path = ASSETS) -> None:
     if missing:
         raise ValueError(f"stages {missing} are not finished in {root}; adsc run tiny_base")
     lineage = {
-        name: record.model_dump(mode="json", exclude={"host", "files"})
+        # Not where the inputs lay: that means nothing elsewhere.
+        name: record.model_dump(mode="json", exclude={"host", "files", "inputs"})
+        | {"inputs": {need: source.fingerprint for need, source in record.inputs.items()}}
         for name, record in found.items()
         if record is not None
     }
@@ -303,4 +305,7 @@ def ship(root: str, target: Path = ASSETS) -> None:
 
 
 if __name__ == "__main__":
-    ship(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    # Bodies of a script are called __main__.something, which is another identity.
+    from workflows import tiny_base as module
+
+    module.ship(sys.argv[1] if len(sys.argv) > 1 else "runs")
