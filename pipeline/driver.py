@@ -27,6 +27,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The default is to start a task that fills the memory again and again, for ever.
     "RAY_task_oom_retries": "1",
+    # Idle workers hold half a gigabyte of imported torch each; the default keeps one a core.
+    "RAY_num_workers_soft_limit": "1",
 }
 
 
