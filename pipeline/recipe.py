@@ -140,7 +140,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             title="evaluate: every arm, same questions",
             body=evaluate,
             version=1,
-            config=config.evaluate.model_copy(update={"arms": arms}),
+            config=config.evaluate.model_copy(update={"arms": arms, "seed": config.train.seed}),
             needs={"data": "prepare", **checkpoints, **trained},
         ),
         Stage(

@@ -70,7 +70,7 @@ class EvaluateConfig(Config):
     sample_pictures: int = Field(4, ge=0)
     """Pictures shown in the report with every arm's answers."""
     seed: int = 0
-    """Seed of the bootstrap."""
+    """Seed of the bootstrap; a compression puts its training's seed here."""
 
 
 def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
@@ -97,12 +97,12 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         for name, source in ctx.inputs.items()
         if (source.folder / "trained" / "history.json").exists()
     }
-    training = {name: source.record.config or {"seed": 0} for name, source in trained.items()}
+    training = {name: source.record.config or {} for name, source in trained.items()}
     results = {
         "title": config.title,
         "task": config.task,
         "workflow": ctx.run.workflow,
-        "seed": next((c["seed"] for c in training.values()), config.seed),
+        "seed": config.seed,
         "commit": ctx.run.commit,
         "config": {"evaluate": config.model_dump(mode="json")} | training,
         "num_questions": len(questions),
