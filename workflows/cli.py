@@ -140,11 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "chat",
         "ask an exported checkpoint about a picture",
-        'examples:\n  adsc chat CHECKPOINT --image grid.png "where is the bag?"\n',
+        'examples:\n  adsc chat CHECKPOINT grid.png "where is the bag?"\n',
     )
     chat.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
+    chat.add_argument("image", help="a picture: a file or s3://...")
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
-    chat.add_argument("--image", required=True, help="a picture: a file or s3://...")
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
     add_commands(commands)
@@ -317,7 +317,7 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
         picture = f"{found['evaluate'].uri}/pictures/0.png"
         lines.append(
             f"{programs}/adsc chat {shlex.quote(found['export'].uri)} "
-            f'--image {shlex.quote(picture)} "is there a bag?"'
+            f'{shlex.quote(picture)} "is there a bag?"'
         )
     console.print("Next: browse the runs, read the report, ask the checkpoint", markup=False)
     for line in lines:

@@ -53,7 +53,7 @@ def test_all_unknown_keys_are_named_at_once(capsys: pytest.CaptureFixture[str]) 
         (["run", "demo", "--set", "train.lora=null"], "nothing to train"),
         (["run", "demo", "--set", "data.test_pictures=0"], "data.test_pictures"),
         (["show", "demo", "trian-1"], "has no stage 'trian-1'"),
-        (["chat", "nowhere", "--image", "none.png"], "there is no picture 'none.png'"),
+        (["chat", "nowhere", "none.png"], "there is no picture 'none.png'"),
     ],
 )
 def test_errors_are_one_sentence(

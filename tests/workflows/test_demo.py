@@ -33,19 +33,12 @@ SMALL = (
 )
 
 
-def command(name: str, root: Path | str, base: Path, *extra: str) -> list[str]:
+def command(
+    name: str, root: Path | str, base: Path, *extra: str, stage: str | None = None
+) -> list[str]:
     changes = [f"--set={change}" for change in (*SMALL, f"base.source={base}")]
-    return [
-        sys.executable,
-        "-m",
-        "workflows.cli",
-        name,
-        "demo",
-        "--root",
-        str(root),
-        *changes,
-        *extra,
-    ]
+    place = ["demo", *([stage] if stage else []), "--root", str(root)]
+    return [sys.executable, "-m", "workflows.cli", name, *place, *changes, *extra]
 
 
 def run(root: Path | str, base: Path, *extra: str) -> subprocess.CompletedProcess[str]:
@@ -109,7 +102,7 @@ def test_ls_and_show_find_what_was_made(undisturbed: Path, small: Small) -> None
     )
     assert {row["state"] for row in json.loads(listed.stdout)} == {"cached"}
     shown = subprocess.run(
-        [*command("show", undisturbed, small.base), "export", "--path"],
+        command("show", undisturbed, small.base, "--path", stage="export"),
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert (Path(shown.stdout.strip()) / "model.safetensors").is_file()
@@ -119,7 +112,7 @@ def test_chat_answers_from_the_exported_checkpoint(undisturbed: Path, small: Sma
     found = made(undisturbed, small.base)
     picture = next((small.pictures / "images" / "test").glob("*.png"))
     done = subprocess.run(
-        [sys.executable, "-m", "workflows.cli", "chat", found["export"].uri, "--image",
+        [sys.executable, "-m", "workflows.cli", "chat", found["export"].uri,
          str(picture), "is there a bag?"], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
