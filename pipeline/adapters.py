@@ -11,28 +11,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.config import Config
-
-DECODER_LINEARS = (
-    r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-)
-
-
-class LoraSettings(Config):
-    """The adapter; the defaults are LLaVA-1.5's published recipe (r 128, alpha 256)."""
-
-    rank: int = Field(128, gt=0)
-    """Rank of the two factors."""
-    alpha: float = Field(256, gt=0)
-    """The update is scaled by alpha / rank."""
-    dropout: float = Field(0.05, ge=0, lt=1)
-    """Dropout on the adapter's input."""
-    targets: str = DECODER_LINEARS
-    """Regular expression that a module's full name must match; the default is the decoder alone."""
+from pipeline.train_config import LoraSettings
 
 
 def prepare_trainable(

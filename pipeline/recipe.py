@@ -20,7 +20,7 @@ from pipeline.stages.prepare import PrepareConfig, prepare
 from pipeline.stages.report import ReportConfig, report
 from pipeline.stages.train import train_stage
 from pipeline.templates import TEMPLATES
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 
 
 class CurriculumConfig(Config):

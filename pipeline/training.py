@@ -13,59 +13,24 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
 from pipeline.adapters import (
-    LoraSettings,
     load_state,
     prepare_trainable,
     save_trained,
     trained_state,
 )
 from pipeline.batches import PreparedData, collate, prefetched, step_indices
-from pipeline.config import Config
-
-
-class TrainConfig(Config):
-    """One training stage."""
-
-    plan: str = ""
-    """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
-    steps: int = Field(100, gt=0)
-    """Optimizer steps."""
-    batch_size: int = Field(32, gt=0)
-    """Conversations in one optimizer step, over all workers."""
-    accumulate: int = Field(1, gt=0)
-    """Micro-batches into which each worker splits its share of a step; saves memory."""
-    learning_rate: float = Field(2e-4, gt=0)
-    """Peak learning rate of the adapter and of parts tuned in full."""
-    warmup: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps in which the rate rises to its peak; it then falls as a half cosine."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    clip: float = Field(1.0, gt=0)
-    """Largest norm of the gradient; above it the gradient is scaled down."""
-    lora: LoraSettings | None = LoraSettings()
-    """The adapter; null trains none."""
-    tune: tuple[str, ...] = ()
-    """Regular expressions of parameters that are tuned in full, such as the projector's."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 holds the frozen base in bf16 and computes under autocast; trained weights stay fp32."""
-    checkpoint_every: int = Field(100, gt=0)
-    """Optimizer steps between checkpoints; at most that many are lost when a process dies."""
-    log_every: int = Field(10, gt=0)
-    """Optimizer steps between lines in the tracking server."""
-    seed: int = 0
-    """Order of the data, the adapter's initial values and dropout."""
+from pipeline.train_config import TrainConfig
 
 
 class Diverged(ValueError):

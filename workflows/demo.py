@@ -5,14 +5,13 @@ Hypothesis: at two thirds fewer vision tokens, training with a curriculum wins b
 untrained drop loses against the dense model that was LoRA-tuned alike.
 """
 
-from pipeline.adapters import LoraSettings
 from pipeline.recipe import CompressConfig, CurriculumConfig, compress
 from pipeline.stage import Stage
 from pipeline.stages.base import BaseConfig
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
-from pipeline.training import TrainConfig
+from pipeline.train_config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.fashion import FashionConfig, compose_fashion
 

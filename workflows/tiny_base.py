@@ -31,7 +31,7 @@ from pipeline.stages.prepare import PrepareConfig, prepare
 from pipeline.stages.train import train_stage
 from pipeline.store import open_store
 from pipeline.templates import TEMPLATES
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 from pipeline.workflow import Workflow
 from workflows.fashion import (
     CLASSES,

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.progress import ProgressHandle
 from pipeline.stage import Input, StageContext
 from pipeline.tracking import RunHandle
-from pipeline.training import Sources, TrainConfig, train
+from pipeline.train_config import TrainConfig
 
 
 class TrainingRefused(ValueError):
@@ -64,6 +64,8 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     An error that is raised makes Ray start the workers again, which helps where a machine was lost
     and never where the config is wrong.
     """
+    from pipeline.training import Sources, train
+
     config: TrainConfig = arguments["config"]
     inputs: dict[str, Input] = arguments["inputs"]
     # Asked for here, since this can be another machine than the stage's.

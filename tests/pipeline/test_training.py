@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from pipeline.adapters import LoraSettings, merge_trained
-from pipeline.training import Diverged, MovementError, Sources, TrainConfig, learning_rate_at, train
+from pipeline.adapters import merge_trained
+from pipeline.train_config import LoraSettings, TrainConfig
+from pipeline.training import Diverged, MovementError, Sources, learning_rate_at, train
 from tests.small import Small
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
@@ -115,7 +116,8 @@ def test_accumulation_does_not_change_the_step(small: Small, tmp_path: Path) -> 
 TWO_WORKERS = """
 import sys, torch.distributed as dist
 from pathlib import Path
-from pipeline.training import Sources, TrainConfig, train
+from pipeline.train_config import TrainConfig
+from pipeline.training import Sources, train
 from tests.pipeline.test_training import Plain
 rank, folder, base, data, config = int(sys.argv[1]), *sys.argv[2:6]
 dist.init_process_group("gloo", init_method=f"file://{folder}.meet", rank=rank, world_size=2)
