@@ -113,11 +113,18 @@ def load_tuned(model: nn.Module, file: Path) -> None:
             own[name].copy_(tensor)
 
 
-def merge_trained(model: nn.Module, folder: Path) -> nn.Module:
-    """The base model with trained weights folded in: no adapter is left."""
+def load_trained(model: nn.Module, folder: Path) -> nn.Module:
+    """The base model with trained weights in place; an adapter stays one."""
     if (folder / "tuned.safetensors").exists():
         load_tuned(model, folder / "tuned.safetensors")
     if (folder / "adapter").exists():
-        adapted = PeftModel.from_pretrained(model, str(folder / "adapter"))  # type: ignore[arg-type]
-        model = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        model = PeftModel.from_pretrained(model, str(folder / "adapter"))  # type: ignore[arg-type]
+    return model
+
+
+def merge_trained(model: nn.Module, folder: Path) -> nn.Module:
+    """The base model with trained weights folded in: no adapter is left."""
+    model = load_trained(model, folder)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     return model

@@ -6,7 +6,6 @@ any later copy can be told to be the same model.
 """
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
-from pipeline.adapters import load_tuned, merge_trained
+from pipeline.adapters import load_trained, merge_trained
 from pipeline.batches import PreparedData, collate
 from pipeline.config import Config
 from pipeline.stage import StageContext
@@ -48,7 +47,8 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     probe = collate(rows.rows(torch.arange(min(config.probe_rows, len(rows))).numpy()), processor)
     probe.pop("labels")
     ctx.progress(1, 4, "logits with the adapter")
-    expected = _logits(_adapted(base, trained, plan), probe)
+    adapted = adsc.attach(AutoModelForImageTextToText.from_pretrained(base), plan)
+    expected = _logits(load_trained(adapted, trained), probe)
     ctx.progress(2, 4, "merging")
     model: Any = merge_trained(AutoModelForImageTextToText.from_pretrained(base), trained)
     adsc.attach(model, plan)
@@ -71,18 +71,6 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.plan, "worst_logit_difference": worst, "largest_logit": scale}
-
-
-def _adapted(base: Path, trained: Path, plan: adsc.PruningPlan) -> torch.nn.Module:
-    from peft import PeftModel
-
-    model = AutoModelForImageTextToText.from_pretrained(base)
-    adsc.attach(model, plan)
-    if (trained / "tuned.safetensors").exists():
-        load_tuned(model, trained / "tuned.safetensors")
-    if (trained / "adapter").exists():
-        return PeftModel.from_pretrained(model, trained / "adapter")
-    return model
 
 
 def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:
