@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,11 @@ def sweep(store: Store, record: Record) -> None:
     for entry in store.list(home):
         if not entry.key.startswith(f"{home}/{record.attempt}/"):
             store.delete(entry.key)
+    place = store.local(home)
+    if place is not None and place.is_dir():  # a process that was killed left its folder as well
+        for left in place.iterdir():
+            if left.name != record.attempt:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def clean(value: Any) -> Any:
