@@ -100,7 +100,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="prepare",
             title="prepare: real records to tokens",
             body=prepare,
-            version=1,
+            version=2,
             config=config.prepare,
             needs={"data": data.name, "base": "base"},
         ),

@@ -224,7 +224,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="prepare",
             title="prepare: records to tokens",
             body=prepare,
-            version=1,
+            version=2,
             config=config.prepare,
             needs={"data": "pictures", "base": "tower"},
         ),

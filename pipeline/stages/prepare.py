@@ -3,8 +3,8 @@
 Records stream through Ray Data: each is validated, its picture decoded once to see that it can be,
 its text rendered with the label mask. A record that can't be used is set aside in quarantine.jsonl
 with its reason; none is lost, and none is repaired silently. Columns of a shard: id, pictures
-(encoded), input_ids and labels (vision positions expanded), kinds, turns (JSON). Batching and
-padding are the trainer's.
+(encoded), input_ids and labels (vision positions expanded), kinds, turns (JSON), and the counts
+length, supervised and vision_tokens. Batching and padding are the trainer's.
 """
 
 import hashlib
@@ -45,6 +45,9 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "kinds": pa.list_(pa.string()),
         "turns": pa.string(),
+        "length": pa.int32(),
+        "supervised": pa.int32(),
+        "vision_tokens": pa.int32(),
     }
 )
 RENDERED = pa.schema(
@@ -56,7 +59,7 @@ RENDERED = pa.schema(
         *SCHEMA,
     ]
 )
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class PrepareConfig(Config):
@@ -79,6 +82,8 @@ class PrepareConfig(Config):
     """Share of records that may be set aside before the stage fails."""
     rows_per_shard: int = Field(5000, gt=0)
     """Records in one Parquet file."""
+    rows_per_group: int = Field(64, gt=0)
+    """Records in one row group of a Parquet file: the least that a reader fetches at once."""
 
 
 class TooManyBadRecords(ValueError):
@@ -107,6 +112,9 @@ def _render_one(record: Any, processor: Any, root: Path, config: PrepareConfig) 
         "labels": labels,
         "kinds": question_kinds(record, len(turns) // 2),
         "turns": json.dumps(turns),
+        "length": len(ids),
+        "supervised": sum(label != IGNORED for label in labels),
+        "vision_tokens": sum(sizes),
     }
 
 
@@ -199,7 +207,7 @@ def _write_split(
 ) -> dict[str, Any]:
     """Stream one split through Ray Data into shards; return its counts."""
     (out / split).mkdir()
-    writer = _ShardWriter(out / split, config.rows_per_shard)
+    writer = _ShardWriter(out / split, config)
     reasons: Counter[str] = Counter()
     seen: set[str] = set()
     done = 0
@@ -274,25 +282,29 @@ def _quarantine_line(row: dict[str, Any], split: str) -> dict[str, Any]:
 class _ShardWriter:
     """Parquet files of bounded size in one folder, with the statistics of what went in."""
 
-    def __init__(self, folder: Path, rows_per_shard: int) -> None:
-        self.folder, self.rows_per_shard = folder, rows_per_shard
+    def __init__(self, folder: Path, config: PrepareConfig) -> None:
+        self.folder, self.config = folder, config
         self.pending: list[dict[str, Any]] = []
         self.rows = self.shards = self.tokens = self.supervised = self.longest = 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self.pending.append({name: row[name] for name in SCHEMA.names})
-            length = len(row["input_ids"])
             self.rows += 1
-            self.tokens += length
-            self.supervised += sum(label != IGNORED for label in row["labels"])
-            self.longest = max(self.longest, length)
-            if len(self.pending) == self.rows_per_shard:
+            self.tokens += row["length"]
+            self.supervised += row["supervised"]
+            self.longest = max(self.longest, row["length"])
+            if len(self.pending) == self.config.rows_per_shard:
                 self.close()
 
     def close(self) -> None:
         if self.pending:
             table = pa.Table.from_pylist(self.pending, schema=SCHEMA)
-            pq.write_table(table, self.folder / f"{self.shards:05d}.parquet", compression="zstd")
+            pq.write_table(
+                table,
+                self.folder / f"{self.shards:05d}.parquet",
+                compression="zstd",
+                row_group_size=self.config.rows_per_group,
+            )
             self.shards += 1
             self.pending = []

@@ -44,6 +44,24 @@ def test_shards_hold_every_record_in_order(small: Small) -> None:
     assert (manifest["splits"]["train"]["in"], manifest["splits"]["train"]["out"]) == (24, 24)
 
 
+def test_counts_of_a_row_are_those_of_its_tokens(small: Small) -> None:
+    image = AutoProcessor.from_pretrained(small.base).tokenizer.convert_tokens_to_ids("<image>")
+    for row in pq.read_table(small.prepared / "train").to_pylist():
+        assert row["length"] == len(row["input_ids"])
+        assert row["supervised"] == sum(label >= 0 for label in row["labels"]) > 0
+        assert row["vision_tokens"] == row["input_ids"].count(image) == 64
+
+
+def test_row_groups_are_small(small: Small, tmp_path: Path) -> None:
+    inputs = {"data": (small.pictures, {}), "base": (small.base, {})}
+    ctx = stage_context("prepare", tmp_path / "out", inputs)
+    prepare(ctx, CONFIG.model_copy(update={"rows_per_group": 10}))
+    file = pq.ParquetFile(ctx.out / "train" / "00000.parquet")
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    assert groups == [10, 10, 4]
+    assert file.read_row_group(1, columns=["length"]).num_rows == 10
+
+
 def test_bad_records_are_set_aside_with_reasons(
     damaged: Path, small: Small, tmp_path: Path
 ) -> None:
