@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from adsc.attach import CONFIG_FIELD
 from adsc.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
 from adsc.cost_error import CostError
-from adsc.geometries import GEOMETRIES, geometry
+from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import solve_plans
 from adsc.vision_cost import ImageInput, first_legal_layer, image_cost
@@ -132,6 +132,8 @@ def read_config(model: str) -> Any:
     """
     folder = Path(model)
     if not folder.is_dir():
+        if model in HUB_IDS:
+            return geometry(model)
         if folder.exists() or "/" in model or "\\" in model:
             raise CostError(
                 f"{model!r} is not a checkpoint folder; name a folder with a config.json, or a "

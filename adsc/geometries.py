@@ -225,9 +225,21 @@ GEOMETRIES: dict[str, Callable[[], Any]] = {
     "smolvlm": _smolvlm,
 }
 
+HUB_IDS = {
+    "OpenGVLab/InternVL3-8B-hf": "internvl3-8b",
+    "llava-hf/llava-1.5-13b-hf": "llava-1.5-13b",
+    "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b",
+    "llava-hf/llava-v1.6-vicuna-7b-hf": "llava-next-7b",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava-onevision-7b",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2.5-vl-7b",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3-vl-8b",
+    "HuggingFaceTB/SmolVLM-Instruct": "smolvlm",
+}
+"""Checkpoints on the hub whose geometry is known -> its name."""
+
 
 def geometry(name: str) -> Any:
-    """A fresh transformers config of the named geometry.
+    """A fresh transformers config of the named geometry, or of a checkpoint in HUB_IDS.
 
     Raises:
         CostError: an unknown name; the message lists the known ones, the nearest first.
@@ -235,7 +247,7 @@ def geometry(name: str) -> Any:
     >>> geometry("llava-1.5-7b").text_config.hidden_size
     4096
     """
-    key = name.strip().lower().replace("_", "-")
+    key = HUB_IDS.get(name, name).strip().lower().replace("_", "-")
     if key not in GEOMETRIES:
         ranked = difflib.get_close_matches(key, GEOMETRIES, n=len(GEOMETRIES), cutoff=0.0)
         raise CostError(f"geometry {name!r} is unknown; known, nearest first: {', '.join(ranked)}")

@@ -6,7 +6,7 @@ from transformers import AutoModelForImageTextToText
 
 from adsc.cost import estimate_cost
 from adsc.cost_error import CostError
-from adsc.geometries import GEOMETRIES, geometry
+from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
 
 # name -> parameters of the whole model, vision tokens of an image of the usual size, KV bytes of
 # one token
@@ -59,3 +59,9 @@ def test_names_forgive_case_and_unknown_ones_list_the_nearest_first():
         geometry("qwen3-vl-7b")
     known = str(error.value).split("nearest first: ")[1].split(", ")
     assert known[0] == "qwen3-vl-8b" and set(known) == set(GEOMETRIES)
+
+
+def test_hub_ids_name_geometries() -> None:
+    assert set(HUB_IDS.values()) == set(GEOMETRIES)
+    for hub_id, name in HUB_IDS.items():
+        assert geometry(hub_id).to_dict() == geometry(name).to_dict()
