@@ -20,6 +20,10 @@ _FLOAT = re.compile(r"[-+]?(\d+(_\d+)*)(\.\d*)?[eE][-+]?\d+")
 _BOUNDS = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= ", "multiple_of": "a multiple of "}
 _LENGTHS = {"min_length": "at least {} long", "max_length": "at most {} long"}
 
+OPERATIONAL: dict[str, Any] = {"operational": True}
+"""`Field(json_schema_extra=OPERATIONAL)` marks a field that decides how a stage is computed and not
+what: pipeline.identity leaves it out, so changing it reruns nothing."""
+
 
 class ConfigError(ValueError):
     """A config that can't be right: every problem at once, each with the way out."""

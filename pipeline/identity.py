@@ -1,8 +1,9 @@
 """Identity of a stage: a fingerprint of what it computes, and of nothing else.
 
 It covers the canonical config, the fingerprints of the inputs, and the body's name and code
-version. Machines, worker counts, storage roots, tracking and credentials aren't part of it. Source
-code isn't hashed either: whoever changes what a body computes raises its version.
+version. Machines, worker counts, storage roots, tracking and credentials aren't part of it, nor
+are config fields that are marked OPERATIONAL (pipeline.config). Source code isn't hashed either:
+whoever changes what a body computes raises its version.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel
+
+from pipeline.config import OPERATIONAL
 
 SHORT = 12  # hexadecimal digits of a fingerprint that a folder's name carries
 
@@ -53,7 +56,11 @@ def canonical(value: Any, field: str = "config") -> Any:
     if isinstance(value, BaseModel):
         return {
             name: canonical(getattr(value, name), f"{field}.{name}")
-            for name in sorted(type(value).model_fields)
+            for name, info in sorted(type(value).model_fields.items())
+            if not (
+                isinstance(info.json_schema_extra, dict)
+                and OPERATIONAL.items() <= info.json_schema_extra.items()
+            )
         }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = sorted(item.name for item in dataclasses.fields(value))

@@ -1,16 +1,20 @@
 """What one training stage is, as config. Apart from the loop, so that the processes that only start
 and watch a training do not load torch and transformers for it.
+
+Fields marked OPERATIONAL decide how a stage is computed and not what: they are in no fingerprint.
 """
 
-from typing import Literal
+import math
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.config import Config
+from pipeline.config import OPERATIONAL, Config
 
 DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 )
+PROJECTOR = r".*multi_modal_projector\..*"
 
 
 class LoraSettings(Config):
@@ -26,34 +30,117 @@ class LoraSettings(Config):
     """Regular expression that a module's full name must match; the default is the decoder alone."""
 
 
+class OffloadSettings(Config):
+    """Where ZeRO keeps what a GPU has no room for: `cpu`, or a folder on a local NVMe disk."""
+
+    optimizer: str | None = None
+    """`cpu` or a folder for the optimizer's moments (zero1 to zero3); null: on the device."""
+    parameters: str | None = None
+    """`cpu` or a folder for the parameters (zero3 only); null: on the device."""
+
+
 class TrainConfig(Config):
     """One training stage."""
 
     plan: str = ""
     """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
-    steps: int = Field(100, gt=0)
-    """Optimizer steps."""
+    steps: int | None = Field(100, gt=0)
+    """Optimizer steps; null where `epochs` is set."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the stage's share of the data; null where `steps` is set."""
+    data_share: float = Field(1.0, gt=0, le=1)
+    """Share of the conversations that the stage draws from; which ones follows from `seed`."""
     batch_size: int = Field(32, gt=0)
     """Conversations in one optimizer step, over all workers."""
-    accumulate: int = Field(1, gt=0)
-    """Micro-batches into which each worker splits its share of a step; saves memory."""
     learning_rate: float = Field(2e-4, gt=0)
-    """Peak learning rate of the adapter and of parts tuned in full."""
+    """Peak learning rate of the adapter."""
+    tune_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the parts tuned in full; null: the adapter's."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the rate rises to its peak; it then falls as a half cosine."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's first and second moment."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient; above it the gradient is scaled down."""
     lora: LoraSettings | None = LoraSettings()
     """The adapter; null trains none."""
     tune: tuple[str, ...] = ()
     """Regular expressions of parameters that are tuned in full, such as the projector's."""
+    carry_optimizer: bool = False
+    """Start with the optimizer's moments of the stage before, and leave this stage's to the next.
+    Both stages need it; the schedule starts anew in any case."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 holds the frozen base in bf16 and computes under autocast; trained weights stay fp32."""
-    checkpoint_every: int = Field(100, gt=0)
-    """Optimizer steps between checkpoints; at most that many are lost when a process dies."""
-    log_every: int = Field(10, gt=0)
-    """Optimizer steps between lines in the tracking server."""
     seed: int = 0
     """Order of the data, the adapter's initial values and dropout."""
+
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
+        "ddp", json_schema_extra=OPERATIONAL
+    )
+    """What workers share: ddp nothing but gradients; DeepSpeed's ZeRO 1 also splits the optimizer
+    among them, 2 the gradients, 3 the parameters. The losses are the same."""
+    offload: OffloadSettings = Field(OffloadSettings(), json_schema_extra=OPERATIONAL)
+    """What ZeRO moves off the device."""
+    accumulate: int = Field(1, gt=0, json_schema_extra=OPERATIONAL)
+    """Micro-batches into which each worker splits its share of a step; saves memory."""
+    activation_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """Compute activations again on the way back instead of keeping them; saves memory, costs up to
+    a third more time."""
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
+        "sdpa", json_schema_extra=OPERATIONAL
+    )
+    """Attention kernel, by transformers' name."""
+    checkpoint_every: int = Field(100, gt=0, json_schema_extra=OPERATIONAL)
+    """Optimizer steps between checkpoints; at most that many are lost when a process dies."""
+    keep_checkpoints: int = Field(2, gt=0, json_schema_extra=OPERATIONAL)
+    """Checkpoints that stay; older ones are deleted."""
+    log_every: int = Field(10, gt=0, json_schema_extra=OPERATIONAL)
+    """Optimizer steps between lines in the tracking server."""
+    diverged_norm: float = Field(100.0, gt=1, json_schema_extra=OPERATIONAL)
+    """A gradient norm of more than this many times the median of the last 50 steps stops the stage
+    (from the 20th step on)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps = {self.steps} and epochs = {self.epochs}: set one and the other to null"
+            )
+        if self.strategy == "ddp" and (self.offload.optimizer or self.offload.parameters):
+            raise ValueError("offload needs a ZeRO strategy: set strategy to zero2 or zero3")
+        if self.strategy != "zero3" and self.offload.parameters:
+            raise ValueError(
+                f"offload.parameters needs strategy zero3, which splits them; it is {self.strategy}"
+            )
+        return self
+
+    @classmethod
+    def llava15(cls, **changes: Any) -> Self:
+        """LLaVA-1.5's published LoRA recipe (r 128, alpha 256, rate 2e-4, projector 2e-5, batch
+        128, one epoch), with fields changed by name."""
+        recipe: dict[str, Any] = {
+            "steps": None,
+            "epochs": 1.0,
+            "batch_size": 128,
+            "learning_rate": 2e-4,
+            "tune": (PROJECTOR,),
+            "tune_learning_rate": 2e-5,
+            "warmup": 0.03,
+            "betas": (0.9, 0.999),
+            "lora": LoraSettings(rank=128, alpha=256, dropout=0.05),
+            "precision": "bf16",
+            "activation_checkpointing": True,
+        }
+        return cls(**recipe | changes)
+
+    def rows_of(self, rows: int) -> int:
+        """How many of a split's rows the stage draws from."""
+        return max(1, round(rows * self.data_share))
+
+    def steps_for(self, rows: int) -> int:
+        """Optimizer steps over a split of `rows` rows."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil(self.rows_of(rows) * (self.epochs or 0) / self.batch_size - 1e-9))

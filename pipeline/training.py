@@ -83,6 +83,13 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
         Diverged: naming the step and the ids of its conversations.
         MovementError: a parameter moved that should not, or did not move and should.
     """
+    unready = [
+        name
+        for name in ("strategy", "activation_checkpointing", "carry_optimizer", "data_share")
+        if getattr(config, name) != TrainConfig.model_fields[name].default
+    ]
+    if unready or config.steps is None:
+        raise ValueError(f"train.{(unready or ['epochs'])[0]} is not offered yet: leave it out")
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(sources.base)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
-from pipeline.config import Config
+from pipeline.config import OPERATIONAL, Config
 from pipeline.graph import GraphError, fingerprints, lint
 from pipeline.identity import IdentityError, body_name, canonical, digest
 from pipeline.stage import Stage
+from pipeline.train_config import OffloadSettings, TrainConfig
 from tests.pipeline import toy
 
 
@@ -33,6 +35,36 @@ class Plan:
 class Loose(Config):
     value: Any = None
     """Anything."""
+
+
+class Batched(Config):
+    rate: float = 1.0
+    """Decides what is computed."""
+    batch: int = Field(8, json_schema_extra=OPERATIONAL)
+    """Decides how."""
+
+
+def test_operational_fields_are_no_part_of_an_identity() -> None:
+    assert digest(Batched(batch=8)) == digest(Batched(batch=64)) != digest(Batched(rate=2.0))
+    assert canonical(Loose(value=Batched())) == {"value": {"rate": 1.0}}
+
+
+def test_how_a_stage_is_trained_is_no_part_of_its_identity() -> None:
+    """Strategy, memory and checkpoints may change in the middle of a run: it goes on."""
+    how = {
+        "strategy": "zero3",
+        "offload": OffloadSettings(optimizer="cpu", parameters="cpu"),
+        "accumulate": 4,
+        "activation_checkpointing": True,
+        "attention": "eager",
+        "checkpoint_every": 7,
+        "keep_checkpoints": 9,
+        "log_every": 3,
+        "diverged_norm": 5.0,
+    }
+    assert digest(TrainConfig.model_validate(how)) == digest(TrainConfig())
+    for what in ({"seed": 1}, {"batch_size": 8}, {"data_share": 0.5}, {"precision": "bf16"}):
+        assert digest(TrainConfig.model_validate(what)) != digest(TrainConfig())
 
 
 def test_literals() -> None:
