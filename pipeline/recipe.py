@@ -4,16 +4,16 @@ A workflow (see workflows/) brings a config and the stages that make its data; e
 that is the same for the small demo and for a 7B model. Nothing here runs anything.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from adsc.curriculum import curriculum
-from adsc.plan import PruningPlan
-from pipeline.config import Config
+from adsc.plan import PlanError, PruningPlan
+from pipeline.config import Config, ConfigError, edit
 from pipeline.stage import Stage
 from pipeline.stages.base import BaseConfig, base, num_decoder_layers, pin_digest
-from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.export import ExportConfig, export
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.prepare import PrepareConfig, prepare
@@ -26,12 +26,27 @@ from pipeline.train_config import TrainConfig
 class CurriculumConfig(Config):
     """The way to the target plan; see adsc.curriculum."""
 
-    order: Literal["reverse", "forward", "fixed"] = "reverse"
-    """reverse: heaviest compression first. forward: mild first. fixed: the target throughout."""
+    order: Literal["reverse", "forward", "fixed", "explicit"] = "reverse"
+    """reverse: heaviest compression first. forward: mild first. fixed: the target throughout.
+    explicit: the plans in `plans`."""
     stages: int = Field(3, ge=1)
-    """Training stages, each one Ray Train run of `train.steps` steps."""
+    """Training stages, each one Ray Train run; `explicit` has one for each of its plans."""
     extreme: float = Field(1.5, gt=1)
     """The first stage's keep ratios are the target's to this power (or its inverse)."""
+    plans: tuple[str, ...] = ()
+    """For `explicit`: the plan of each training stage; the last is the target."""
+    training: tuple[dict[str, Any], ...] = ()
+    """Changes of `train` for single stages, one mapping each: `[{learning_rate: 1e-4}, {}, {}]`;
+    empty trains all alike."""
+
+    @model_validator(mode="after")
+    def _plans_belong_to_explicit(self) -> Self:
+        if bool(self.plans) != (self.order == "explicit"):
+            raise ValueError(
+                f"curriculum.order = {self.order} with {len(self.plans)} plans: list the plans of "
+                "`explicit`, and of no other order, in curriculum.plans"
+            )
+        return self
 
 
 class CompressConfig(Config):
@@ -109,22 +124,22 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     stages += _train_and_merge("train", "merge", plans, config)
     stages += _train_and_merge("control", "merge-control", [""] * len(plans), config)
     arms = (
-        Arm(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
-        Arm(
+        ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
+        ArmConfig(
             name="dense_lora",
             label="dense + LoRA",
             checkpoint="merge-control",
             plan="",
             trained=True,
         ),
-        Arm(
+        ArmConfig(
             name="plan_untrained",
             label="plan, untrained",
             checkpoint="base",
             plan=config.plan,
             trained=False,
         ),
-        Arm(
+        ArmConfig(
             name="plan_trained",
             label=f"plan, trained ({config.curriculum.order})",
             checkpoint="merge",
@@ -164,29 +179,62 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
 
 
 def training_plans(config: CompressConfig) -> list[str]:
-    """The plan of each training stage."""
-    way = config.curriculum
-    return [str(plan) for plan in curriculum(config.plan, way.order, way.stages, way.extreme)]
+    """The plan of each training stage.
+
+    Raises:
+        PlanError: a malformed plan, or an explicit list that does not end with the target.
+    """
+    way, target = config.curriculum, PruningPlan.parse(config.plan)
+    if way.order != "explicit":
+        return [str(plan) for plan in curriculum(target, way.order, way.stages, way.extreme)]
+    plans = [PruningPlan.parse(plan) for plan in way.plans]
+    if plans[-1] != target:
+        raise PlanError(
+            f"curriculum.plans end with {way.plans[-1]!r}, the target is {config.plan!r}: the last "
+            "training stage has to train what the finished model runs with"
+        )
+    return [str(plan) for plan in plans]
+
+
+def training_configs(config: CompressConfig, plans: list[str]) -> list[TrainConfig]:
+    """The config of each training stage: `train`, changed as the curriculum says.
+
+    Raises:
+        ConfigError: changes for another number of stages, or keys that `train` lacks.
+    """
+    changes = config.curriculum.training or ({},) * len(plans)
+    if len(changes) != len(plans):
+        raise ConfigError(
+            f"curriculum.training has {len(changes)} entries for {len(plans)} training stages; "
+            "write one for each, {} where nothing changes"
+        )
+    filled = sorted({"plan", "seed"} & {key for change in changes for key in change})
+    if filled:
+        raise ConfigError(f"curriculum.training may not set {', '.join(filled)}")
+    return [
+        # Each stage draws its own batches.
+        edit(config.train, change).model_copy(
+            update={"plan": plan, "seed": 1000 * config.train.seed + number}
+        )
+        for number, (plan, change) in enumerate(zip(plans, changes, strict=True), 1)
+    ]
 
 
 def _train_and_merge(
     prefix: str, merged: str, plans: list[str], config: CompressConfig
 ) -> list[Stage]:
     stages: list[Stage] = []
-    for number, plan in enumerate(plans, 1):
+    for number, train in enumerate(training_configs(config, plans), 1):
         needs = {"base": "base", "data": "prepare"}
         if stages:
             needs["start"] = stages[-1].name
         stages.append(
             Stage(
                 name=f"{prefix}-{number}",
-                title=f"{prefix} {number}/{len(plans)}: LoRA with {plan or 'no drop'}",
+                title=f"{prefix} {number}/{len(plans)}: LoRA with {train.plan or 'no drop'}",
                 body=train_stage,
                 version=1,
-                # Each stage draws its own batches.
-                config=config.train.model_copy(
-                    update={"plan": plan, "seed": 1000 * config.train.seed + number}
-                ),
+                config=train,
                 needs=needs,
             )
         )

@@ -1,0 +1,66 @@
+"""The recipe: what the curriculum makes of a config, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from adsc.plan import PlanError
+from pipeline.config import ConfigError
+from pipeline.train_config import TrainConfig
+from workflows.demo import demo
+
+TARGET = "2:1/4,4:1/4"
+
+
+def trained(*branches: str, **changes: object) -> dict[str, TrainConfig]:
+    """The configs of the demo's training stages, by name."""
+    stages = demo().edit({key.replace("__", "."): it for key, it in changes.items()}).stages()
+    found = {stage.name: stage.config for stage in stages}
+    return {
+        name: config
+        for name, config in found.items()
+        if isinstance(config, TrainConfig) and name.startswith(branches or ("train", "control"))
+    }
+
+
+def test_an_explicit_curriculum_trains_its_plans() -> None:
+    plans = ["2:1/8,4:1/8", "2:1/8", TARGET]
+    found = trained(curriculum__order="explicit", curriculum__plans=plans)
+    assert [found[f"train-{number}"].plan for number in (1, 2, 3)] == plans
+    assert [found[f"control-{number}"].plan for number in (1, 2, 3)] == ["", "", ""]
+
+
+def test_single_stages_have_their_own_settings() -> None:
+    found = trained(
+        curriculum__stages=2,
+        curriculum__training="[{learning_rate: 1e-3, lora.rank: 4}, {steps: 7}]",
+    )
+    for branch in ("train", "control"):  # the control trains alike
+        first, second = found[f"{branch}-1"], found[f"{branch}-2"]
+        assert (first.learning_rate, first.steps, first.lora and first.lora.rank) == (1e-3, 100, 4)
+        assert (second.learning_rate, second.steps) == (2e-3, 7)
+    assert found["train-1"].seed == found["control-1"].seed != found["train-2"].seed
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"curriculum__order": "explicit"}, ConfigError, "with 0 plans"),
+        ({"curriculum__plans": [TARGET]}, ConfigError, "reverse with 1 plans"),
+        (
+            {"curriculum__order": "explicit", "curriculum__plans": [TARGET, "2:1/8"]},
+            PlanError,
+            f"end with '2:1/8', the target is '{TARGET}'",
+        ),
+        ({"curriculum__training": [{}]}, ConfigError, "1 entries for 3 training stages"),
+        ({"curriculum__training": [{"plan": ""}, {}, {}]}, ConfigError, "may not set plan"),
+        (
+            {"curriculum__training": [{"learning_rat": 1}, {}, {}]},
+            ConfigError,
+            "did you mean learning_rate",
+        ),
+    ],
+)
+def test_what_is_refused(changes: dict[str, object], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        trained(**changes)
