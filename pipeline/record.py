@@ -6,7 +6,6 @@ carries no credentials. Where things lie in the store is written down here, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.identity import SHORT
 from pipeline.redact import HIDDEN, redact
-from pipeline.store import Store, StoreError
+from pipeline.store import Store, StoreError, file_sha256
 
 SCHEMA = 1
 _SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY", re.IGNORECASE)
@@ -53,6 +52,12 @@ class File(BaseModel):
     path: str
     size: int
     sha256: str
+
+    @classmethod
+    def read(cls, folder: Path, path: Path) -> File:
+        """What lies at `path`, named relative to `folder` with forward slashes."""
+        name = path.relative_to(folder).as_posix()
+        return cls(path=name, size=path.stat().st_size, sha256=file_sha256(path))
 
 
 class Source(BaseModel):
@@ -159,14 +164,7 @@ def adopt(store: Store, stage: str, fingerprint: str) -> Record:
 
 def manifest(out: Path) -> tuple[File, ...]:
     """All files below a folder, by path."""
-    files = []
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files.append(
-            File(path=path.relative_to(out).as_posix(), size=path.stat().st_size, sha256=digest)
-        )
-    return tuple(files)
+    return tuple(File.read(out, path) for path in sorted(out.rglob("*")) if path.is_file())
 
 
 def verify(place: Path, record: Record) -> None:

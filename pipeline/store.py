@@ -40,6 +40,12 @@ class Entry:
     size: int
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits; read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def open_store(root: str) -> Store:
     """The store at `runs`, `/data/runs`, `file:///data/runs` or `s3://bucket/prefix`.
 

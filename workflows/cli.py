@@ -82,7 +82,7 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
@@ -99,7 +99,20 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return (ValueError, RunFailed)
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Options may stand before, between and after a command's words, which argparse by itself does
+    not allow below subcommands."""
+    parser, commands = _parsers()
+    command = commands.get(arguments[0]) if arguments else None
+    return command.parse_intermixed_args(arguments[1:]) if command else parser.parse_args(arguments)
+
+
 def build_parser() -> argparse.ArgumentParser:
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="adsc",
         description="Train LLaVA-type models to live with fewer vision tokens.",
@@ -148,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
     add_commands(commands)
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _command(commands: Any, name: str, help_text: str, examples: str) -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from pipeline import record as records
 from pipeline.config import Config
 from pipeline.conversations import iter_records, parse_turns
 from pipeline.stage import Input, Stage, StageContext
-from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.prepare import PrepareConfig, prepare
 from pipeline.stages.train import train_stage
@@ -203,7 +203,7 @@ def tiny_base() -> Workflow:
 
 def build(config: TinyBaseConfig) -> list[Stage]:
     data = {"base": "start", "data": "prepare"}
-    dense = Arm(name="dense", label="dense base", checkpoint="merge", plan="", trained=True)
+    dense = ArmConfig(name="dense", label="dense base", checkpoint="merge", plan="", trained=True)
     return [
         Stage(
             name="pictures",

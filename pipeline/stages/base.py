@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 
 import adsc
 from pipeline.config import Config
+from pipeline.record import manifest
 from pipeline.stage import StageContext
 
 
@@ -35,12 +36,8 @@ class BaseError(ValueError):
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 over names and contents of a checkpoint's files."""
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
-    return whole.hexdigest()
+    lines = [f"{file.path} {file.sha256}\n" for file in manifest(folder)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def resolve(source: str) -> Path:

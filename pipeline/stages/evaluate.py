@@ -33,7 +33,7 @@ from pipeline.stage import StageContext
 from pipeline.templates import TEMPLATES
 
 
-class Arm(Config):
+class ArmConfig(Config):
     """One row of the result table."""
 
     name: str
@@ -55,7 +55,7 @@ class EvaluateConfig(Config):
     """Title of the report."""
     task: str = ""
     """What the data is, in a few words."""
-    arms: tuple[Arm, ...] = ()
+    arms: tuple[ArmConfig, ...] = ()
     """The rows of the table."""
     control: str = "dense_lora"
     """Name of the arm that the others are compared with: the dense model trained alike."""

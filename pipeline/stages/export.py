@@ -11,7 +11,6 @@ probe's logits. Uploading is left to the stage machinery, registering and servin
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -20,10 +19,12 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config import Config
+from pipeline.record import File
 from pipeline.stages.card import Card, write_card
+from pipeline.store import file_sha256
 
 if TYPE_CHECKING:
     from pipeline.stage import StageContext
@@ -55,15 +56,6 @@ class ExportConfig(Config):
 
 class ExportError(ValueError):
     """The checkpoint can't be published, or isn't what was published; all reasons at once."""
-
-
-class File(BaseModel):
-    """One file of an exported folder; `path` is relative, with forward slashes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    path: str
-    size: int
-    sha256: str
 
 
 def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
@@ -117,7 +109,7 @@ def write_manifest(folder: Path, lineage: dict[str, Any]) -> None:
     Raises:
         ExportError: files of a kind that a checkpoint has no need of.
     """
-    files = [_describe(folder, path) for path in _files(folder) if path != folder / MANIFEST]
+    files = [File.read(folder, path) for path in _files(folder) if path != folder / MANIFEST]
     if strange := [file.path for file in files if not _allowed(file.path)]:
         raise ExportError(
             f"{', '.join(strange)}: only {', '.join(sorted(SUFFIXES))}, LICENSE and NOTICE are "
@@ -219,13 +211,6 @@ def _allowed(path: str) -> bool:
     return name.suffix in SUFFIXES or name.name in ("LICENSE", "NOTICE")
 
 
-def _describe(folder: Path, path: Path) -> File:
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    relative = path.relative_to(folder).as_posix()
-    return File(path=relative, size=path.stat().st_size, sha256=digest)
-
-
 def _problem(folder: Path, file: File) -> str | None:
     """What is wrong with one entry of a manifest; None if nothing is."""
     named, path = PurePosixPath(file.path), folder / file.path
@@ -239,7 +224,7 @@ def _problem(folder: Path, file: File) -> str | None:
         return f"{file.path} is missing"
     if (size := path.stat().st_size) != file.size:
         return f"{file.path} has {size} bytes instead of {file.size}"
-    if _describe(folder, path).sha256 != file.sha256:
+    if file_sha256(path) != file.sha256:
         return f"{file.path} was altered (checksum)"
     return None
 

@@ -18,7 +18,7 @@ from pipeline.evaluation import (
     read_questions,
     time_prefill,
 )
-from pipeline.stages.evaluate import Arm, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
 from pipeline.stages.results import Results
 from pipeline.training import train
@@ -73,9 +73,9 @@ def test_evaluate_writes_results_that_the_report_reads(
     small: Small, merged: Path, trained: Path, tmp_path: Path
 ) -> None:
     arms = (
-        Arm(name="dense", label="dense", checkpoint="base", plan="", trained=False),
-        Arm(name="dense_lora", label="control", checkpoint="merge", plan="", trained=True),
-        Arm(name="plan_trained", label="plan", checkpoint="merge", plan=PLAN, trained=True),
+        ArmConfig(name="dense", label="dense", checkpoint="base", plan="", trained=False),
+        ArmConfig(name="dense_lora", label="control", checkpoint="merge", plan="", trained=True),
+        ArmConfig(name="plan_trained", label="plan", checkpoint="merge", plan=PLAN, trained=True),
     )
     inputs = {
         "base": (small.base, {}),

@@ -338,7 +338,7 @@ def answer(folder: Path, image: str) -> str:
     from pipeline.evaluation import Question, generate_answers
 
     model = adsc.from_pretrained(folder).eval()
-    question = Question("1", "any", "what is it?", "", base64.b64decode(image))
+    question = Question("1", "any", "what is it?", "", (base64.b64decode(image),))
     return generate_answers(model, AutoProcessor.from_pretrained(folder), [question], 1, 5)[0]
 
 

@@ -65,6 +65,22 @@ def test_errors_are_one_sentence(
     assert message in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", "--root", "R", "demo", "train-9"],
+        ["show", "demo", "--root", "R", "train-9"],
+        ["show", "demo", "train-9", "--root", "R"],
+        ["show", "demo", "--path", "train-9", "--root=R"],
+    ],
+)
+def test_options_may_stand_anywhere(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert "demo has no stage 'train-9'" in capsys.readouterr().err
+
+
 def test_an_unwritable_store_is_said_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
