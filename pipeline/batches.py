@@ -1,54 +1,235 @@
-"""Prepared shards as training batches: the same batches in the same order on any number of workers.
+"""Training batches: which rows make up a step, how a worker computes them, and their tensors.
 
-Which records make up optimizer step s follows from (seed, s) alone, so a resumed run needs no
-saved data position and sees what the uninterrupted run would have seen. A picture is decoded here,
-once.
+The rows of optimizer step s follow from (seed, s) and the config alone, never from the number of
+workers: a resumed run needs no saved data position, and another number of workers sees the same
+global batches. A picture is decoded here, once. Reading shards is pipeline/prepared.py's, carrying
+batches to the trainer pipeline/feed.py's.
 """
 
 import io
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from pipeline.conversations import IGNORED
+from pipeline.prepared import PreparedData, Shuffle
+from pipeline.train_config import TrainConfig
+
+COLUMNS = ("id", "pictures", "input_ids", "labels")
+BLOCK_STEPS = 50
+"""Steps whose rows are sorted by length together under `train.group_by_length`."""
 
 
-class PreparedData:
-    """The rows of one prepared split, held as Arrow (pictures stay encoded)."""
+class RowShape(NamedTuple):
+    """What the cost of a row depends on."""
 
-    def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.parquet"))
-        if not files:
-            raise ValueError(f"no Parquet shard in {folder}; does the split have any good record?")
-        self.table = pa.concat_tables([pq.read_table(file) for file in files]).combine_chunks()
-        labels = self.table["labels"].combine_chunks()
-        supervised = np.asarray(labels.values) != IGNORED
-        ends = np.concatenate([[0], np.cumsum(supervised)])
-        offsets = np.asarray(labels.offsets)
-        self.supervised = ends[offsets[1:]] - ends[offsets[:-1]]
-        """Supervised tokens of each row."""
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    def rows(self, indices: np.ndarray) -> list[dict[str, Any]]:
-        return self.table.take(pa.array(indices)).to_pylist()
+    text_tokens: int
+    vision_tokens: int
+    pictures: int
 
 
-def step_indices(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
-    """Rows of optimizer step `step`, shape (batch_size,): consecutive runs through epoch
-    shuffles."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = positions // rows, positions % rows
-    orders = {e: np.random.default_rng([seed, int(e)]).permutation(rows) for e in np.unique(epochs)}
-    return np.array([orders[e][place] for e, place in zip(epochs, places, strict=True)])
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What one rank needs for one optimizer step. All ranks have as many micro-batches."""
+
+    micro: list[dict[str, torch.Tensor]]
+    supervised: int
+    """Supervised tokens of the global batch: the loss's denominator."""
+    ids: list[str]
+    """This rank's conversations."""
+    rows: list[RowShape]
+    """Their shapes."""
+    vision_tokens: int
+    text_tokens: int
+    padding: int
+    """Input positions of this rank that train nothing: padding, and rows that are there to keep
+    the ranks in step."""
+
+
+class MicroPlan(NamedTuple):
+    """The rows of one micro-batch."""
+
+    rows: tuple[int, ...]
+    silent: tuple[int, ...] = ()
+    """Rows that pass through the model without labels, so that all ranks do the same work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoader:
+    """Loads one rank's part of a step; can be pickled, and opens files where it is called.
+
+    Args:
+        data: folder of one prepared split.
+        processor: folder of the processor.
+        config: decides the global batches.
+        rank: which part is loaded.
+        world_size: of how many.
+        pictures_everywhere: give every micro-batch a picture, silent rows if need be: under
+            ZeRO-3, or DDP with a tuned projector, all ranks must run the same modules.
+    """
+
+    data: Path
+    processor: Path
+    config: TrainConfig
+    rank: int = 0
+    world_size: int = 1
+    pictures_everywhere: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def _prepared(self) -> PreparedData:
+        return PreparedData(self.data)
+
+    @cached_property
+    def _processor(self) -> Any:
+        return AutoProcessor.from_pretrained(self.processor)
+
+    @cached_property
+    def _batches(self) -> "GlobalBatches":
+        return GlobalBatches(self._prepared, self.config)
+
+    def __call__(self, step: int) -> StepBatch:
+        data, config = self._prepared, self.config
+        rows = self._batches.rows(step)
+        plans = rank_plans(rows, data.length, self.world_size, config)[self.rank]
+        if self.pictures_everywhere:
+            plans = with_pictures(plans, rows, data)
+        put = pack if config.packing else collate
+        micro, ids, shapes, positions = [], [], [], 0
+        for plan in plans:
+            found = data.rows(plan.rows + plan.silent, COLUMNS)
+            for number, row in zip(plan.rows, found, strict=False):
+                ids.append(row["id"])
+                vision = int(data.vision_tokens[number])
+                text = int(data.length[number]) - vision
+                shapes.append(RowShape(text, vision, len(row["pictures"])))
+            for row in found[len(plan.rows) :]:
+                row["labels"] = [IGNORED] * len(row["labels"])
+            batch = put(found, self._processor)
+            positions += batch["input_ids"].numel()
+            micro.append(batch)
+        vision, text = (sum(shape[i] for shape in shapes) for i in (1, 0))
+        return StepBatch(
+            micro=micro,
+            supervised=int(data.supervised[rows].sum()),
+            ids=ids,
+            rows=shapes,
+            vision_tokens=vision,
+            text_tokens=text,
+            padding=positions - vision - text,
+        )
+
+
+class GlobalBatches:
+    """The rows of each step, the same for all ranks and on any number of workers."""
+
+    def __init__(self, data: PreparedData, config: TrainConfig) -> None:
+        self._length, self._config = data.length, config
+        self._steps = config.steps_for(len(data))
+        self._shuffle = Shuffle(data.groups, config.seed, config.rows_of(len(data)))
+        # A block must stay within the windows that a reader holds.
+        block_rows = min(BLOCK_STEPS * config.batch_size, self._shuffle.window_rows)
+        self._block_steps = max(1, block_rows // config.batch_size)
+        self._block = lru_cache(maxsize=2)(self._make_block)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Rows of optimizer step `step`, shape (batch_size,)."""
+        if self._config.group_by_length:
+            return self._block(step // self._block_steps)[step % self._block_steps]
+        return self._take(step, 1)
+
+    def _take(self, first: int, steps: int) -> np.ndarray:
+        size = self._config.batch_size
+        return self._shuffle.rows(np.arange(first * size, (first + steps) * size))
+
+    def _make_block(self, block: int) -> np.ndarray:
+        """(steps, batch_size): rows sorted by length across the steps, which are then shuffled."""
+        config, first = self._config, block * self._block_steps
+        # The last block ends with the run, so that no row of its epoch is passed over for it.
+        steps = min(self._block_steps, max(1, self._steps - first))
+        rows = self._take(first, steps)
+        rows = rows[np.argsort(self._length[rows], kind="stable")]
+        draw = np.random.default_rng([config.seed, block])
+        return draw.permutation(rows.reshape(steps, config.batch_size))
+
+
+def rank_plans(
+    rows: np.ndarray, length: np.ndarray, world_size: int, config: TrainConfig
+) -> list[list[MicroPlan]]:
+    """The micro-batches of each rank: rows of like length together, as many for every rank.
+
+    Rows are dealt out from the longest to the shortest, forth and back, so ranks have like numbers
+    of tokens. Under `micro_tokens` a row that is longer than the budget is a micro-batch alone.
+    """
+    ordered = rows[np.argsort(-length[rows], kind="stable")]
+    turn = np.arange(len(ordered)) % (2 * world_size)
+    owner = np.where(turn < world_size, turn, 2 * world_size - 1 - turn)
+    shares = [ordered[owner == rank] for rank in range(world_size)]
+    if config.micro_tokens is None:
+        most = max(len(share) for share in shares)
+        parts = [
+            [part for part in np.array_split(share, min(config.accumulate, most)) if len(part)]
+            for share in shares
+        ]
+    else:
+        parts = [
+            _within_budget(share, length, config.micro_tokens, config.packing) for share in shares
+        ]
+    count = max(len(one) for one in parts)
+    return [_in_step(one, count) for one in parts]
+
+
+def _within_budget(
+    share: np.ndarray, length: np.ndarray, budget: int, packing: bool
+) -> list[np.ndarray]:
+    parts: list[list[int]] = []
+    used = 0
+    for row in share.tolist():  # from the longest
+        # Padded, each row of a micro-batch takes as much as its first.
+        size = int(length[row if packing or not parts else parts[-1][0]])
+        if not parts or used + size > budget:
+            parts.append([])
+            size, used = int(length[row]), 0
+        parts[-1].append(row)
+        used += size
+    return [np.array(part) for part in parts]
+
+
+def _in_step(parts: Sequence[np.ndarray], count: int) -> list[MicroPlan]:
+    """`count` micro-batches of the same rows; silent ones where there are too few rows."""
+    parts = list(parts)
+    while len(parts) < count and max(map(len, parts)) > 1:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        parts[largest : largest + 1] = np.array_split(parts[largest], 2)
+    plans = [MicroPlan(tuple(part.tolist())) for part in parts]
+    return plans + [MicroPlan((), plans[-1].rows[-1:])] * (count - len(plans))
+
+
+def with_pictures(
+    plans: Sequence[MicroPlan], rows: np.ndarray, data: PreparedData
+) -> list[MicroPlan]:
+    """A silent row with a picture for each micro-batch that has none: the shortest of the global
+    batch, or of the whole set."""
+    seen = data.vision_tokens > 0
+    if not seen.any():
+        return list(plans)
+    pool = rows[seen[rows]] if seen[rows].any() else np.flatnonzero(seen)
+    shortest = int(pool[np.argmin(data.length[pool])])
+    return [
+        plan
+        if any(seen[row] for row in plan.rows + plan.silent)
+        else plan._replace(silent=(*plan.silent, shortest))
+        for plan in plans
+    ]
 
 
 def collate(rows: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
@@ -70,6 +251,22 @@ def collate(rows: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tenso
     return batch | picture_inputs([p for row in rows for p in row["pictures"]], processor)
 
 
+def pack(rows: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
+    """All rows one after the other: input_ids, position_ids and labels (1, S), and the pictures'
+    inputs.
+
+    Attention tells rows apart by position ids that restart, and by nothing else: there is no mask.
+    A row's first label is left out, since the token before it is another row's.
+    """
+    labels = [[IGNORED, *row["labels"][1:]] for row in rows]
+    batch = {
+        "input_ids": torch.tensor([[one for row in rows for one in row["input_ids"]]]),
+        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
+        "labels": torch.tensor([[one for row in labels for one in row]]),
+    }
+    return batch | picture_inputs([p for row in rows for p in row["pictures"]], processor)
+
+
 def picture_inputs(encoded: list[bytes], processor: Any) -> dict[str, torch.Tensor]:
     """Decode pictures and turn them into the model's inputs (pixel_values and what goes with
     it)."""
@@ -77,15 +274,3 @@ def picture_inputs(encoded: list[bytes], processor: Any) -> dict[str, torch.Tens
         return {}
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
     return dict(processor.image_processor(pictures, return_tensors="pt"))
-
-
-def prefetched(make: Any, items: Iterator[Any]) -> Iterator[Any]:
-    """make(item) for each item, one ahead in a thread, so that the trainer rarely waits."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for item in items:
-            current, ahead = ahead, pool.submit(make, item)
-            if current is not None:
-                yield current.result()
-        if ahead is not None:
-            yield ahead.result()

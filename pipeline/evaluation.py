@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 import adsc
-from pipeline.batches import PreparedData
 from pipeline.conversations import MARKER
+from pipeline.prepared import PreparedData
 
 RESAMPLES = 2000
 
@@ -38,7 +38,7 @@ class Question:
 def read_questions(data: PreparedData) -> list[Question]:
     """Every question of a prepared split; records without a kind count as `other`."""
     questions = []
-    for row in data.rows(np.arange(len(data))):
+    for row in data.scan(["id", "pictures", "kinds", "turns"]):
         turns = json.loads(row["turns"])
         kinds = row["kinds"] or ["other"] * (len(turns) // 2)
         pairs = zip(kinds, turns[::2], turns[1::2], strict=True)
@@ -112,7 +112,7 @@ def _batches(items: Sequence[Question], size: int) -> Iterator[Sequence[Question
 def majority_answers(train: PreparedData) -> dict[str, str]:
     """The most frequent training answer of each kind: what one says without looking."""
     counts: dict[str, Counter[str]] = {}
-    for row in train.table.select(["kinds", "turns"]).to_pylist():
+    for row in train.scan(["kinds", "turns"]):
         answers = [answer for _, answer in json.loads(row["turns"])[1::2]]
         kinds = row["kinds"] or ["other"] * len(answers)
         for kind, answer in zip(kinds, answers, strict=True):

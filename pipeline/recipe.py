@@ -233,7 +233,7 @@ def _train_and_merge(
                 name=f"{prefix}-{number}",
                 title=f"{prefix} {number}/{len(plans)}: LoRA with {train.plan or 'no drop'}",
                 body=train_stage,
-                version=1,
+                version=2,
                 config=train,
                 needs=needs,
             )

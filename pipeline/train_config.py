@@ -52,6 +52,14 @@ class TrainConfig(Config):
     """Share of the conversations that the stage draws from; which ones follows from `seed`."""
     batch_size: int = Field(32, gt=0)
     """Conversations in one optimizer step, over all workers."""
+    micro_tokens: int | None = Field(None, gt=0)
+    """Most positions (padding included) of a micro-batch: instead of `accumulate`, as many
+    micro-batches as that takes."""
+    group_by_length: bool = False
+    """Steps of rows of similar length: less padding, somewhat less random batches."""
+    packing: bool = False
+    """Rows of a micro-batch follow one another in one row without padding; only with attention
+    backends that keep them apart."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate of the adapter."""
     tune_learning_rate: float | None = Field(None, gt=0)

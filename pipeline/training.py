@@ -10,17 +10,18 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 import adsc
 from pipeline.adapters import (
@@ -29,7 +30,7 @@ from pipeline.adapters import (
     save_trained,
     trained_state,
 )
-from pipeline.batches import PreparedData, collate, prefetched, step_indices
+from pipeline.batches import StepBatch, StepLoader
 from pipeline.train_config import TrainConfig
 
 
@@ -49,6 +50,9 @@ class TrainContext(Protocol):
 
     def latest(self) -> AbstractContextManager[Path | None]:
         """The newest checkpoint folder of this stage, if there is one."""
+
+    def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
+        """load(step) for each step in order, made ahead: see pipeline/feed.py."""
 
     def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
         """Called by every rank at the same steps; rank 0 brings a folder."""
@@ -85,15 +89,13 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
     """
     unready = [
         name
-        for name in ("strategy", "activation_checkpointing", "carry_optimizer", "data_share")
+        for name in ("strategy", "activation_checkpointing", "carry_optimizer")
         if getattr(config, name) != TrainConfig.model_fields[name].default
     ]
     if unready or config.steps is None:
         raise ValueError(f"train.{(unready or ['epochs'])[0]} is not offered yet: leave it out")
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(sources.base)
-    data = PreparedData(sources.data)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(sources.base, dtype=dtype)
     adsc.attach(model, adsc.PruningPlan.parse(config.plan))
@@ -114,7 +116,15 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
     wrapped: nn.Module = trainable
     if context.world_size > 1:
         wrapped = DistributedDataParallel(trainable)
-    run = _Run(config, context, wrapped, optimizer, data, processor, device, history, before)
+    load = StepLoader(
+        data=sources.data,
+        processor=sources.base,
+        config=config,
+        rank=context.rank,
+        world_size=context.world_size,
+        pictures_everywhere=context.world_size > 1 and bool(config.tune),
+    )
+    run = _Run(config, context, wrapped, optimizer, load, device, history, before)
     run.steps_from(first)
 
 
@@ -124,8 +134,7 @@ class _Run:
     context: TrainContext
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    data: PreparedData
-    processor: Any
+    load: StepLoader
     device: torch.device
     history: list[list[float]]
     """[step, loss] as logged so far; it travels in the checkpoints."""
@@ -136,12 +145,12 @@ class _Run:
         config, context = self.config, self.context
         started = mark = time.monotonic()
         waited, losses = 0.0, []
-        batches = prefetched(self.load, iter(range(first, config.steps)))
+        batches = context.stream(self.load, range(first, config.steps))
         for step in range(first, config.steps):
             asked = time.monotonic()
-            micro_batches, tokens, ids = next(batches)
+            batch = next(batches)
             waited += time.monotonic() - asked
-            loss, norm = self.take_step(step, micro_batches, tokens, ids)
+            loss, norm = self.take_step(step, batch)
             losses.append(loss)
             done = step + 1
             if context.rank == 0 and (done % config.log_every == 0 or done == config.steps):
@@ -161,20 +170,7 @@ class _Run:
             if done % config.checkpoint_every == 0 or done == config.steps:
                 self.checkpoint(done, {"loss": loss, "seconds": time.monotonic() - started})
 
-    def load(self, step: int) -> tuple[list[dict[str, torch.Tensor]], int, list[str]]:
-        """This rank's micro-batches of a step, and the supervised tokens of the global batch."""
-        config, context = self.config, self.context
-        indices = step_indices(config.seed, step, config.batch_size, len(self.data))
-        own = indices[context.rank :: context.world_size]
-        parts = [part for part in np.array_split(own, config.accumulate) if len(part)]
-        rows = [self.data.rows(part) for part in parts]
-        ids = [row["id"] for part in rows for row in part]
-        batches = [collate(part, self.processor) for part in rows]
-        return batches, int(self.data.supervised[indices].sum()), ids
-
-    def take_step(
-        self, step: int, batches: list[dict[str, torch.Tensor]], tokens: int, ids: list[str]
-    ) -> tuple[float, float]:
+    def take_step(self, step: int, batch: StepBatch) -> tuple[float, float]:
         config, context = self.config, self.context
         # Dropout follows from (seed, step, rank), so that a checkpoint needs no generator's state.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + context.rank)
@@ -182,15 +178,17 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches):
+        for i, micro in enumerate(batch.micro):
             # DDP need only exchange gradients once a step.
-            hold = isinstance(self.model, DistributedDataParallel) and i < len(batches) - 1
-            inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            hold = isinstance(self.model, DistributedDataParallel) and i < len(batch.micro) - 1
+            inputs = {name: tensor.to(self.device) for name, tensor in micro.items()}
             cast = torch.autocast(
                 self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
             )
             with self.model.no_sync() if hold else nullcontext(), cast:  # type: ignore[operator]
-                loss = self.model(**inputs, num_items_in_batch=tokens, use_cache=False).loss
+                loss = self.model(
+                    **inputs, num_items_in_batch=batch.supervised, use_cache=False
+                ).loss
             # DDP averages over workers what is to be summed.
             (loss * context.world_size).backward()
             total += loss.detach()
@@ -200,7 +198,8 @@ class _Run:
         if not (torch.isfinite(total) and torch.isfinite(norm)):
             raise Diverged(
                 f"step {step + 1}: loss {total.item()}, gradient norm {norm.item()}; lower "
-                f"train.learning_rate ({config.learning_rate:g}) or look at these records: {ids}"
+                f"train.learning_rate ({config.learning_rate:g}) or look at these records: "
+                f"{batch.ids}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,6 @@ from pydantic import Field
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.batches import PreparedData
 from pipeline.config import Config
 from pipeline.evaluation import (
     Bootstrap,
@@ -29,6 +28,7 @@ from pipeline.evaluation import (
     time_prefill,
     to_device,
 )
+from pipeline.prepared import PreparedData
 from pipeline.stage import StageContext
 from pipeline.templates import TEMPLATES
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
 from pipeline.adapters import load_trained, merge_trained
-from pipeline.batches import PreparedData, collate
+from pipeline.batches import collate
 from pipeline.config import Config
+from pipeline.prepared import PreparedData
 from pipeline.stage import StageContext
 from pipeline.templates import TEMPLATES
 
@@ -44,7 +45,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     plan = adsc.PruningPlan.parse(config.plan)
     processor = AutoProcessor.from_pretrained(base)
     rows = PreparedData(ctx.inputs["data"].folder / "train")
-    probe = collate(rows.rows(torch.arange(min(config.probe_rows, len(rows))).numpy()), processor)
+    probe = collate(rows.rows(range(min(config.probe_rows, len(rows)))), processor)
     probe.pop("labels")
     ctx.progress(1, 4, "logits with the adapter")
     adapted = adsc.attach(AutoModelForImageTextToText.from_pretrained(base), plan)

@@ -7,10 +7,11 @@ share one Ray Train folder, so an attempt after a crash resumes from the last ch
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.feed import from_thread
 from pipeline.progress import ProgressHandle
 from pipeline.stage import Input, StageContext
 from pipeline.tracking import RunHandle
@@ -43,6 +44,9 @@ class RayContext:
             return
         with checkpoint.as_directory() as folder:
             yield Path(folder)
+
+    def stream(self, load: Callable[[int], Any], steps: range) -> Iterator[Any]:
+        return from_thread(load, steps)
 
     def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
         import ray.train

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.batches import PreparedData
 from pipeline.evaluation import (
     Bootstrap,
     generate_answers,
@@ -18,6 +17,7 @@ from pipeline.evaluation import (
     read_questions,
     time_prefill,
 )
+from pipeline.prepared import PreparedData
 from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
 from pipeline.stages.results import Results

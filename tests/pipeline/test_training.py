@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from pipeline.adapters import merge_trained
+from pipeline.batches import StepBatch
+from pipeline.feed import from_thread
 from pipeline.train_config import LoraSettings, TrainConfig
 from pipeline.training import Diverged, MovementError, Sources, learning_rate_at, train
 from tests.small import Small
@@ -41,6 +43,9 @@ class Plain:
     @contextlib.contextmanager
     def latest(self) -> Iterator[Path | None]:
         yield max(self.folder.glob("step-*"), default=None)
+
+    def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
+        return from_thread(load, steps)
 
     def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
         if checkpoint is not None:
