@@ -7,6 +7,7 @@ locks for callers. boto3 is imported in this file only.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -26,6 +27,7 @@ _TEMPORARY = ".tmp-"  # prefix of a file's name while it is being written; `list
 _PARALLEL = 8
 _PAGE = 1000  # keys in one answer to a listing
 _S3_ATTEMPTS = 8
+_S3_PART = 8 << 20  # bytes of a part of a large upload: boto3's own default
 
 
 class StoreError(ValueError):
@@ -109,6 +111,10 @@ class Store(ABC):
     def _put(self, path: Path, key: str) -> None: ...
 
     @abstractmethod
+    def _holds(self, key: str, path: Path) -> bool:
+        """Whether the stored object has the content of the file."""
+
+    @abstractmethod
     def _get(self, key: str, path: Path) -> None: ...
 
     def read(self, key: str) -> bytes | None:
@@ -123,23 +129,28 @@ class Store(ABC):
         self.delete(key)
 
     def upload(self, folder: Path, prefix: str) -> None:
-        """Copy a folder's files to keys below `prefix`, in parallel, and check their sizes.
+        """Copy a folder's files to keys below `prefix`, in parallel, and check what arrived.
 
         Raises:
-            StoreError: a link that leads out of the folder; a size that differs afterwards.
+            StoreError: a link that leads out of the folder; a content that differs afterwards.
         """
-        sizes: dict[str, int] = {}
+        names: list[str] = []
         inside = folder.resolve()
         for path in sorted(folder.rglob("*")):
             if not path.resolve().is_relative_to(inside):
                 raise StoreError(f"{path} leads out of {folder}: write files, not links, there")
             if path.is_file():
-                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+                names.append(path.relative_to(folder).as_posix())
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(lambda name: self._put(folder / name, f"{prefix}/{name}"), sizes))
-        stored = {entry.key: entry.size for entry in self.list(prefix)}
-        for name, size in sizes.items():
-            _check_size(self.uri(f"{prefix}/{name}"), stored.get(f"{prefix}/{name}"), size)
+            list(pool.map(lambda name: self._copy(folder / name, f"{prefix}/{name}"), names))
+
+    def _copy(self, path: Path, key: str) -> None:
+        self._put(path, key)
+        if not self._holds(key, path):
+            raise StoreError(
+                f"{self.uri(key)} is not what was sent (its checksum differs): run again; if it "
+                "stays so, check network and storage"
+            )
 
     def download(self, prefix: str, folder: Path) -> None:
         """Copy all objects below `prefix` into a folder: each file appears whole or not at all.
@@ -229,6 +240,9 @@ class LocalStore(Store):
         with _appearing(self.folder / _checked(key)) as temporary:
             shutil.copyfile(path, temporary)
 
+    def _holds(self, key: str, path: Path) -> bool:
+        return file_sha256(self.folder / _checked(key)) == file_sha256(path)
+
     def _get(self, key: str, path: Path) -> None:
         shutil.copyfile(self.folder / _checked(key), path)
 
@@ -301,7 +315,24 @@ class S3Store(Store):
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _put(self, path: Path, key: str) -> None:
-        self._call("upload_file", Filename=str(path), Key=self._name(key))
+        checksum = {"ChecksumAlgorithm": "SHA256"}
+        name = self._name(key)
+        self._call("upload_file", Filename=str(path), Key=name, ExtraArgs=checksum)
+
+    def _holds(self, key: str, path: Path) -> bool:
+        """By the checksum that the server computed; read back where it has none, or another one:
+        of an upload in parts it depends on their size."""
+        name = self._name(key)
+        stored = self._call("head_object", "NoSuchKey", "404", Key=name, ChecksumMode="ENABLED")
+        if not stored or stored["ContentLength"] != path.stat().st_size:
+            return False
+        computed = stored.get("ChecksumSHA256", "").partition("-")[0]
+        if computed == _s3_sha256(path):
+            return True
+        found = hashlib.sha256()
+        for block in self._call("get_object", Key=name)["Body"].iter_chunks(1 << 20):
+            found.update(block)
+        return found.hexdigest() == file_sha256(path)
 
     def _get(self, key: str, path: Path) -> None:
         self._call("download_file", Key=self._name(key), Filename=str(path))
@@ -402,6 +433,18 @@ def _checked(key: str) -> str:
 
 def _version(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _s3_sha256(path: Path) -> str:
+    """S3's SHA-256 of a file: its own, or of an upload in parts that of the parts' digests."""
+    size = _S3_PART
+    with path.open("rb") as file:
+        if path.stat().st_size < size:
+            return base64.b64encode(hashlib.file_digest(file, "sha256").digest()).decode()
+        parts = b"".join(
+            hashlib.sha256(part).digest() for part in iter(lambda: file.read(size), b"")
+        )
+    return base64.b64encode(hashlib.sha256(parts).digest()).decode()
 
 
 def _check_size(uri: str, found: int | None, wanted: int) -> None:

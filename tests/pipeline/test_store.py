@@ -74,6 +74,49 @@ def test_folders_go_up_and_down(store: Store, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("size", [5, 9 << 20])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_an_upload_that_arrives_altered_is_refused(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, checksums: bool
+) -> None:
+    """Same size, one bit of difference: seen by the server's checksum, or by reading back."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "weights.bin").write_bytes(bytes(size))
+    put = type(store)._put
+
+    def alter(self: Store, path: Path, key: str) -> None:
+        other = tmp_path / "other"
+        other.write_bytes(path.read_bytes()[:-1] + b"\1")
+        put(self, other, key)
+        if not checksums and store.root.startswith("s3:"):
+            # A server that keeps none: what put_object without an algorithm leaves in moto.
+            store.delete(key)
+            store.create(key, other.read_bytes())
+
+    monkeypatch.setattr(type(store), "_put", alter)
+    with pytest.raises(StoreError, match=r"weights.bin is not what was sent \(its checksum"):
+        store.upload(source, "stage/attempts/1")
+
+
+@pytest.mark.parametrize("size", [0, 5, 8 << 20, 9 << 20])
+def test_the_servers_checksum_spares_the_reading_back(
+    s3_endpoint: str, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "weights.bin").write_bytes(os.urandom(size))
+    store = open_store(f"s3://lab/{uuid.uuid4().hex}")
+    asked: list[str] = []
+    call = type(store)._call
+    monkeypatch.setattr(
+        type(store),
+        "_call",
+        lambda self, name, *a, **k: asked.append(name) or call(self, name, *a, **k),
+    )
+    store.upload(tmp_path / "source", "a")
+    assert asked == ["upload_file", "head_object"]
+
+
 def test_nothing_to_download(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is nothing at"):
         store.download("not/there", tmp_path / "copy")
