@@ -90,7 +90,12 @@ def _attempt(
                 name=stage.name,
                 fingerprint=fingerprint,
                 run=context,
-                inputs=Inputs({name: Input(it, context.cache) for name, it in inputs.items()}),
+                inputs=Inputs(
+                    {
+                        name: Input(it, context.cache, context.cache_gib)
+                        for name, it in inputs.items()
+                    }
+                ),
                 out=out,
                 train_storage=(store.uri(home), "run"),
                 track=track,

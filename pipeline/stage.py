@@ -5,9 +5,7 @@ Only descriptions stand here: `pipeline.attempt` runs a body, `pipeline.graph` p
 
 from __future__ import annotations
 
-import contextlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import record as records
+from pipeline.cache import Use, fetch
 from pipeline.config import Config
 from pipeline.identity import IdentityError, body_name, canonical
 from pipeline.progress import ProgressHandle
@@ -100,6 +99,8 @@ class RunContext:
     """The port of the embedded Ray's dashboard; None takes a free one."""
     cache: str = "~/.cache/adsc"
     """Where inputs from a remote store are kept on each machine."""
+    cache_gib: float = 100
+    """GiB that these copies may take; those that nobody uses go, least recently used first."""
     commit: str | None = None
     """The code's git commit; the driver fills it in."""
 
@@ -111,8 +112,11 @@ class InputError(ValueError):
 class Input:
     """What an upstream stage made."""
 
-    def __init__(self, record: Record, cache: str = "~/.cache/adsc") -> None:
-        self.record, self._cache = record, cache
+    def __init__(
+        self, record: Record, cache: str = "~/.cache/adsc", cache_gib: float = 100
+    ) -> None:
+        self.record, self._cache, self._cache_gib = record, cache, cache_gib
+        self._use: Use | None = None
         self.uri: str = record.uri
         self.fingerprint: str = record.fingerprint
         self.outputs: dict[str, Any] = record.outputs
@@ -129,19 +133,19 @@ class Input:
             return place
         stage = records.folder(self.record.stage, self.fingerprint)
         name = f"{stage}-{self.record.attempt or 'pinned'}"
-        kept = Path(self._cache).expanduser() / name
-        if not kept.is_dir():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".tmp-") as scratch:
-                fetched = Path(scratch) / name
-                fetched.mkdir()
-                if self.record.files or not self.record.attempt:  # else there is nothing to get
-                    store.download("", fetched)
-                records.verify(fetched, self.record)
-                # Another process of this machine may have been faster with the same files.
-                with contextlib.suppress(OSError):
-                    fetched.rename(kept)
-        return kept
+
+        def get(folder: Path) -> None:
+            if self.record.files or not self.record.attempt:  # else there is nothing to get
+                store.download("", folder)
+            records.verify(folder, self.record)
+
+        limit = int(self._cache_gib * 2**30)
+        self._use = fetch(Path(self._cache).expanduser(), name, limit, get)
+        return self._use.folder
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process, perhaps of another machine, asks for its own copy."""
+        return {k: v for k, v in self.__dict__.items() if k != "folder"} | {"_use": None}
 
 
 class Inputs(dict[str, Input]):

@@ -1,0 +1,115 @@
+"""Copies of remote inputs on this machine, least recently used first to go.
+
+Whoever uses a copy holds a shared lock on the file beside it until it lets go or dies, so nothing
+is deleted under a reader. It is deliberately no store: what is in here can be fetched again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+_ABANDONED = 24 * 3600.0  # seconds after which a half-made copy is one of a process that died
+
+
+class Use:
+    """A copy in use: `folder` stays until `close`, the end of this object, or of the process."""
+
+    def __init__(self, folder: Path, lock: IO[str]) -> None:
+        self.folder, self._lock = folder, lock
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def fetch(cache: Path, name: str, limit: int, make: Callable[[Path], object]) -> Use:
+    """The copy called `name`, made by `make(folder)` if it isn't there.
+
+    Args:
+        limit: bytes that all copies may take together; others that nobody uses make room first, the
+            new one is made in any case.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = _lock(cache / f"{name}.lock", fcntl.LOCK_SH)
+    assert lock is not None
+    kept = cache / name
+    try:
+        if not kept.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as scratch:
+                made = Path(scratch) / name
+                made.mkdir()
+                make(made)
+                # Another process of this machine may have been faster with the same files.
+                with contextlib.suppress(OSError):
+                    made.rename(kept)
+            make_room(cache, limit)
+        os.utime(cache / f"{name}.lock")
+    except BaseException:
+        lock.close()
+        raise
+    return Use(kept, lock)
+
+
+def make_room(cache: Path, limit: int) -> None:
+    """Delete copies that nobody uses, least recently used first, until the rest fit in `limit`."""
+    for left in cache.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
+    sizes = {copy: _size(copy) for copy in _copies(cache)}
+    total = sum(sizes.values())
+    for copy in sorted(sizes, key=_used):
+        if total <= limit:
+            return
+        lock = _lock(copy.with_name(f"{copy.name}.lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is None:
+            continue  # in use
+        with lock:
+            # Renamed first: a copy is there whole, or not at all.
+            gone = Path(tempfile.mkdtemp(dir=cache, prefix=".tmp-"))
+            with contextlib.suppress(OSError):
+                copy.rename(gone / copy.name)
+            copy.with_name(f"{copy.name}.lock").unlink(missing_ok=True)
+        shutil.rmtree(gone, ignore_errors=True)
+        total -= sizes[copy]
+
+
+def _copies(cache: Path) -> Iterator[Path]:
+    return (path for path in cache.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _size(copy: Path) -> int:
+    with contextlib.suppress(OSError):  # another process deletes it
+        return sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
+    return 0
+
+
+def _used(copy: Path) -> float:
+    for path in (copy.with_name(f"{copy.name}.lock"), copy):
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _lock(path: Path, kind: int) -> IO[str] | None:
+    """The locked file, None where LOCK_NB is asked for and somebody else has it."""
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, kind)
+            # Whoever deleted the copy deleted its lock as well: that file guards nothing any more.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        file.close()
