@@ -9,6 +9,7 @@ from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.families import UnsupportedModel, VisionTokenError
 from adsc.held import CacheError
+from adsc.outputs import full_length_logits
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import solve_plans
 from adsc.static import static_cache
@@ -26,6 +27,7 @@ __all__ = [
     "detach",
     "estimate_cost",
     "from_pretrained",
+    "full_length_logits",
     "plan_of",
     "solve_plans",
     "static_cache",

@@ -13,6 +13,7 @@ Legend: B rows, S columns of the call, Q columns that are left at the end.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -21,10 +22,14 @@ from torch import Tensor, nn
 from adsc.call import Call, begin
 from adsc.families import GRID, SIZE, Family, VisionTokenError
 from adsc.held import CacheError, held_by, keep_record
+from adsc.outputs import carry_kept
 from adsc.plan import PruningPlan
+from adsc.schedule import is_captured
 
 CALL = "adsc_call"  # the keyword under which a call travels from the top model to its layers
 IGNORED = -100  # the label that transformers' losses leave out
+# Signs that a trainer takes the mean over tokens that it counted itself (transformers', trl's).
+COUNTED = ("num_items_in_batch", "fused_lm_head")
 # What a collator of packed samples hands to flash attention. After a drop it no longer holds;
 # attention then reads it off position ids.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -59,9 +64,12 @@ class EnterModel:
 
 def _cut_labels(inputs: dict[str, Any], call: Call, family: Family, model: nn.Module) -> Tensor:
     """(B, S) -> (B, Q): labels of the columns that reach the end; vision tokens have none."""
-    labels, last = inputs["labels"], call.segments[-1]
+    given, last = inputs["labels"], call.segments[-1]
+    labels = given
     for columns, _ in family.vision(model, inputs):
         labels = labels.masked_fill(columns.to(labels.device), IGNORED)
+    if any(inputs.get(name) is not None for name in COUNTED) and not is_captured():
+        _warn_of_counted(given, labels)
     labels = labels.gather(1, last.columns.to(labels.device))
     return labels if last.valid is None else labels.masked_fill(~last.valid.to(labels.device), -100)
 
@@ -79,6 +87,19 @@ def _slots_of(wanted: Tensor, call: Call) -> Tensor:
             "rows of equal layout, or for a number of last ones"
         )
     return slots[0]
+
+
+def _warn_of_counted(given: Tensor, labels: Tensor) -> None:
+    """Say that a trainer's mean is taken over more tokens than have a loss."""
+    wanted, vision = int((labels != IGNORED).sum()), int((given != labels).sum())
+    if vision:
+        warnings.warn(
+            f"labels hold {vision} vision tokens beside {wanted} others: with a pruning plan they "
+            "have no loss, but a trainer that counted them before the call divides by them, which "
+            "makes loss and gradients too small; set labels of vision tokens to -100 in the "
+            "collator (trl: completion_only_loss or assistant_only_loss)",
+            stacklevel=2,
+        )
 
 
 class EnterLayer:
@@ -166,7 +187,7 @@ class LeaveModel:
     ) -> None:
         call: Call | None = kwargs.get(CALL)
         if call is not None and call.segments and hasattr(output, "to_tuple"):
-            output.kept_positions = call.once(("kept",), lambda: self.kept(call))
+            carry_kept(output, call.once(("kept",), lambda: self.kept(call)))
 
     def kept(self, call: Call) -> tuple[Tensor, ...]:
         """For each layer (B, Q): the call's column in each slot, -1 where a slot only pads."""

@@ -8,17 +8,10 @@ import pickle
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPImageProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    pipeline,
-)
+from transformers import AutoModelForImageTextToText, pipeline
 
 import adsc
-from tests.adsc.tiny import IMAGE, batch, llava, row
+from tests.adsc.tiny import batch, llava, processor, row
 
 PLAN = adsc.PruningPlan.parse("2:1/2,4:1/4")
 
@@ -26,27 +19,7 @@ PLAN = adsc.PruningPlan.parse("2:1/2,4:1/4")
 @pytest.fixture
 def checkpoint(tmp_path):
     adsc.attach(llava(), PLAN).save_pretrained(tmp_path)
-    words = {f"w{i}": i for i in range(100)} | {"<image>": IMAGE, "<pad>": 0, "<s>": 1, "</s>": 2}
-    words = {word: i for word, i in words.items() if word[0] != "w" or i not in (0, 1, 2, IMAGE)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    processor.save_pretrained(tmp_path)
+    processor().save_pretrained(tmp_path)
     return tmp_path
 
 

@@ -9,8 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as WordTokenizer
+from tokenizers import models, pre_tokenizers
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 IMAGE = 90  # id of the image token
 PAD = 0
@@ -57,6 +67,30 @@ def llava(**text: Any) -> LlavaForConditionalGeneration:
             0  # never the most likely word: a generated image token is no image
         )
     return model
+
+
+def processor() -> LlavaProcessor:
+    """Words are w3 to w99 between blanks; <image> stands for an image."""
+    words = {f"w{i}": i for i in range(100)} | {"<image>": IMAGE, "<pad>": 0, "<s>": 1, "</s>": 2}
+    words = {word: i for word, i in words.items() if word[0] != "w" or i not in (0, 1, 2, IMAGE)}
+    raw = WordTokenizer(models.WordLevel(words, unk_token="w3"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
 def row(*parts: int, seed: int = 0) -> list[int]:

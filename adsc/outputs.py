@@ -1,0 +1,88 @@
+"""What an attached model hands back beyond transformers' output: which columns its logits are of.
+
+`kept_positions` is a field like the others, so it survives what takes outputs apart and puts them
+together (DDP, accelerate, the Trainer's evaluation). Nothing here drops or computes anything.
+
+Legend: B rows, S columns of a call, Q columns that are left at the end, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field, make_dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adsc.families import VisionTokenError
+
+
+def carry_kept(output: Any, kept: tuple[Tensor, ...]) -> None:
+    """Put `kept_positions`, L tensors (B, Q), on a transformers output, in place."""
+    if not torch.compiler.is_compiling():  # a compiled call has it as a plain attribute
+        output.__class__ = _carrying(type(output))
+    output.kept_positions = kept
+
+
+@lru_cache(maxsize=64)
+def _carrying(kind: type) -> type:
+    """The output class with one more field, the last."""
+    if "kept_positions" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+        return kind
+    return make_dataclass(
+        kind.__name__,
+        [("kept_positions", Any, field(default=None))],
+        bases=(kind,),
+        namespace={"__module__": kind.__module__, "__reduce__": _reduce},
+        repr=False,
+    )
+
+
+def _reduce(output: Any) -> tuple[Any, ...]:
+    """Pickles are made from the original class: the extended has no importable name."""
+    return _rebuild, (type(output).__mro__[1], dict(output))
+
+
+def _rebuild(kind: type, values: dict[str, Any]) -> Any:
+    return _carrying(kind)(**values)
+
+
+def full_length_logits(predictions: Any, labels: Tensor) -> Tensor:
+    """(B, Q, V) -> (B, S, V): at each column the logits of the last column up to it that was kept.
+
+    So logits and labels pair up as in the model's own loss: what is at column c - 1 predicts the
+    label at c. It is what `transformers.Trainer` needs for `compute_metrics`, which is given labels
+    of full length; nothing is computed again.
+
+    Args:
+        predictions: what the Trainer hands to `preprocess_logits_for_metrics`, or a whole output.
+        labels: (B, S); those at vision tokens are the caller's to leave out.
+
+    Raises:
+        VisionTokenError: logits are fewer than labels, and nothing says which they are.
+
+    >>> how = {"preprocess_logits_for_metrics": full_length_logits}
+    >>> Trainer(model, args, compute_metrics=compute, **how)  # doctest: +SKIP
+    """
+    parts = list(predictions.values()) if isinstance(predictions, Mapping) else predictions
+    parts = list(parts) if isinstance(parts, (tuple, list)) else [parts]
+    logits = next(one for one in parts if isinstance(one, Tensor) and one.ndim == 3)
+    kept = parts[-1][-1] if isinstance(parts[-1], (tuple, list)) else None
+    width = labels.shape[1]
+    if not isinstance(kept, Tensor) or kept.is_floating_point() or kept.ndim != 2:
+        if logits.shape[1] == width:
+            return logits
+        raise VisionTokenError(
+            f"logits of {logits.shape[1]} columns for labels of {width}: vision tokens were "
+            "dropped, and these predictions don't say which; pass all that the model returned, "
+            "with its kept_positions (trl's trainers hand on logits alone: use the metrics that "
+            "they compute themselves, or transformers.Trainer)"
+        )
+    held = kept >= 0
+    marks = torch.zeros(len(kept), width + 1, dtype=torch.long, device=kept.device)
+    marks.scatter_(1, torch.where(held, kept, width), 1)
+    ordinal = (marks[:, :width].cumsum(1) - 1).clamp(min=0)
+    slots = held.int().argsort(dim=1, descending=True, stable=True).gather(1, ordinal)
+    return logits.gather(1, slots.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
