@@ -6,8 +6,8 @@ A folder of trained weights holds `adapter/` (PEFT's own format) if there is an 
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,89 +16,136 @@ from torch import nn
 
 from pipeline.train_config import LoraSettings
 
+BASE = "base_model.model."
+"""What PEFT puts before the names of a model's parameters."""
+ADAPTER = "adapter/adapter_model.safetensors"
+TUNED = "tuned.safetensors"
+
 
 def prepare_trainable(
-    model: nn.Module, lora: LoraSettings | None, tune: tuple[str, ...], start: Path | None
+    model: nn.Module, lora: LoraSettings | None, tune: tuple[str, ...]
 ) -> nn.Module:
-    """Freeze all but the declared parameters and add or load the adapter.
+    """Freeze all but the declared parameters and add a fresh adapter.
 
     Args:
         model: the base model; changed in place.
         lora: adapter settings, or None for no adapter.
         tune: regular expressions of parameters that are tuned in full.
-        start: folder of trained weights to start from, or None.
 
     Raises:
-        ValueError: an expression that matches nothing, or nothing to train at all.
+        ValueError: an expression that matches nothing, a part that is both tuned and adapted, or
+            nothing to train at all.
     """
-    names = [name for name, _ in model.named_parameters()]
-    unmatched = [rule for rule in tune if not any(re.fullmatch(rule, name) for name in names)]
+    by_name = dict(model.named_parameters())
+    unmatched = [rule for rule in tune if not any(re.fullmatch(rule, name) for name in by_name)]
     if unmatched:
-        raise ValueError(f"train.tune {unmatched} match no parameter, such as {names[0]!r}")
+        raise ValueError(
+            f"train.tune {unmatched} match no parameter, such as {next(iter(by_name))!r}"
+        )
     if lora is None and not tune:
         raise ValueError("nothing to train: set train.lora or train.tune")
-    tuned = {name for name in names if any(re.fullmatch(rule, name) for rule in tune)}
-    if start is not None and (start / "tuned.safetensors").exists():
-        load_tuned(model, start / "tuned.safetensors")
-    by_name = dict(model.named_parameters())
+    tuned = [name for name in by_name if any(re.fullmatch(rule, name) for rule in tune)]
     model.requires_grad_(False)
-    if lora is not None and start is not None and (start / "adapter").exists():
-        adapter = str(start / "adapter")
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[arg-type]
-    elif lora is not None:
-        settings = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-        )
-        model = get_peft_model(model, settings)  # type: ignore[arg-type]
+    if lora is not None:
+        model = get_peft_model(model, _peft_config(lora))  # type: ignore[arg-type]
     for name in tuned:
-        # Small steps would be lost in a half-precision weight.
-        by_name[name].data = by_name[name].data.float()
+        # Small steps would be lost in a half-precision weight. Where ZeRO has split a parameter,
+        # the optimizer holds it in full precision.
+        if not hasattr(by_name[name], "ds_id"):
+            by_name[name].data = by_name[name].data.float()
         by_name[name].requires_grad_(True)
+    both = [n for n, p in model.named_parameters() if p.requires_grad and ".base_layer." in n]
+    if both:
+        raise ValueError(
+            f"train.tune names parameters that also get an adapter, such as {both[:2]}: leave them "
+            "out of train.tune or of train.lora.targets"
+        )
     return model
 
 
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every trainable tensor by its name in `model`, on the CPU."""
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+def _peft_config(lora: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+    )
 
 
-def load_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put back what `trained_state` gave; every name must be there, and no other."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if set(own) != set(state):
-        odd = sorted(set(own) ^ set(state))
-        raise ValueError(f"a checkpoint's trainable parameters differ from the model's: {odd[:4]}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Trained weights as they are stored."""
+
+    lora: LoraSettings | None
+    adapter: dict[str, torch.Tensor]
+    """By PEFT's stored names."""
+    tuned: dict[str, torch.Tensor]
+    """By the base model's names."""
+
+    def write(self, folder: Path) -> None:
+        """Write files that need nothing else to be read."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.lora is not None:
+            settings = _peft_config(self.lora)
+            settings.inference_mode = True
+            settings.save_pretrained(str(folder / "adapter"))
+            file = folder / "adapter" / "adapter_config.json"
+            # A path that the base was loaded from means nothing elsewhere.
+            content = json.loads(file.read_text()) | {"base_model_name_or_path": None}
+            file.write_text(json.dumps(content, indent=2, sort_keys=True))
+            save_file(self.adapter, folder / ADAPTER, metadata={"format": "pt"})
+            (folder / ADAPTER).chmod(0o644)
+        if self.tuned:
+            save_file(self.tuned, folder / TUNED)
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the adapter and the fully tuned parts as files that need nothing else to be read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    base: Any = model
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder / "adapter"))
-        settings = folder / "adapter" / "adapter_config.json"
-        # PEFT stores the path that the base was loaded from, which means nothing elsewhere.
-        content = json.loads(settings.read_text()) | {"base_model_name_or_path": None}
-        settings.write_text(json.dumps(content, indent=2, sort_keys=True))
-        (folder / "adapter" / "adapter_model.safetensors").chmod(0o644)
-        base = model.get_base_model()
-    tuned = {
-        name: parameter.detach().cpu().contiguous().clone()
-        for name, parameter in base.named_parameters()
-        if parameter.requires_grad and ".lora_" not in name
-    }
-    if tuned:
-        save_file(tuned, folder / "tuned.safetensors")
+def trained_parts(weights: dict[str, torch.Tensor], lora: LoraSettings | None) -> Trained:
+    """Sort whole trained tensors, named as in the model that `prepare_trainable` gave."""
+    adapter, tuned = {}, {}
+    for name, tensor in weights.items():
+        if ".lora_" in name:
+            adapter[name.replace(".default.", ".")] = tensor
+        else:
+            tuned[name.removeprefix(BASE)] = tensor
+    return Trained(lora=lora, adapter=adapter, tuned=tuned)
+
+
+def read_trained(
+    folder: Path, own: set[str], lora: LoraSettings | None, whole: bool = False
+) -> dict[str, torch.Tensor]:
+    """Trained weights by their names in a model that `prepare_trainable` gave.
+
+    Args:
+        folder: what `Trained.write` wrote.
+        own: names of the model's trained parameters.
+        lora: the model's adapter, which must be like the stored one.
+        whole: refuse if any of `own` is missing, and not only if any would be lost.
+
+    Raises:
+        ValueError: stored weights that this training would drop, or another adapter.
+    """
+    found: dict[str, torch.Tensor] = {}
+    prefix = BASE if lora is not None else ""
+    if (folder / TUNED).exists():
+        found |= {prefix + name: tensor for name, tensor in load_file(folder / TUNED).items()}
+    if (folder / ADAPTER).exists():
+        stored = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        there = (stored["r"], stored["lora_alpha"], stored["target_modules"])
+        here = lora and (lora.rank, lora.alpha, lora.targets)
+        if here is not None and there != here:
+            raise ValueError(
+                f"train.lora has (rank, alpha, targets) = {here}, the adapter to go on with has "
+                f"{there}: all stages of a curriculum train one adapter"
+            )
+        places = {name.replace(".default.", "."): name for name in own}
+        found |= {places.get(name, name): t for name, t in load_file(folder / ADAPTER).items()}
+    odd = found.keys() - own or (own - found.keys() if whole else set())
+    if odd:
+        raise ValueError(
+            f"trained parameters differ from those of the weights to go on with, such as "
+            f"{sorted(odd)[:3]}: train.lora and train.tune must cover what was trained before"
+        )
+    return found
 
 
 def load_tuned(model: nn.Module, file: Path) -> None:
@@ -115,8 +162,8 @@ def load_tuned(model: nn.Module, file: Path) -> None:
 
 def load_trained(model: nn.Module, folder: Path) -> nn.Module:
     """The base model with trained weights in place; an adapter stays one."""
-    if (folder / "tuned.safetensors").exists():
-        load_tuned(model, folder / "tuned.safetensors")
+    if (folder / TUNED).exists():
+        load_tuned(model, folder / TUNED)
     if (folder / "adapter").exists():
         model = PeftModel.from_pretrained(model, str(folder / "adapter"))  # type: ignore[arg-type]
     return model

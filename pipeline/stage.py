@@ -81,8 +81,8 @@ class RunContext:
     """MLflow experiment."""
     parent_run_id: str | None = None
     """The workflow's MLflow run; made by the driver where it is None."""
-    num_workers: int = 1
-    """Ray Train workers of a training stage."""
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers of a training stage; (fewest, most) takes as many as the cluster has."""
     cpus_per_worker: float = 1
     """CPU cores of a worker."""
     gpus_per_worker: float = 0
@@ -103,6 +103,11 @@ class RunContext:
     """GiB that these copies may take; those that nobody uses go, least recently used first."""
     commit: str | None = None
     """The code's git commit; the driver fills it in."""
+
+    @property
+    def most_workers(self) -> int:
+        """The largest number of workers that a training may have."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class InputError(ValueError):

@@ -15,6 +15,8 @@ DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 )
 PROJECTOR = r".*multi_modal_projector\..*"
+MOMENTS = "moments.safetensors"
+"""AdamW's state in a checkpoint, and in a stage's result where `carry_optimizer` is set."""
 
 
 class LoraSettings(Config):

@@ -1,45 +1,44 @@
 """The training loop. It knows nothing of who launched it: a plain script, torchrun or Ray Train.
 
 One call trains one stage of a curriculum: load the base, attach the stage's plan, add or continue
-the adapter, take `steps` optimizer steps, checkpoint on the way, and check at the end that exactly
-the declared parameters moved. The loss of a step is the mean over all supervised tokens of the
-global batch, so it does not depend on the number of workers or on accumulation.
+the adapter, take optimizer steps, checkpoint on the way, and check at the end that exactly the
+declared parameters moved. The loss of a step is the mean over all supervised tokens of the global
+batch, so it depends neither on the number of workers, nor on micro-batches, nor on the strategy
+(pipeline/strategy.py) by which workers share the model.
 """
 
-import json
-import math
-import tempfile
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText
 
 import adsc
-from pipeline.adapters import (
-    load_state,
-    prepare_trainable,
-    save_trained,
-    trained_state,
-)
+from pipeline.adapters import prepare_trainable, read_trained, trained_parts
 from pipeline.batches import StepBatch, StepLoader
-from pipeline.train_config import TrainConfig
+from pipeline.checkpoints import Snapshot, read_moments, read_state
+from pipeline.movement import check_moved, checksums
+from pipeline.prepared import PreparedData
+from pipeline.schedule import rate_factor
+from pipeline.strategy import Strategy, strategy_for
+from pipeline.train_config import MOMENTS, TrainConfig
+
+NORMS = 50
+"""Gradient norms that a new one is compared with."""
+FEW = 20
+"""With fewer norms than this there is nothing to compare with."""
 
 
 class Diverged(ValueError):
-    """Loss or gradient is no longer finite; retrying won't help."""
-
-
-class MovementError(ValueError):
-    """Other parameters moved than the config declares."""
+    """The loss is no longer finite, or the gradient exploded; retrying won't help."""
 
 
 class TrainContext(Protocol):
@@ -54,11 +53,32 @@ class TrainContext(Protocol):
     def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
         """load(step) for each step in order, made ahead: see pipeline/feed.py."""
 
-    def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        """Called by every rank at the same steps; rank 0 brings a folder."""
+    def report(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        write: Callable[[Path], None] | None,
+        wait: bool = False,
+    ) -> None:
+        """Called by every rank at the same steps.
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Called by rank 0 every few steps."""
+        Args:
+            step: steps done.
+            metrics: what belongs to the checkpoint.
+            write: of rank 0 only: writes the checkpoint into an empty folder, from any thread and
+                as often as needed; the context publishes the folder at once or not at all.
+            wait: return only when the checkpoint would survive this process.
+        """
+
+    def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """Called by rank 0 every few steps: step of steps is done."""
+
+    def due(self) -> bool:
+        """Whether this rank wants all to ask whether they must leave; cheap, after every step."""
+
+    def leaving(self) -> Literal["stay", "save", "leave"]:
+        """Asked on all ranks when it is due on one: the machine is to be taken away, so write a
+        checkpoint and go on, or write one and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,198 +88,216 @@ class Sources:
     base: Path
     data: Path
     start: Path | None = None
-    """Trained weights of the stage before, or None."""
+    """Trained weights of the stage before, or None; AdamW's moments lie beside that folder."""
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Warm-up, then half a cosine to zero."""
-    warmup = max(1, round(config.warmup * config.steps)) if config.warmup else 0
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def train(config: TrainConfig, sources: Sources, context: TrainContext) -> None:
+def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
     """Train one stage; the result is the last checkpoint that was reported.
+
+    Returns:
+        True when the stage is finished, False when it left early because it had to.
 
     Raises:
         Diverged: naming the step and the ids of its conversations.
         MovementError: a parameter moved that should not, or did not move and should.
+        ValueError: nothing to train, or a start or checkpoint that doesn't fit.
     """
-    unready = [
-        name
-        for name in ("strategy", "activation_checkpointing", "carry_optimizer")
-        if getattr(config, name) != TrainConfig.model_fields[name].default
-    ]
-    if unready or config.steps is None:
-        raise ValueError(f"train.{(unready or ['epochs'])[0]} is not offered yet: leave it out")
-    torch.manual_seed(config.seed)
+    steps = config.steps or config.steps_for(len(PreparedData(sources.data)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(sources.base, dtype=dtype)
-    adsc.attach(model, adsc.PruningPlan.parse(config.plan))
-    trainable = prepare_trainable(model, config.lora, config.tune, sources.start).to(device)
-    before = _checksums(trainable)
-    optimizer = torch.optim.AdamW(
-        [p for p in trainable.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=config.weight_decay,
-    )
-    first = 0
-    history: list[list[float]] = []
-    with context.latest() as folder:
-        if folder is not None:
-            first, history = _load_checkpoint(folder, trainable, optimizer)
-    trainable.train()
-    wrapped: nn.Module = trainable
-    if context.world_size > 1:
-        wrapped = DistributedDataParallel(trainable)
+    strategy = strategy_for(config, device)
+    _prepare(config, sources, strategy, device)
     load = StepLoader(
         data=sources.data,
         processor=sources.base,
         config=config,
         rank=context.rank,
         world_size=context.world_size,
-        pictures_everywhere=context.world_size > 1 and bool(config.tune),
+        pictures_everywhere=context.world_size > 1
+        and (bool(config.tune) or config.strategy == "zero3"),
     )
-    run = _Run(config, context, wrapped, optimizer, load, device, history, before)
-    run.steps_from(first)
+    if sources.start is not None:
+        _start_from(sources.start, config, strategy)
+    run = _Run(config, steps, context, strategy, load, device, checksums(strategy.parts()))
+    with context.latest() as folder:
+        first = run.restore(folder) if folder is not None else 0
+    strategy.model.train()
+    return run.steps_from(first)
+
+
+def _prepare(
+    config: TrainConfig, sources: Sources, strategy: Strategy, device: torch.device
+) -> None:
+    """Load the base, attach the plan, add the adapter, and hand all of it to the strategy."""
+    with strategy.loading():
+        model = AutoModelForImageTextToText.from_pretrained(
+            sources.base,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            attn_implementation=config.attention,
+        )
+    adsc.attach(model, adsc.PruningPlan.parse(config.plan))
+    if config.activation_checkpointing:
+        # transformers before 5.23 knows the old name only.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable()
+    # Here, so that the adapter's initial values don't depend on how the base was loaded.
+    torch.manual_seed(config.seed)
+    trainable: Any = prepare_trainable(model, config.lora, config.tune)
+    if config.precision == "bf16":
+        # Inside the module, where DeepSpeed leaves it alone.
+        trainable.forward = torch.autocast(device.type, dtype=torch.bfloat16)(trainable.forward)
+    groups = [
+        [p for n, p in trainable.named_parameters() if p.requires_grad and (".lora_" in n) is lora]
+        for lora in (True, False)
+    ]
+    strategy.prepare(trainable, [{"params": group} for group in groups if group])
+
+
+def _start_from(start: Path, config: TrainConfig, strategy: Strategy) -> None:
+    own = {name for name, parameter, _ in strategy.parts() if parameter.requires_grad}
+    moments = {}
+    if config.carry_optimizer:
+        file = start.parent / MOMENTS
+        if not file.exists():
+            raise ValueError(
+                "train.carry_optimizer needs the optimizer of the stage before, which left none: "
+                "set it there too"
+            )
+        moments = read_moments(file)
+    strategy.restore(read_trained(start, own, config.lora), moments)
 
 
 @dataclass
 class _Run:
     config: TrainConfig
+    steps: int
     context: TrainContext
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    strategy: Strategy
     load: StepLoader
     device: torch.device
-    history: list[list[float]]
-    """[step, loss] as logged so far; it travels in the checkpoints."""
     before: dict[str, tuple[bool, float]]
     """Checksums of all parameters before the stage's first step."""
+    history: list[list[float]] = field(default_factory=list)
+    """[step, loss] as logged so far; it travels in the checkpoints."""
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=NORMS))
+    """The last gradient norms; they travel likewise."""
 
-    def steps_from(self, first: int) -> None:
+    def rates(self, step: int) -> dict[str, float]:
+        """Learning rate of each group of parameters."""
+        config, rates = self.config, {}
+        factor = rate_factor(step, self.steps, config.warmup)
+        if config.lora is not None:
+            rates["learning_rate"] = factor * config.learning_rate
+        if config.tune:
+            name = "learning_rate_tuned" if rates else "learning_rate"
+            rates[name] = factor * (config.tune_learning_rate or config.learning_rate)
+        return rates
+
+    def steps_from(self, first: int) -> bool:
         config, context = self.config, self.context
         started = mark = time.monotonic()
         waited, losses = 0.0, []
-        batches = context.stream(self.load, range(first, config.steps))
-        for step in range(first, config.steps):
+        batches = context.stream(self.load, range(first, self.steps))
+        for step in range(first, self.steps):
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
-            loss, norm = self.take_step(step, batch)
+            loss, norm, due = self.take_step(step, batch)
             losses.append(loss)
             done = step + 1
-            if context.rank == 0 and (done % config.log_every == 0 or done == config.steps):
+            if context.rank == 0 and (done % config.log_every == 0 or done == self.steps):
                 now = time.monotonic()
                 self.history.append([done, float(np.mean(losses))])
                 context.log(
                     done,
+                    self.steps,
                     {
                         "loss": float(np.mean(losses)),
-                        "learning_rate": learning_rate_at(step, config),
                         "gradient_norm": norm,
+                        **self.rates(step),
                         "samples_per_second": len(losses) * config.batch_size / (now - mark),
                         "data_wait_share": waited / (now - mark),
                     },
                 )
                 mark, waited, losses = now, 0.0, []
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                self.checkpoint(done, {"loss": loss, "seconds": time.monotonic() - started})
+            verdict = context.leaving() if due else "stay"
+            metrics = {"loss": loss, "seconds": time.monotonic() - started}
+            if verdict != "stay" or done % config.checkpoint_every == 0 or done == self.steps:
+                self.checkpoint(done, metrics, wait=verdict != "stay")
+            if verdict == "leave" and done < self.steps:
+                return False
+        return True
 
-    def take_step(self, step: int, batch: StepBatch) -> tuple[float, float]:
-        config, context = self.config, self.context
+    def take_step(self, step: int, batch: StepBatch) -> tuple[float, float, bool]:
+        """Loss, gradient norm, and whether it is due to ask about leaving."""
+        config, context, strategy = self.config, self.context, self.strategy
         # Dropout follows from (seed, step, rank), so that a checkpoint needs no generator's state.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + context.rank)
-        rate = learning_rate_at(step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = torch.zeros((), device=self.device)
+        own = torch.zeros((), device=self.device)
         for i, micro in enumerate(batch.micro):
-            # DDP need only exchange gradients once a step.
-            hold = isinstance(self.model, DistributedDataParallel) and i < len(batch.micro) - 1
             inputs = {name: tensor.to(self.device) for name, tensor in micro.items()}
-            cast = torch.autocast(
-                self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
-            )
-            with self.model.no_sync() if hold else nullcontext(), cast:  # type: ignore[operator]
-                loss = self.model(
+            with strategy.micro_batch(last=i == len(batch.micro) - 1):
+                loss = strategy.model(
                     **inputs, num_items_in_batch=batch.supervised, use_cache=False
                 ).loss
-            # DDP averages over workers what is to be summed.
-            (loss * context.world_size).backward()
-            total += loss.detach()
+                strategy.backward(loss)
+            own += loss.detach()
+        both = torch.stack([own, torch.tensor(float(context.due()), device=self.device)])
         if context.world_size > 1:
-            dist.all_reduce(total)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        if not (torch.isfinite(total) and torch.isfinite(norm)):
+            dist.all_reduce(both)
+        total, due = both.tolist()
+        norm = strategy.step(list(self.rates(step).values()))
+        usual = statistics.median(self.norms) if len(self.norms) >= FEW else float("inf")
+        if not (np.isfinite(total) and np.isfinite(norm)) or norm > config.diverged_norm * usual:
+            ids = _blamed(own.item(), batch.ids, context.world_size)
             raise Diverged(
-                f"step {step + 1}: loss {total.item()}, gradient norm {norm.item()}; lower "
-                f"train.learning_rate ({config.learning_rate:g}) or look at these records: "
-                f"{batch.ids}"
+                f"step {step + 1}: loss {total}, gradient norm {norm:g} (usually {usual:g}); lower "
+                f"train.learning_rate ({config.learning_rate:g}) or look at these records: {ids}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total.item(), norm.item()
+        self.norms.append(norm)
+        return total, norm, due > 0
 
-    def checkpoint(self, step: int, metrics: dict[str, float]) -> None:
-        if self.context.rank != 0:
-            self.context.report(step, metrics, None)
-            return
-        model = getattr(self.model, "module", self.model)
-        if step == self.config.steps:
+    def checkpoint(self, step: int, metrics: dict[str, float], wait: bool) -> None:
+        if step == self.steps:
             # Before the last checkpoint, so that a retry can't slip past it.
-            _check_moved(self.before, _checksums(model))
-        with tempfile.TemporaryDirectory(prefix="adsc-checkpoint-") as name:
-            save_trained(model, Path(name) / "trained")
-            (Path(name) / "trained" / "history.json").write_text(json.dumps(self.history))
-            state = {
-                "step": step,
-                "history": self.history,
-                "trainable": trained_state(model),
-                "optimizer": self.optimizer.state_dict(),
-            }
-            torch.save(state, Path(name) / "state.pt")
-            self.context.report(step, metrics, Path(name))
-
-
-def _load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[list[float]]]:
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    load_state(model, state["trainable"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["history"]
-
-
-def _checksums(model: nn.Module) -> dict[str, tuple[bool, float]]:
-    """Per parameter: whether it is to move, and a number that changes when it does."""
-    sums = {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weights = torch.arange(1, parameter.numel() + 1, device=parameter.device) % 8191 + 1
-            value = (parameter.flatten().double() * weights).sum().item()
-            sums[name] = (parameter.requires_grad, value)
-    return sums
-
-
-def _check_moved(
-    before: dict[str, tuple[bool, float]], after: dict[str, tuple[bool, float]]
-) -> None:
-    moved = {name for name, (_, was) in before.items() if after[name][1] != was}
-    leaked = [name for name, (trained, _) in before.items() if not trained and name in moved]
-    if leaked:
-        raise MovementError(
-            f"{len(leaked)} frozen parameters moved, such as {leaked[:3]}: a defect of the code"
+            check_moved(self.before, checksums(self.strategy.parts()))
+        # All ranks take part in gathering what ZeRO has split.
+        weights, moments = self.strategy.weights(), self.strategy.moments()
+        if self.context.rank != 0:
+            self.context.report(step, metrics, None, wait)
+            return
+        state = {
+            "step": step,
+            "conversations": step * self.config.batch_size,
+            "seed": self.config.seed,
+            "rates": self.rates(step - 1),
+            "norms": list(self.norms),
+            "strategy": self.config.strategy,
+            "workers": self.context.world_size,
+        }
+        snapshot = Snapshot(
+            state=state,
+            history=[list(entry) for entry in self.history],
+            trained=trained_parts(weights, self.config.lora),
+            moments=moments,
         )
-    still = [name for name, (trained, _) in before.items() if trained and name not in moved]
-    # In a fresh adapter's first step B is zero, and so is the gradient of A.
-    still = [name for name in still if ".lora_A." not in name]
-    if still:
-        raise MovementError(
-            f"{len(still)} parameters were to be trained but did not move, such as {still[:3]}: "
-            "the model does not use them; leave them out of train.tune or train.lora.targets"
-        )
+        self.context.report(step, metrics, snapshot.write, wait)
+
+    def restore(self, folder: Path) -> int:
+        """Take a checkpoint's state; returns the steps done."""
+        state, self.history = read_state(folder)
+        own = {name for name, parameter, _ in self.strategy.parts() if parameter.requires_grad}
+        weights = read_trained(folder / "trained", own, self.config.lora, whole=True)
+        self.strategy.restore(weights, read_moments(folder / MOMENTS))
+        self.norms.extend(state["norms"])
+        return int(state["step"])
+
+
+def _blamed(loss: float, ids: list[str], world_size: int) -> list[str]:
+    """The conversations of the ranks whose own loss isn't finite, or else of all ranks."""
+    parts: list[Any] = [(loss, ids)]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, (loss, ids))
+    blamed = [part for part in parts if not np.isfinite(part[0])] or parts
+    return [one for _, part in blamed for one in part]

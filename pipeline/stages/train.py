@@ -5,17 +5,29 @@ share one Ray Train folder, so an attempt after a crash resumes from the last ch
 """
 
 import contextlib
+import functools
+import logging
 import os
 import shutil
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.feed import from_thread
 from pipeline.progress import ProgressHandle
 from pipeline.stage import Input, StageContext
 from pipeline.tracking import RunHandle
-from pipeline.train_config import TrainConfig
+from pipeline.train_config import MOMENTS, TrainConfig
+
+log = logging.getLogger(__name__)
+
+ASK_SECONDS = 2.0
+"""Between two questions whether a machine is to be taken away."""
+PATIENCE_SECONDS = 300.0
+"""How long a store may refuse a checkpoint before the workers are started again."""
 
 
 class TrainingRefused(ValueError):
@@ -25,14 +37,17 @@ class TrainingRefused(ValueError):
 class RayContext:
     """pipeline.training.TrainContext inside a Ray Train worker."""
 
-    def __init__(self, steps: int, progress: ProgressHandle, run: RunHandle) -> None:
+    def __init__(self, progress: ProgressHandle, run: RunHandle) -> None:
         import ray.train
 
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
-        self._steps, self._progress = steps, progress
+        self._progress = progress
         self._tracker = run.tracker()
+        self._one_write = threading.Semaphore()
+        self._ask_at = time.monotonic()
+        self._answered: set[str] = set()
 
     @contextlib.contextmanager
     def latest(self) -> Iterator[Path | None]:
@@ -48,18 +63,81 @@ class RayContext:
     def stream(self, load: Callable[[int], Any], steps: range) -> Iterator[Any]:
         return from_thread(load, steps)
 
-    def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
+    def report(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        write: Callable[[Path], None] | None,
+        wait: bool = False,
+    ) -> None:
         import ray.train
 
+        checkpoint = None
+        if write is not None:
+            # At most one snapshot waits to be written: memory stays bounded where the store is
+            # slower than training.
+            self._one_write.acquire()
+            scratch = tempfile.mkdtemp(prefix="adsc-checkpoint-")
+            checkpoint = ray.train.Checkpoint(scratch)
         ray.train.report(
             {"step": step, **metrics},
-            checkpoint=ray.train.Checkpoint(str(checkpoint)) if checkpoint else None,
+            checkpoint=checkpoint,
             checkpoint_dir_name=f"step-{step:07d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=functools.partial(self._upload, write) if write else None,
         )
+        if wait:
+            # Reported is not registered: without this a machine that goes now takes it along.
+            ray.train.get_all_reported_checkpoints(
+                consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED,
+                timeout_s=PATIENCE_SECONDS,
+            )
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def _upload(self, write: Callable[[Path], None], checkpoint: Any, name: str) -> Any:
+        """In Ray Train's thread: write the snapshot and bring it to the store.
+
+        Ray Train registers the folder afterwards; one that is half there is never resumed from,
+        and is written over when its step is reached again.
+        """
+        import ray.train
+
+        storage: Any = ray.train.get_context().get_storage()
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        try:
+            write(Path(checkpoint.path))
+            while True:
+                try:
+                    return storage.persist_current_checkpoint(checkpoint, name)
+                except OSError as error:
+                    if time.monotonic() > give_up:
+                        raise
+                    log.warning("the store refuses %s, trying again: %s", name, error)
+                    time.sleep(5)
+        finally:
+            self._one_write.release()
+
+    def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self._tracker.metrics(metrics, step=step)
-        self._progress(step, self._steps, f"steps, loss {metrics['loss']:.3f}")
+        self._progress(step, steps, f"steps, loss {metrics['loss']:.3f}")
+
+    def due(self) -> bool:
+        """Now and then, on one rank: the question is a barrier of all workers, which costs."""
+        if self.rank != 0 or time.monotonic() < self._ask_at:
+            return False
+        self._ask_at = time.monotonic() + ASK_SECONDS
+        return True
+
+    def leaving(self) -> Literal["stay", "save", "leave"]:
+        """Ray tells that a node is drained. Training goes on until the node is gone; Ray Train
+        then starts again from the checkpoint."""
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        nodes = set(info.preempted_node_ids) if info is not None else set()
+        if nodes <= self._answered:
+            return "stay"
+        self._answered |= nodes
+        return "save"
 
 
 def _worker(arguments: dict[str, Any]) -> str | None:
@@ -68,8 +146,13 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     An error that is raised makes Ray start the workers again, which helps where a machine was lost
     and never where the config is wrong.
     """
+    import torch
+    from ray.train.torch import get_device
+
     from pipeline.training import Sources, train
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_device())
     config: TrainConfig = arguments["config"]
     inputs: dict[str, Input] = arguments["inputs"]
     # Asked for here, since this can be another machine than the stage's.
@@ -78,7 +161,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         data=inputs["data"].folder / "train",
         start=inputs["start"].folder / "trained" if "start" in inputs else None,
     )
-    context = RayContext(config.steps, arguments["progress"], arguments["run"])
+    context = RayContext(arguments["progress"], arguments["run"])
     try:
         train(config, sources, context)
     except ValueError as error:
@@ -97,9 +180,9 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     from ray.train.v2.api.config import FailureConfig
 
     run = ctx.run
-    if config.batch_size < run.num_workers:
+    if config.batch_size < run.most_workers:
         raise TrainingRefused(
-            f"train.batch_size = {config.batch_size} leaves some of {run.num_workers} workers "
+            f"train.batch_size = {config.batch_size} leaves some of {run.most_workers} workers "
             "without a conversation; raise it, or use fewer workers"
         )
     # Two branches of a workflow may take turns on the same workers: wait for them, don't fail.
@@ -123,8 +206,10 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage_path,
-            failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(
+                max_failures=3, controller_failure_limit=3, relax_collectives_on_preemption=True
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
         ),
         torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
     )
@@ -135,4 +220,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         raise RuntimeError(f"Ray Train ended without a checkpoint; look into {storage_path}/{name}")
     with result.checkpoint.as_directory() as folder:
         shutil.copytree(Path(folder) / "trained", ctx.out / "trained")
-    return {"plan": config.plan, "steps": config.steps, "loss": result.metrics["loss"]}
+        if config.carry_optimizer:
+            shutil.copyfile(Path(folder) / MOMENTS, ctx.out / MOMENTS)
+    metrics = result.metrics
+    return {"plan": config.plan, "steps": metrics["step"], "loss": metrics["loss"]}

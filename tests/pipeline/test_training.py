@@ -1,11 +1,10 @@
 """The training loop: equivalent runs are equal, exactly the declared parameters move."""
 
-import contextlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from pipeline.adapters import merge_trained
-from pipeline.batches import StepBatch
-from pipeline.feed import from_thread
+from pipeline.movement import MovementError
+from pipeline.schedule import rate_factor
+from pipeline.torchrun import FolderContext
 from pipeline.train_config import LoraSettings, TrainConfig
-from pipeline.training import Diverged, MovementError, Sources, learning_rate_at, train
+from pipeline.training import Diverged, Sources, train
 from tests.small import Small
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
@@ -32,28 +32,26 @@ CONFIG = TrainConfig(
 )
 
 
-class Plain:
-    """A launcher without any framework: checkpoints are folders."""
+class Plain(FolderContext):
+    """A launcher without any framework, which keeps every checkpoint and can be struck down."""
 
     def __init__(self, folder: Path, rank: int = 0, world_size: int = 1, die_at: int = 0) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.folder, self.die_at = folder, die_at
+        super().__init__(folder, keep=10**6, rank=rank, world_size=world_size)
+        self.die_at = die_at
         self.losses: dict[int, float] = {}
 
-    @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        yield max(self.folder.glob("step-*"), default=None)
-
-    def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
-        return from_thread(load, steps)
-
-    def report(self, step: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        if checkpoint is not None:
-            shutil.copytree(checkpoint, self.folder / f"step-{step:04d}")
+    def report(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        write: Callable[[Path], None] | None,
+        wait: bool = False,
+    ) -> None:
+        super().report(step, metrics, write, wait=True)
         if step == self.die_at:
             raise InterruptedError("the machine is taken away")
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self.losses[step] = metrics["loss"]
 
 
@@ -62,7 +60,7 @@ def sources(small: Small, start: Path | None = None) -> Sources:
 
 
 def trained(folder: Path, step: int = CONFIG.steps) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"step-{step:04d}/trained/adapter/adapter_model.safetensors")
+    return load_file(folder / f"step-{step:07d}/trained/adapter/adapter_model.safetensors")
 
 
 def worst_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -99,7 +97,7 @@ def test_resumed_equals_uninterrupted(small: Small, tmp_path: Path, whole: Plain
     train(CONFIG, sources(small), context)
     assert sorted(context.losses) == [5, 6]
     assert worst_difference(trained(tmp_path), trained(whole.folder)) == 0
-    history = json.loads((tmp_path / "step-0006/trained/history.json").read_text())
+    history = json.loads((tmp_path / "step-0000006/trained/history.json").read_text())
     assert dict(history) == pytest.approx(whole.losses)
 
 
@@ -146,7 +144,7 @@ def test_two_workers_equal_one(small: Small, tmp_path: Path) -> None:
 def test_exactly_the_declared_parameters_move(small: Small, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"steps": 2, "tune": (r".*multi_modal_projector\..*",)})
     train(config, sources(small), Plain(tmp_path))
-    folder = tmp_path / "step-0002" / "trained"
+    folder = tmp_path / "step-0000002" / "trained"
     tuned = load_file(folder / "tuned.safetensors")
     assert all("multi_modal_projector" in name for name in tuned) and len(tuned) == 4
     base = AutoModelForImageTextToText.from_pretrained(small.base)
@@ -172,11 +170,11 @@ def test_a_retry_cannot_slip_past_the_check_of_what_moved(small: Small, tmp_path
     for _ in range(2):
         with pytest.raises(MovementError, match=r"to be trained but did not move"):
             train(config, sources(small), Plain(tmp_path))
-    assert not (tmp_path / "step-0002").exists()
+    assert not (tmp_path / "step-0000002").exists()
 
 
 def test_the_next_stage_starts_from_the_adapter(small: Small, tmp_path: Path, whole: Plain) -> None:
-    start = whole.folder / "step-0006" / "trained"
+    start = whole.folder / "step-0000006" / "trained"
     config = CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-6})
     train(config, sources(small, start), Plain(tmp_path))
     assert worst_difference(trained(tmp_path, 1), trained(whole.folder)) < 2e-6
@@ -201,7 +199,6 @@ def test_what_matches_nothing_is_refused(small: Small, tmp_path: Path) -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    config = TrainConfig(steps=100, learning_rate=1.0, warmup=0.1)
-    rates = [learning_rate_at(step, config) for step in range(100)]
+    rates = [rate_factor(step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.001
