@@ -22,7 +22,7 @@ from adsc.families import VisionTokenError
 def carry_kept(output: Any, kept: tuple[Tensor, ...]) -> None:
     """Put `kept_positions`, L tensors (B, Q), on a transformers output, in place."""
     if not torch.compiler.is_compiling():  # a compiled call has it as a plain attribute
-        output.__class__ = _carrying(type(output))
+        output.__class__ = _carrying(type(output))  # type: ignore[arg-type]
     output.kept_positions = kept
 
 
