@@ -1,4 +1,4 @@
-"""An attached model trained by two processes: what they compute is what one computes on all rows."""
+"""An attached model trained by two processes: they compute what one computes on all rows."""
 
 from __future__ import annotations
 
