@@ -29,6 +29,7 @@ from pipeline.movement import check_moved, checksums
 from pipeline.prepared import PreparedData
 from pipeline.schedule import rate_factor
 from pipeline.strategy import Strategy, strategy_for
+from pipeline.throughput import Throughput, cost_of
 from pipeline.train_config import MOMENTS, TrainConfig
 
 NORMS = 50
@@ -195,18 +196,22 @@ class _Run:
 
     def steps_from(self, first: int) -> bool:
         config, context = self.config, self.context
-        started = mark = time.monotonic()
-        waited, losses = 0.0, []
+        started = time.monotonic()
+        losses: list[float] = []
+        plan = adsc.PruningPlan.parse(config.plan)
+        cost = cost_of(self.strategy.model, plan, checkpointing=config.activation_checkpointing)
+        throughput = Throughput(cost, self.device, context.world_size)
         batches = context.stream(self.load, range(first, self.steps))
         for step in range(first, self.steps):
             asked = time.monotonic()
             batch = next(batches)
-            waited += time.monotonic() - asked
+            waited = time.monotonic() - asked
             loss, norm, due = self.take_step(step, batch)
             losses.append(loss)
+            if context.rank == 0:
+                throughput.update(batch, waited)
             done = step + 1
             if context.rank == 0 and (done % config.log_every == 0 or done == self.steps):
-                now = time.monotonic()
                 self.history.append([done, float(np.mean(losses))])
                 context.log(
                     done,
@@ -215,11 +220,10 @@ class _Run:
                         "loss": float(np.mean(losses)),
                         "gradient_norm": norm,
                         **self.rates(step),
-                        "samples_per_second": len(losses) * config.batch_size / (now - mark),
-                        "data_wait_share": waited / (now - mark),
+                        **throughput.metrics(),
                     },
                 )
-                mark, waited, losses = now, 0.0, []
+                losses = []
             verdict = context.leaving() if due else "stay"
             metrics = {"loss": loss, "seconds": time.monotonic() - started}
             if verdict != "stay" or done % config.checkpoint_every == 0 or done == self.steps:
