@@ -19,7 +19,7 @@ from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.prepare import PrepareConfig, prepare
 from pipeline.stages.report import ReportConfig, report
 from pipeline.stages.train import train_stage
-from pipeline.templates import TEMPLATES
+from pipeline.templates import NAMES
 from pipeline.train_config import TrainConfig
 
 
@@ -95,10 +95,9 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     layers = num_decoder_layers(config.base.source)
     if layers is not None:
         PruningPlan.parse(config.plan).check_layers(layers)
-    if config.prepare.template not in TEMPLATES:
+    if config.prepare.template not in NAMES:
         raise ValueError(
-            f"prepare.template {config.prepare.template!r} is unknown; there are "
-            f"{', '.join(TEMPLATES)}"
+            f"prepare.template {config.prepare.template!r} is unknown; there are {', '.join(NAMES)}"
         )
     if config.train.lora is None and not config.train.tune:
         raise ValueError("nothing to train: set train.lora or train.tune")
@@ -115,7 +114,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="prepare",
             title="prepare: real records to tokens",
             body=prepare,
-            version=2,
+            version=3,
             config=config.prepare,
             needs={"data": data.name, "base": "base"},
         ),

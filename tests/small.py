@@ -19,7 +19,8 @@ class Small(NamedTuple):
 
 @pytest.fixture(scope="session")
 def small(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
-    from pipeline.conversations import iter_records, parse_turns
+    from pipeline.conversations import parse_turns
+    from pipeline.sources import iter_records
     from pipeline.stages.prepare import PrepareConfig, prepare
     from pipeline.templates import TEMPLATES
     from workflows.fashion import FashionConfig, compose_fashion

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
+from workflows import prepare_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,6 +149,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     show.add_argument("--path", action="store_true", help="print only where the stage's files are")
     show.add_argument("--config", action="store_true", help="print every key that --set takes")
     show.set_defaults(run=_show)
+
+    prepare_cli.add_arguments(
+        _command(
+            commands,
+            "prepare",
+            "records and pictures to validated, tokenised Parquet shards",
+            prepare_cli.EXAMPLES,
+        )
+    )
 
     chat = _command(
         commands,
@@ -339,6 +349,8 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
 
 def _ls(options: argparse.Namespace) -> int:
     from pipeline import graph
+    from pipeline.driver import settle
+    from pipeline.stage import RunContext
     from pipeline.store import open_store
 
     console = _console()
@@ -361,6 +373,9 @@ def _ls(options: argparse.Namespace) -> int:
     for state in states:
         table.add_row(*state)
     console.print(table, soft_wrap=True)
+    told = settle(options.root, os.environ.get("MLFLOW_TRACKING_URI"), RunContext.cache)
+    if told:
+        console.print(told, markup=False)
     return 0
 
 

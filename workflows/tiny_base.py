@@ -23,7 +23,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from pipeline import graph
 from pipeline import record as records
 from pipeline.config import Config
-from pipeline.conversations import iter_records, parse_turns
+from pipeline.conversations import parse_turns
+from pipeline.sources import iter_records
 from pipeline.stage import Input, Stage, StageContext
 from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, merge
@@ -224,7 +225,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="prepare",
             title="prepare: records to tokens",
             body=prepare,
-            version=2,
+            version=3,
             config=config.prepare,
             needs={"data": "pictures", "base": "tower"},
         ),

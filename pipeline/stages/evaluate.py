@@ -30,7 +30,7 @@ from pipeline.evaluation import (
 )
 from pipeline.prepared import PreparedData
 from pipeline.stage import StageContext
-from pipeline.templates import TEMPLATES
+from pipeline.templates import find_template
 
 
 class ArmConfig(Config):
@@ -80,7 +80,8 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     questions = read_questions(PreparedData(data / "test"))
     processor = AutoProcessor.from_pretrained(ctx.inputs["base"].folder)
     # Questions are put as training put them, whatever template the checkpoint came with.
-    processor.chat_template = TEMPLATES[ctx.inputs["data"].outputs["template"]].jinja()
+    template = ctx.inputs["data"].outputs["template"]
+    processor.chat_template = find_template(template, processor).jinja()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     answers: dict[str, list[str]] = {}
     total = len(questions) * len(config.arms)

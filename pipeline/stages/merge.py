@@ -19,7 +19,7 @@ from pipeline.batches import collate
 from pipeline.config import Config
 from pipeline.prepared import PreparedData
 from pipeline.stage import StageContext
-from pipeline.templates import TEMPLATES
+from pipeline.templates import find_template
 
 
 class MergeConfig(Config):
@@ -65,7 +65,8 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     ctx.progress(3, 4, "writing")
     model.save_pretrained(ctx.out, max_shard_size=config.max_shard_size)
     # Users are to ask as training asked.
-    processor.chat_template = TEMPLATES[ctx.inputs["data"].outputs["template"]].jinja()
+    template = ctx.inputs["data"].outputs["template"]
+    processor.chat_template = find_template(template, processor).jinja()
     processor.save_pretrained(ctx.out)
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")

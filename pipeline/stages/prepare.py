@@ -1,76 +1,73 @@
-"""Stage `prepare`: conversation JSON and pictures in, validated and tokenised Parquet shards out.
+"""Stage `prepare`: records and pictures in, validated and tokenised Parquet shards out.
 
-Records stream through Ray Data: each is validated, its picture decoded once to see that it can be,
-its text rendered with the label mask. A record that can't be used is set aside in quarantine.jsonl
-with its reason; none is lost, and none is repaired silently. Columns of a shard: id, pictures
-(encoded), input_ids and labels (vision positions expanded), kinds, turns (JSON), and the counts
-length, supervised and vision_tokens. Batching and padding are the trainer's.
+Records stream through Ray Data: each is read, validated, its pictures decoded once to see that
+they can be, its text rendered with the label mask. A record that can't be used is set aside in
+quarantine.jsonl with its reason; none is lost, and none is repaired silently. Memory does not grow
+with the set, but for 16 bytes (about 100 in Python) a record by which duplicates are known. What a
+row holds stands in shards.py; batching and padding are the trainer's.
 """
 
 import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.conversations import (
-    IGNORED,
-    REASONS,
-    BadRecord,
-    Limits,
-    iter_records,
-    parse_turns,
-    picture_names,
-    question_kinds,
-    read_picture,
-    render_tokens,
-)
+from pipeline.conversations import REASONS, BadRecord
+from pipeline.mixture import Source, choose, sizes
+from pipeline.pictures import PictureLimits, Pictures, open_pictures
+from pipeline.rendering import Renderer
+from pipeline.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
+from pipeline.sources import Chunk, SourceError, Unreadable, find_files, index_file, read_chunk
 from pipeline.stage import Input, StageContext
-from pipeline.templates import TEMPLATES
 
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "pictures": pa.list_(pa.binary()),
-        "input_ids": pa.list_(pa.int32()),
-        "labels": pa.list_(pa.int32()),
-        "kinds": pa.list_(pa.string()),
-        "turns": pa.string(),
-        "length": pa.int32(),
-        "supervised": pa.int32(),
-        "vision_tokens": pa.int32(),
-    }
-)
 RENDERED = pa.schema(
     [
         pa.field("position", pa.int64()),
-        pa.field("record", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("file", pa.string()),
+        pa.field("line", pa.int64()),
+        pa.field("index", pa.int64()),
+        pa.field("given_id", pa.string()),  # as JSON
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
+        pa.field("key", pa.binary()),
+        pa.field("bytes", pa.int64()),
         *SCHEMA,
     ]
 )
-SCHEMA_VERSION = 2
+TASK = pa.schema(
+    [
+        *((name, pa.string()) for name in ("source", "file", "kind")),
+        *((name, pa.int64()) for name in ("start", "end", "first", "line", "count", "position")),
+        ("chosen", pa.list_(pa.int32())),
+    ]
+)
+YIELD_ROWS, YIELD_BYTES = 128, 16 << 20  # what a worker holds before it hands rows on
+TASK_CPUS = 0.9  # stages' own processes hold a tenth of a core each: no core may stay idle
 
 
 class PrepareConfig(Config):
     """What is read, how it is rendered, and how much may be bad."""
 
-    splits: dict[str, str] = {"train": "train.json", "test": "test.json"}
-    """Name of a split -> its file of records (JSON list or JSON Lines) in the data folder."""
+    splits: dict[str, str | dict[str, Source]] = {"train": "train.json", "test": "test.json"}
+    """Name of a split -> its records: a file, glob or folder (JSON list, JSON Lines, Parquet,
+    `datasets`) in the data folder, or named sources to mix. A record of an earlier split is a leak
+    in a later one."""
     images: str = "images"
-    """The image root in the data folder; no picture path leads out of it."""
+    """Root of the pictures: a folder, a tar file or a glob of them, or s3://bucket/prefix; relative
+    to the data folder. No picture path leads out of it."""
     template: str = "vicuna_v1"
-    """Conversation template, a name from pipeline/templates.py."""
+    """Conversation template: a name from pipeline/templates.py, `tokenizer` for the checkpoint's
+    own, or `auto` for the checkpoint's own where it marks the end of answers, else vicuna_v1."""
     context: int = Field(2048, gt=0)
     """Longest rendered conversation in tokens, vision tokens included; longer ones are set
     aside."""
@@ -78,70 +75,102 @@ class PrepareConfig(Config):
     """Shortest allowed side of a picture, pixels."""
     max_pixels: int = Field(50_000_000, gt=0)
     """Largest allowed area of a picture, pixels."""
+    max_picture_bytes: int = Field(64 << 20, gt=0)
+    """Largest allowed encoded picture, bytes."""
     max_quarantined: float = Field(0.01, ge=0, le=1)
     """Share of records that may be set aside before the stage fails."""
     rows_per_shard: int = Field(5000, gt=0)
-    """Records in one Parquet file."""
+    """Most records in one Parquet file."""
+    bytes_per_shard: int = Field(256 << 20, gt=0)
+    """Most bytes of rows in one Parquet file; a single larger row still gets one."""
     rows_per_group: int = Field(64, gt=0)
     """Records in one row group of a Parquet file: the least that a reader fetches at once."""
+    seed: int = Field(0, ge=0)
+    """Seed of which records a mixture takes."""
+
+    def limits(self) -> PictureLimits:
+        return PictureLimits(
+            min_side=self.min_side, max_pixels=self.max_pixels, max_bytes=self.max_picture_bytes
+        )
+
+    def sources(self, split: str) -> dict[str, Source]:
+        """The named sources of a split; a plain one is named like the split."""
+        found = self.splits[split]
+        return {split: Source(data=found)} if isinstance(found, str) else found
 
 
 class TooManyBadRecords(ValueError):
-    """More records were set aside than the config allows."""
+    """More records were set aside than the config allows. `counts` holds in, out, quarantined."""
+
+    def __init__(self, message: str, counts: Mapping[str, Any]) -> None:
+        super().__init__(message, dict(counts))
+        self.message, self.counts = message, dict(counts)
+
+    def __str__(self) -> str:
+        return self.message
 
 
-@lru_cache(maxsize=1)
-def _load_processor(folder: str) -> Any:
-    from transformers import AutoProcessor
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a worker needs beside its chunk: the same for all of a split."""
 
-    return AutoProcessor.from_pretrained(folder)
-
-
-def _render_one(record: Any, processor: Any, root: Path, config: PrepareConfig) -> dict[str, Any]:
-    limits = Limits(context=config.context, min_side=config.min_side, max_pixels=config.max_pixels)
-    turns = parse_turns(record)
-    pictures = [read_picture(root, name, limits) for name in picture_names(record)]
-    sizes = vision_token_counts(processor, pictures)
-    ids, labels = render_tokens(turns, TEMPLATES[config.template], processor.tokenizer, sizes)
-    if len(ids) > limits.context:
-        raise BadRecord("too_long", f"{len(ids)} tokens, {limits.context} allowed")
-    return {
-        "id": str(record["id"]),
-        "pictures": pictures,
-        "input_ids": ids,
-        "labels": labels,
-        "kinds": question_kinds(record, len(turns) // 2),
-        "turns": json.dumps(turns),
-        "length": len(ids),
-        "supervised": sum(label != IGNORED for label in labels),
-        "vision_tokens": sum(sizes),
-    }
+    base: Input
+    data: Input
+    config: PrepareConfig
+    template: str
+    roots: Mapping[str, Pictures]
+    """Pictures by source."""
 
 
-def vision_token_counts(processor: Any, pictures: list[bytes]) -> list[int]:
-    """How many vision tokens each encoded picture becomes; reads headers only."""
-    sizes = []
-    for encoded in pictures:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            sizes.append((picture.height, picture.width))
-    if not sizes:
-        return []
-    return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
+    """Ray Data's function: chunks of files to rows, or to the reason why not; in order."""
+    config = work.config
+    renderer = Renderer.load(work.base.folder, work.template, config.context, config.limits())
+    for task in tasks.to_pylist():
+        chosen, position = task.pop("chosen"), task.pop("position")
+        source = task.pop("source")
+        chunk = Chunk(**task)
+        wanted = None if chosen is None else set(chosen)
+        rows: list[dict[str, Any]] = []
+        held = 0
+        for number, (line, record) in enumerate(read_chunk(chunk, work.data.folder / chunk.file)):
+            if wanted is not None and number not in wanted:
+                continue
+            place = {
+                "position": position,
+                "source": source,
+                "file": chunk.file,
+                "line": line,
+                "index": chunk.first + number,
+            }
+            rows.append(place | _render(record, renderer, work.roots[source], place))
+            position += 1
+            held += rows[-1]["bytes"]
+            if len(rows) == YIELD_ROWS or held > YIELD_BYTES:
+                yield pa.Table.from_pylist(rows, schema=RENDERED)
+                rows, held = [], 0
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=RENDERED)
 
 
-def render_batch(batch: pa.Table, base: Input, data: Input, config: PrepareConfig) -> pa.Table:
-    """Ray Data's function: records (position, JSON) to rows, or to the reason why not; in order."""
-    processor = _load_processor(str(base.folder))
-    root = data.folder / config.images
-    rows: list[dict[str, Any]] = []
-    for position, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-        row: dict[str, Any] = {"position": position, "record": text}
-        try:
-            row |= _render_one(json.loads(text), processor, root, config)
-        except BadRecord as bad:
-            row |= {"reason": bad.reason, "detail": bad.detail}
-        rows.append(row)
-    return pa.Table.from_pylist(rows, schema=RENDERED)
+def _render(
+    record: Any, renderer: Renderer, roots: Pictures, place: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = record.get("id") if isinstance(record, dict) else None
+    try:
+        if isinstance(record, Unreadable):
+            raise BadRecord(record.reason, record.detail)
+        row = renderer.render(record, roots)
+    except BadRecord as bad:
+        return {
+            "given_id": json.dumps(given, default=str)[:1000],
+            "reason": bad.reason,
+            "detail": bad.detail.encode("utf-8", "backslashreplace").decode()[:500],
+            "bytes": 0,
+        }
+    row["id"] = row["id"] or f"{Path(place['file']).name}:{place['line']}"
+    weight = sum(map(len, row["pictures"])) + 8 * row["length"] + len(row["turns"])
+    return row | {"given_id": json.dumps(given, default=str)[:1000], "bytes": weight}
 
 
 def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
@@ -149,162 +178,231 @@ def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
 
     Raises:
         TooManyBadRecords: with the counts per reason; nothing is published then.
+        ValueError: a source, the processor or the template can't be used.
     """
-    data, base = ctx.inputs["data"], ctx.inputs["base"]
-    if config.template not in TEMPLATES:
-        raise ValueError(f"template {config.template!r} is unknown; there are {sorted(TEMPLATES)}")
-    manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "splits": {}}
-    quarantined: Counter[str] = Counter()
-    with (ctx.out / "quarantine.jsonl").open("w") as quarantine:
-        for split, file in config.splits.items():
-            records = list(iter_records(data.folder / file))
-            report = partial(ctx.progress, total=len(records), note=f"{split} records")
-            counts = _write_split(split, records, data, base, ctx.out, config, quarantine, report)
-            if not counts["out"]:
-                raise TooManyBadRecords(
-                    f"split {split} has no good record left of {len(records)} in {file}: "
-                    f"{counts['quarantined'] or 'it is empty'}"
-                )
-            manifest["splits"][split] = counts
-            quarantined.update(counts["quarantined"])
-    manifest["files"] = {
-        str(path.relative_to(ctx.out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(ctx.out.rglob("*.parquet"))
-    }
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (ctx.out / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    total = sum(counts["in"] for counts in manifest["splits"].values())
-    bad = quarantined.total()
-    if bad > config.max_quarantined * total:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in quarantined.most_common())
+    data = ctx.inputs["data"]
+    try:
+        manifest = prepare_data(data, ctx.inputs["base"], config, ctx.out, ctx.progress)
+    except TooManyBadRecords:
         ctx.track.artifact(ctx.out / "quarantine.jsonl")
-        raise TooManyBadRecords(
-            f"{bad} of {total} records had to be set aside ({reasons}), more than the allowed "
-            f"share of {config.max_quarantined:g}; mend the data, or raise "
-            "prepare.max_quarantined. The first: "
-            f"{(ctx.out / 'quarantine.jsonl').read_text().splitlines()[0][:300]}"
-        )
+        raise
+    ctx.track.artifact(ctx.out / "manifest.json")
     ctx.track.dataset(data.uri, "conversations", data.fingerprint[:12])
+    quarantined = manifest["quarantined"]
     ctx.track.metrics({f"quarantined.{reason}": n for reason, n in quarantined.items()})
     ctx.track.metrics({f"{name}.records": c["out"] for name, c in manifest["splits"].items()})
     return {
-        "digest": digest,
-        "template": config.template,
-        "quarantined": dict(quarantined),
+        "digest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+        "template": manifest["template"],
+        "quarantined": quarantined,
         "splits": manifest["splits"],
     }
 
 
-def _write_split(
-    split: str,
-    records: list[tuple[int, Any]],
+def prepare_data(
     data: Input,
     base: Input,
-    out: Path,
     config: PrepareConfig,
+    out: Path,
+    progress: Callable[[float, float, str], None],
+    flat: bool = False,
+) -> dict[str, Any]:
+    """Shards, manifest.json and quarantine.jsonl below `out`; returns the manifest.
+
+    Args:
+        flat: put the shards of the (only) split into `out` itself.
+
+    Raises: as `prepare`.
+    """
+    renderer = Renderer.load(base.folder, config.template, config.context, config.limits())
+    renderer.check()
+    seen: dict[str, set[bytes]] = {}
+    splits: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    with (out / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
+        for split in config.splits:
+            work, tasks = _plan(split, data, base, config, renderer.template.name)
+            folder = out if flat else out / split
+            folder.mkdir(exist_ok=True)
+            writer = ShardWriter(
+                folder, config.rows_per_shard, config.bytes_per_shard, config.rows_per_group
+            )
+            seen[split] = set()
+            report = _noted(progress, f"{split} records")
+            try:
+                splits[split] = _write_split(tasks, work, writer, seen, quarantine, report)
+            finally:
+                writer.abandon()
+            prefix = "" if flat else f"{split}/"
+            files |= {f"{prefix}{name}": found for name, found in writer.files.items()}
+    quarantined: Counter[str] = Counter()
+    for counts in splits.values():
+        quarantined.update(counts["quarantined"])
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "template": renderer.template.name,
+        "context": config.context,
+        "in": sum(counts["in"] for counts in splits.values()),
+        "out": sum(counts["out"] for counts in splits.values()),
+        "quarantined": dict(sorted(quarantined.items())),
+        "splits": splits,
+        "files": files,
+    }
+    _judge(manifest, config, out / "quarantine.jsonl")
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    return manifest
+
+
+def _noted(
+    progress: Callable[[float, float, str], None], note: str
+) -> Callable[[float, float], None]:
+    return lambda done, total: progress(done, total, note)
+
+
+def _judge(manifest: dict[str, Any], config: PrepareConfig, quarantine: Path) -> None:
+    total, bad = manifest["in"], sum(manifest["quarantined"].values())
+    if manifest["out"] != total - bad:
+        raise RuntimeError(f"{total} records in, {manifest['out']} out, {bad} set aside")
+    empty = [split for split, counts in manifest["splits"].items() if not counts["out"]]
+    if bad <= config.max_quarantined * total and not empty:
+        return
+    counts = Counter(manifest["quarantined"])
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+    with quarantine.open(encoding="utf-8") as lines:
+        first = lines.readline().strip()[:300]
+    problem = (
+        f"no good record is left in the split {empty[0]}: {bad} of {total} records had to be set "
+        f"aside ({reasons}); mend the data"
+        if empty
+        else f"{bad} of {total} records had to be set aside ({reasons}), more than the allowed "
+        f"share of {config.max_quarantined:g}; mend the data, or raise max_quarantined"
+    )
+    shown = {key: manifest[key] for key in ("in", "out", "quarantined")}
+    raise TooManyBadRecords(f"{problem}. The first: {first}", shown)
+
+
+def _plan(
+    split: str, data: Input, base: Input, config: PrepareConfig, template: str
+) -> tuple[Work, list[dict[str, Any]]]:
+    """The chunks of a split's files with the records that are taken, and where pictures are."""
+    sources = config.sources(split)
+    chunks: dict[str, list[Chunk]] = {}
+    for name, source in sources.items():
+        files = find_files(data.folder / source.data, split)
+        chunks[name] = [chunk for file in files for chunk in index_file(file)]
+        if not chunks[name]:
+            raise SourceError(f"{', '.join(file.name for file in files)} is empty: no record in it")
+    available = {name: sum(chunk.count for chunk in found) for name, found in chunks.items()}
+    taken = sizes(sources, available)
+    tasks: list[dict[str, Any]] = []
+    position = 0
+    for name, found in chunks.items():
+        chosen = choose(name, available[name], taken[name], config.seed)
+        start = 0
+        for chunk in found:
+            task = vars(chunk) | {"source": name, "position": position, "chosen": None}
+            file = Path(chunk.file)
+            if file.is_relative_to(data.folder):  # another machine may keep its copy elsewhere
+                task["file"] = str(file.relative_to(data.folder))
+            count = chunk.count
+            if chosen is not None:
+                low, high = np.searchsorted(chosen, [start, start + chunk.count])
+                task["chosen"], count = (chosen[low:high] - start).tolist(), int(high - low)
+            start += chunk.count
+            position += count
+            if count:
+                tasks.append(task)
+    roots = {
+        name: open_pictures(source.images or config.images, data.folder)
+        for name, source in sources.items()
+    }
+    work = Work(base=base, data=data, config=config, template=template, roots=roots)
+    return work, tasks
+
+
+def _write_split(
+    tasks: list[dict[str, Any]],
+    work: Work,
+    writer: ShardWriter,
+    seen: dict[str, set[bytes]],
     quarantine: TextIO,
-    report: Callable[[int], None],
+    report: Callable[[float, float], None],
 ) -> dict[str, Any]:
     """Stream one split through Ray Data into shards; return its counts."""
-    (out / split).mkdir()
-    writer = _ShardWriter(out / split, config)
+    split, own = list(seen.items())[-1]
+    earlier = [keys for name, keys in seen.items() if name != split]
+    last = tasks[-1]
+    total = last["position"] + (last["count"] if last["chosen"] is None else len(last["chosen"]))
     reasons: Counter[str] = Counter()
-    seen: set[str] = set()
+    per_source: dict[str, Counter[str]] = {name: Counter() for name in work.roots}
     done = 0
-    for table in _rendered(records, data, base, config):
-        good = []
-        for row in table.to_pylist():
-            if row["reason"] is None:
-                key = _content_key(row)
-                if key in seen:
-                    row |= {"reason": "duplicate", "detail": "same pictures and same turns"}
-                seen.add(key)
-            if row["reason"] is None:
-                good.append(row)
-            else:
-                reasons[row["reason"]] += 1
-                quarantine.write(json.dumps(_quarantine_line(row, split)) + "\n")
-        writer.add(good)
+    for table in _rendered(tasks, work):
+        # Whatever was retried or reordered: each record exactly once, in its place.
+        if not np.array_equal(table["position"].to_numpy(), np.arange(done, done + table.num_rows)):
+            raise RuntimeError(f"split {split}: records after number {done} came twice or not")
         done += table.num_rows
-        report(done)
+        found = table["reason"].to_pylist()
+        for row, key in enumerate(table["key"].to_pylist()):
+            if found[row] is None and any(key in keys for keys in earlier):
+                found[row] = "leak"
+            elif found[row] is None and key in own:
+                found[row] = "duplicate"
+            elif found[row] is None:
+                own.add(key)
+        for name, reason in zip(table["source"].to_pylist(), found, strict=True):
+            per_source[name].update(("in", reason or "out"))
+        bad = np.array([reason is not None for reason in found])
+        for row in map(int, np.flatnonzero(bad)):
+            reasons[found[row]] += 1
+            quarantine.write(_quarantine_line(table, row, found[row], split) + "\n")
+        good = table.filter(pa.array(~bad))
+        writer.add(good.select(SCHEMA.names), good["bytes"].to_numpy())
+        report(done, total)
     writer.close()
-    if done != len(records) or done != writer.rows + reasons.total():
+    if done != total or done != writer.rows + reasons.total():
         raise RuntimeError(
-            f"split {split}: {len(records)} records in, {writer.rows} out, "
-            f"{reasons.total()} set aside"
+            f"split {split}: {total} records in, {writer.rows} out, {reasons.total()} set aside"
         )
     return {
-        "in": len(records),
-        "out": writer.rows,
-        "quarantined": dict(reasons),
-        "tokens": writer.tokens,
-        "supervised_tokens": writer.supervised,
-        "longest": writer.longest,
+        "in": total,
+        **writer.statistics(),
+        "quarantined": dict(sorted(reasons.items())),
+        "sources": {name: dict(sorted(counts.items())) for name, counts in per_source.items()},
     }
 
 
-def _rendered(
-    records: list[tuple[int, Any]], data: Input, base: Input, config: PrepareConfig
-) -> Iterator[pa.Table]:
+def _rendered(tasks: list[dict[str, Any]], work: Work) -> Iterator[pa.Table]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the same shards whatever the cluster
-    table = pa.table(
-        {
-            "position": pa.array([position for position, _ in records], pa.int64()),
-            "record": [json.dumps(record) for _, record in records],
-        }
+    context.target_max_block_size = 2 * YIELD_BYTES
+    table = pa.Table.from_pylist(tasks, schema=TASK)
+    rendered = ray.data.from_arrow(table, override_num_blocks=len(tasks)).map_batches(
+        partial(render_chunks, work=work),
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=TASK_CPUS,
     )
-    blocks = max(1, len(records) // 512)
-    render = partial(render_batch, base=base, data=data, config=config)
-    rendered = ray.data.from_arrow(table, override_num_blocks=blocks).map_batches(
-        render, batch_format="pyarrow", batch_size=256
-    )
-    yield from rendered.iter_batches(batch_format="pyarrow", batch_size=512)
+    try:
+        yield from rendered.iter_batches(
+            batch_format="pyarrow", batch_size=None, prefetch_batches=1
+        )
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):  # a store or a file that failed, in a worker
+            raise error.cause from error
+        raise
 
 
-def _content_key(row: dict[str, Any]) -> str:
-    content = hashlib.sha256(row["turns"].encode())
-    for picture in row["pictures"]:
-        content.update(hashlib.sha256(picture).digest())
-    return content.hexdigest()
-
-
-def _quarantine_line(row: dict[str, Any], split: str) -> dict[str, Any]:
-    record = json.loads(row["record"])
-    name = record.get("id") if isinstance(record, dict) else None
-    line = {"id": name, "split": split, "line": row["position"], "reason": row["reason"]}
-    return line | {"detail": row["detail"], "meaning": REASONS[row["reason"]]}
-
-
-class _ShardWriter:
-    """Parquet files of bounded size in one folder, with the statistics of what went in."""
-
-    def __init__(self, folder: Path, config: PrepareConfig) -> None:
-        self.folder, self.config = folder, config
-        self.pending: list[dict[str, Any]] = []
-        self.rows = self.shards = self.tokens = self.supervised = self.longest = 0
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            self.pending.append({name: row[name] for name in SCHEMA.names})
-            self.rows += 1
-            self.tokens += row["length"]
-            self.supervised += row["supervised"]
-            self.longest = max(self.longest, row["length"])
-            if len(self.pending) == self.config.rows_per_shard:
-                self.close()
-
-    def close(self) -> None:
-        if self.pending:
-            table = pa.Table.from_pylist(self.pending, schema=SCHEMA)
-            pq.write_table(
-                table,
-                self.folder / f"{self.shards:05d}.parquet",
-                compression="zstd",
-                row_group_size=self.config.rows_per_group,
-            )
-            self.shards += 1
-            self.pending = []
+def _quarantine_line(table: pa.Table, row: int, reason: str, split: str) -> str:
+    names = ("given_id", "source", "file", "line", "index", "detail")
+    cells = {name: table[name][row].as_py() for name in names}
+    details = {
+        "duplicate": "same pictures and same turns as a record before",
+        "leak": "same pictures and same turns as a record of an earlier split",
+    }
+    given = cells.pop("given_id")
+    line = {"id": given if len(given) > 990 else json.loads(given), "split": split, **cells}
+    line |= {"reason": reason, "detail": details.get(reason) or cells["detail"]}
+    return json.dumps(line | {"meaning": REASONS[reason]})

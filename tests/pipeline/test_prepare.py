@@ -1,14 +1,27 @@
 """The prepare stage on real pictures and on broken ones; Ray Data is the real one."""
 
+import hashlib
 import json
+import os
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoProcessor
 
-from pipeline.stages.prepare import PrepareConfig, TooManyBadRecords, prepare
+from pipeline.mixture import Source
+from pipeline.pictures import FolderPictures, PictureLimits
+from pipeline.shards import ShardWriter
+from pipeline.stages.prepare import (
+    PrepareConfig,
+    TooManyBadRecords,
+    _plan,
+    _write_split,
+    prepare,
+)
 from tests.pipeline.contexts import stage_context
 from tests.small import Small
 
@@ -72,7 +85,7 @@ def test_bad_records_are_set_aside_with_reasons(
     assert outputs["quarantined"] == expected
     assert (outputs["splits"]["train"]["in"], outputs["splits"]["train"]["out"]) == (25, 22)
     lines = [json.loads(line) for line in (ctx.out / "quarantine.jsonl").open()]
-    assert {(line["line"], line["reason"]) for line in lines} == {
+    assert {(line["index"], line["reason"]) for line in lines} == {
         (3, "broken_picture"),
         (5, "roles"),
         (24, "duplicate"),
@@ -101,3 +114,114 @@ def test_the_shards_do_not_depend_on_how_they_are_cut(small: Small, tmp_path: Pa
     prepare(ctx, CONFIG.model_copy(update={"rows_per_shard": 7}))
     assert len(list((ctx.out / "train").glob("*.parquet"))) == 4
     assert pq.read_table(ctx.out / "train").equals(pq.read_table(small.prepared / "train"))
+
+
+def test_mixtures_take_what_weights_and_caps_allow(small: Small, tmp_path: Path) -> None:
+    shutil.copytree(small.pictures, tmp_path / "data")
+    text = [
+        {
+            "id": f"text-{i}",
+            "conversations": [
+                {"from": "human", "value": f"{i} + 1?"},
+                {"from": "gpt", "value": "x"},
+            ],
+        }
+        for i in range(600)
+    ]
+    (tmp_path / "data" / "text.jsonl").write_text("\n".join(map(json.dumps, text)))
+    mix = {
+        "grids": Source(data="train.json", weight=2),
+        "sums": Source(data="text.jsonl", weight=1),
+        "more": Source(data="text.jsonl", cap=3),
+    }
+    taken = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        inputs = {"data": (tmp_path / "data", {}), "base": (small.base, {})}
+        ctx = stage_context("prepare", tmp_path / name, inputs)
+        config = CONFIG.model_copy(
+            update={"splits": {"train": mix}, "seed": seed, "max_quarantined": 0.1}
+        )
+        counts = prepare(ctx, config)["splits"]["train"]
+        assert counts["in"] == 24 + 12 + 3 == counts["out"] + sum(counts["quarantined"].values())
+        assert {source: found["in"] for source, found in counts["sources"].items()} == {
+            "grids": 24,
+            "sums": 12,
+            "more": 3,
+        }
+        taken.append(pq.read_table(ctx.out / "train").to_pylist())
+    assert taken[0] == taken[1] != taken[2]
+    rows = [row for row in taken[0] if row["id"].startswith("text-")]
+    assert rows and all(row["pictures"] == [] and row["vision_tokens"] == 0 for row in rows)
+
+
+def test_test_records_that_train_has_are_leaks(small: Small, tmp_path: Path) -> None:
+    shutil.copytree(small.pictures, tmp_path / "data")
+    train = json.loads((tmp_path / "data" / "train.json").read_text())
+    test = json.loads((tmp_path / "data" / "test.json").read_text())
+    leaked = train[4] | {"id": "seen"}
+    (tmp_path / "data" / "test.json").write_text(json.dumps([*test, leaked]))
+    inputs = {"data": (tmp_path / "data", {}), "base": (small.base, {})}
+    ctx = stage_context("prepare", tmp_path / "out", inputs)
+    outputs = prepare(ctx, PrepareConfig(template="vicuna_short", max_quarantined=0.5))
+    assert outputs["splits"]["test"]["quarantined"] == {"leak": 1}
+    (line,) = [json.loads(line) for line in (ctx.out / "quarantine.jsonl").open()]
+    assert (line["id"], line["split"], line["index"]) == ("seen", "test", len(test))
+
+
+def test_the_manifest_tells_what_is_in_the_shards(small: Small, tmp_path: Path) -> None:
+    inputs = {"data": (small.pictures, {}), "base": (small.base, {})}
+    ctx = stage_context("prepare", tmp_path / "out", inputs)
+    prepare(ctx, CONFIG.model_copy(update={"bytes_per_shard": 60_000, "rows_per_group": 5}))
+    manifest = json.loads((ctx.out / "manifest.json").read_text())
+    rows = pq.read_table(ctx.out / "train")
+    files = {path.relative_to(ctx.out).as_posix(): path for path in ctx.out.rglob("*.parquet")}
+    assert files.keys() == manifest["files"].keys() and len(files) > 2
+    for name, path in files.items():
+        found = manifest["files"][name]
+        assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert found["rows"] == pq.read_metadata(path).num_rows
+        assert found["bytes"] == path.stat().st_size < 70_000  # and Parquet's own few hundred
+    counts = manifest["splits"]["train"]
+    lengths = sorted(rows["length"].to_pylist())
+    assert counts["tokens"] == sum(lengths) and counts["longest"] == lengths[-1]
+    assert counts["vision_tokens"] == 24 * 64
+    assert counts["supervised_tokens"] == sum(rows["supervised"].to_pylist())
+    assert counts["length_quantiles"]["0"] == lengths[0]
+    assert counts["length_quantiles"]["50"] == lengths[11]
+    assert counts["length_quantiles"]["100"] == lengths[-1]
+    assert sum(counts["length_histogram"].values()) == 24
+    assert rows.equals(pq.read_table(small.prepared / "train"))
+
+
+class DiesOnce:
+    """Pictures whose reader's process is killed once, in the middle."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.pictures, self.name = FolderPictures(root), name
+        self.flag = root / "died"
+
+    def read(self, name: str, limits: PictureLimits) -> bytes:
+        if name == self.name and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.pictures.read(name, limits)
+
+
+def test_a_killed_worker_loses_and_repeats_nothing(damaged: Path, small: Small) -> None:
+    records = json.loads((damaged / "train.json").read_text())
+    more = [json.loads(json.dumps(record) + " ") for record in records]
+    for i, record in enumerate(more):
+        record["conversations"][0]["value"] += f" {i}"
+    (damaged / "train.json").write_text(json.dumps(records + more * 12))
+    inputs = {"data": (damaged, {}), "base": (small.base, {})}
+    ctx = stage_context("prepare", damaged.parent / "out", inputs)
+    work, tasks = _plan("train", ctx.inputs["data"], ctx.inputs["base"], CONFIG, "vicuna_short")
+    assert len(tasks) > 1
+    work = replace(work, roots={"train": DiesOnce(damaged / "images", records[20]["image"])})
+    writer = ShardWriter(ctx.out, 1000, 1 << 30, 64)
+    with (ctx.out / "quarantine.jsonl").open("w") as quarantine:
+        counts = _write_split(tasks, work, writer, {"train": set()}, quarantine, lambda *_: None)
+    assert (damaged / "images" / "died").exists()
+    lines = (ctx.out / "quarantine.jsonl").read_text().splitlines()
+    assert counts["in"] == 25 * 13 == counts["out"] + len(lines)
+    assert len(lines) == sum(counts["quarantined"].values())
