@@ -6,7 +6,6 @@ global batches. A picture is decoded here, once. Reading shards is pipeline/prep
 batches to the trainer pipeline/feed.py's.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -15,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoProcessor
 
 from pipeline.conversations import IGNORED
+from pipeline.pictures import decode_picture
 from pipeline.prepared import PreparedData, Shuffle
 from pipeline.train_config import TrainConfig
 
@@ -272,5 +271,5 @@ def picture_inputs(encoded: list[bytes], processor: Any) -> dict[str, torch.Tens
     it)."""
     if not encoded:
         return {}
-    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
+    pictures = [decode_picture(data) for data in encoded]
     return dict(processor.image_processor(pictures, return_tensors="pt"))
