@@ -5,7 +5,6 @@ the conversation are not shown. Intervals are bootstrap over pictures, since the
 picture are not independent. An error in generation is an error; it never becomes an empty answer.
 """
 
-import io
 import json
 import time
 from collections import Counter
@@ -15,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 import adsc
 from pipeline.conversations import MARKER
+from pipeline.pictures import decode_picture
 from pipeline.prepared import PreparedData
 
 RESAMPLES = 2000
@@ -64,9 +63,7 @@ def build_inputs(questions: Sequence[Question], processor: Any) -> dict[str, tor
         )
         for q in questions
     ]
-    pictures = [
-        Image.open(io.BytesIO(picture)).convert("RGB") for q in questions for picture in q.pictures
-    ]
+    pictures = [decode_picture(picture) for q in questions for picture in q.pictures]
     return dict(
         processor(
             text=prompts,
