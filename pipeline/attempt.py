@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import failure
+from pipeline import failure, spool
 from pipeline import record as records
 from pipeline.identity import body_name, canonical
 from pipeline.lease import Holder, Lease, acquire
@@ -84,7 +84,7 @@ def _attempt(
     tags = {"adsc.record": store.uri(records.record_key(stage.name, fingerprint))}
     tags |= {"adsc.fingerprint": fingerprint, "adsc.attempt": lease.attempt}
     try:
-        with _folder(store, target) as out, _tracker(context, stage, tags) as track:
+        with _folder(store, target) as out, _tracker(context, stage, store, tags) as track:
             track.params(stage.config.model_dump())
             body_context = StageContext(
                 name=stage.name,
@@ -124,6 +124,9 @@ def _attempt(
             )
             if store.local("") is None:
                 store.upload(out, target)
+            track.flush()
+            if said := track.summary():
+                made = made.model_copy(update={"notes": (said,)})
             if not lease.confirm():
                 lease.lost()
             record = records.publish(store, made)
@@ -152,14 +155,17 @@ def _folder(store: Store, target: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _tracker(context: RunContext, stage: Stage, tags: Mapping[str, str]) -> Iterator[Tracker]:
+def _tracker(
+    context: RunContext, stage: Stage, store: Store, tags: Mapping[str, str]
+) -> Iterator[Tracker]:
     from pipeline import tracking
 
     if context.tracking_uri is None:
         yield tracking.Tracker(tracking.RunHandle("", None))
         return
+    place = spool.folder(store.root, store.local("tracking"), context.cache)
     with tracking.stage_run(
-        context.tracking_uri, context.experiment, context.parent_run_id, stage.name, tags
+        context.tracking_uri, context.experiment, context.parent_run_id, stage.name, tags, place
     ) as tracker:
         yield tracker
 

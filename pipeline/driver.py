@@ -18,6 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from pipeline import spool
+from pipeline.progress import PLAIN
+from pipeline.redact import redact
 from pipeline.stage import RunContext, Stage
 from pipeline.store import open_store
 
@@ -66,7 +71,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     try:
-        cores = max(os.cpu_count() or 1, math.ceil(context.num_workers * context.cpus_per_worker))
+        cores = max(os.cpu_count() or 1, math.ceil(context.most_workers * context.cpus_per_worker))
         ray.init(
             # One more than there is: stages wait for the workers that they ask for.
             num_cpus=cores + 1,
@@ -126,31 +131,66 @@ def cancelling(refs: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracked(context: RunContext, stages: Sequence[Stage]) -> Iterator[RunContext]:
-    """The workflow's run in MLflow, around its stages' runs."""
+def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> Iterator[RunContext]:
+    """The workflow's run in MLflow, around its stages' runs. What earlier processes could not send
+    is sent before and after, and the console told."""
     if context.tracking_uri is None or context.parent_run_id is not None:
         yield context
         return
     from pipeline import tracking
 
-    remote = open_store(context.root).local("") is None and "://" in context.tracking_uri
+    store = open_store(context.root)
+    place = spool.folder(store.root, store.local("tracking"), context.cache)
+    remote = store.local("") is None and "://" in context.tracking_uri
     artifacts = (
         f"{context.root}/mlflow" if remote and not context.tracking_uri.startswith("http") else None
     )
-    uri = tracking.prepare(context.tracking_uri, context.experiment, artifacts)
+    known = place / "servers"
+    try:
+        uri = tracking.prepare(context.tracking_uri, context.experiment, artifacts)
+        place.mkdir(parents=True, exist_ok=True)
+        with known.open("a") as file:
+            file.write(f"{redact(uri)}\n")
+    except tracking.NoAnswer as error:
+        uri = context.tracking_uri
+        # An address that has never answered is a mistake; one that has will answer again.
+        if not known.is_file() or redact(uri) not in known.read_text().splitlines():
+            raise
+        _tell(console, f"{error}. The run goes on, and MLflow is told later")
     params = {stage.name: stage.config.model_dump() for stage in stages}
-    run_id = tracking.start_workflow(
-        uri, context.experiment, context.workflow, params, {"adsc.root": context.root}
+    _tell(console, tracking.reconcile(place, uri))
+    tags = {"adsc.root": context.root}
+    tracker = tracking.start_workflow(
+        uri, context.experiment, context.workflow, params, tags, place
     )
     status = "KILLED"
     try:
-        yield dataclasses.replace(context, tracking_uri=uri, parent_run_id=run_id)
+        yield dataclasses.replace(context, tracking_uri=uri, parent_run_id=tracker.id_for_children)
         status = "FINISHED"
     except Exception:
         status = "FAILED"
         raise
     finally:
-        tracking.finish_workflow(uri, run_id, status)
+        tracker.finish(status)
+        # What stages could not send while they ran.
+        _tell(console, tracking.reconcile(place, uri))
+
+
+def settle(root: str, tracking_uri: str | None, cache: str) -> str | None:
+    """Send what earlier runs could not send to MLflow; None, without loading it, where all is
+    sent."""
+    store = open_store(root)
+    place = spool.folder(store.root, store.local("tracking"), cache)
+    if not any(place.glob("*.jsonl")):
+        return None
+    from pipeline import tracking
+
+    return tracking.reconcile(place, tracking_uri or "")
+
+
+def _tell(console: Console, text: str | None) -> None:
+    if text:
+        console.print(text, **PLAIN)
 
 
 def git_commit() -> str | None:

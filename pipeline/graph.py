@@ -128,7 +128,7 @@ def run(
             console.print(f"{word}: {', '.join(group) or 'nothing'}", **PLAIN)
         store.check_writable()
         context = replace(context, root=store.root, commit=git_commit())
-        with tracked(context, ordered) as context, ray_for(context):
+        with tracked(context, ordered, console) as context, ray_for(context):
             found |= _submit(todo, prints, context, found, console)
     result = {stage.name: found[stage.name] for stage in ordered}
     took = {n: "cached" if n in cached else f"{it.seconds:.0f} s" for n, it in result.items()}
@@ -185,7 +185,7 @@ def _submit(
             for name in [names.pop(ref) for ref in list(names) if ref in ready]:
                 try:
                     done[name] = ray.get(refs[name])
-                    display.end(name, f"done in {done[name].seconds:.0f} s", "green")
+                    display.end(name, done[name].summary, "green")
                 except ray.exceptions.RayError as error:
                     if needs[name] & (failures.keys() | set(skipped)):
                         skipped.append(name)

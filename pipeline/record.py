@@ -88,7 +88,14 @@ class Record(BaseModel):
     seconds: float = 0.0
     run_id: str | None = None
     host: str = ""
+    notes: tuple[str, ...] = ()
+    """What people should know of the attempt, such as a tracking server that was away."""
     uri: str = Field(default="", exclude=True)
+
+    @property
+    def summary(self) -> str:
+        """How long the attempt took, and its notes, in one line."""
+        return "; ".join((f"done in {self.seconds:.0f} s", *self.notes))
 
 
 def load(store: Store, stage: str, fingerprint: str) -> Record | None:

@@ -15,7 +15,7 @@ FORBIDDEN = {
 ONE_FILE = {
     "boto3": {"pipeline/store.py"},
     "botocore": {"pipeline/store.py"},
-    "mlflow": {"pipeline/tracking.py", "pipeline/mlflow_model.py"},
+    "mlflow": {"pipeline/mlflow_calls.py", "pipeline/mlflow_model.py"},
 }
 
 
