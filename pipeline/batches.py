@@ -21,6 +21,9 @@ from pipeline.pictures import decode_picture
 from pipeline.prepared import PreparedData, Shuffle
 from pipeline.train_config import TrainConfig
 
+PACKED = ("eager", "sdpa", "flash_attention_2")
+"""Attention backends that tell rows of a packed micro-batch apart; flex_attention does, too, but
+torch can't train with it on every device."""
 COLUMNS = ("id", "pictures", "input_ids", "labels")
 BLOCK_STEPS = 50
 """Steps whose rows are sorted by length together under `train.group_by_length`."""
@@ -248,6 +251,25 @@ def collate(rows: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tenso
         batch["attention_mask"][i, :size] = 1
         batch["labels"][i, :size] = torch.tensor(row["labels"])
     return batch | picture_inputs([p for row in rows for p in row["pictures"]], processor)
+
+
+def check_packing(model_type: str, attention: str) -> None:
+    """Whether losses of packed and padded micro-batches are equal for this model and backend.
+
+    Raises:
+        ValueError: they aren't, or nobody has compared them.
+    """
+    if attention not in PACKED:
+        raise ValueError(
+            f"train.packing with train.attention {attention!r}: rows of a packed micro-batch are "
+            f"only known to stay apart with {', '.join(PACKED)}; choose one, or set micro_tokens "
+            "and group_by_length instead"
+        )
+    if model_type not in ("llava",):
+        raise ValueError(
+            f"train.packing is checked for llava, whose position ids have one axis, not for "
+            f"{model_type!r}; set micro_tokens and group_by_length instead"
+        )
 
 
 def pack(rows: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:

@@ -87,6 +87,9 @@ class RunContext:
     """CPU cores of a worker."""
     gpus_per_worker: float = 0
     """GPUs of a worker."""
+    data_workers: int = 0
+    """Processes that make batches for each training worker, on any machine of the cluster; 0 makes
+    them in a thread of the worker."""
     stage_cpus: float = 0.1
     """The share of a core that a stage's own process reserves."""
     max_retries: int = 2

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 
 import adsc
 from pipeline.adapters import prepare_trainable, read_trained, trained_parts
-from pipeline.batches import StepBatch, StepLoader
+from pipeline.batches import StepBatch, StepLoader, check_packing
 from pipeline.checkpoints import Snapshot, read_moments, read_state
 from pipeline.movement import check_moved, checksums
 from pipeline.prepared import PreparedData
@@ -135,6 +135,8 @@ def _prepare(
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             attn_implementation=config.attention,
         )
+    if config.packing:
+        check_packing(model.config.model_type, config.attention)
     adsc.attach(model, adsc.PruningPlan.parse(config.plan))
     if config.activation_checkpointing:
         # transformers before 5.23 knows the old name only.

@@ -5,6 +5,7 @@ share one Ray Train folder, so an attempt after a crash resumes from the last ch
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -13,10 +14,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.feed import from_thread
+from pipeline.feed import from_ray_data, from_thread
 from pipeline.progress import ProgressHandle
 from pipeline.stage import Input, StageContext
 from pipeline.tracking import RunHandle
@@ -34,16 +36,42 @@ class TrainingRefused(ValueError):
     """Training can't succeed with this config or these data, however often it is tried."""
 
 
+@dataclass(frozen=True)
+class Anywhere:
+    """A pipeline.batches.StepLoader for machines that may not have this one's folders."""
+
+    load: Any
+    inputs: dict[str, Input]
+
+    @functools.cached_property
+    def _here(self) -> Callable[[int], Any]:
+        folders = {
+            "data": self.inputs["data"].folder / "train",
+            "processor": self.inputs["base"].folder,
+        }
+        return dataclasses.replace(self.load, **folders)  # type: ignore[no-any-return]
+
+    def __call__(self, step: int) -> Any:
+        return self._here(step)
+
+
 class RayContext:
     """pipeline.training.TrainContext inside a Ray Train worker."""
 
-    def __init__(self, progress: ProgressHandle, run: RunHandle) -> None:
+    def __init__(
+        self,
+        progress: ProgressHandle,
+        run: RunHandle,
+        inputs: dict[str, Input],
+        data_workers: int = 0,
+    ) -> None:
         import ray.train
 
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self._progress = progress
+        self._inputs, self._data_workers = inputs, data_workers
         self._tracker = run.tracker()
         self._one_write = threading.Semaphore()
         self._ask_at = time.monotonic()
@@ -61,6 +89,8 @@ class RayContext:
             yield Path(folder)
 
     def stream(self, load: Callable[[int], Any], steps: range) -> Iterator[Any]:
+        if self._data_workers:
+            return from_ray_data(Anywhere(load, self._inputs), steps, self._data_workers)
         return from_thread(load, steps)
 
     def report(
@@ -161,7 +191,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         data=inputs["data"].folder / "train",
         start=inputs["start"].folder / "trained" if "start" in inputs else None,
     )
-    context = RayContext(arguments["progress"], arguments["run"])
+    context = RayContext(arguments["progress"], arguments["run"], inputs, arguments["data_workers"])
     try:
         train(config, sources, context)
     except ValueError as error:
@@ -197,6 +227,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             "inputs": dict(ctx.inputs),
             "progress": ctx.progress_handle,
             "run": ctx.track.handle,
+            "data_workers": run.data_workers,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.num_workers,
