@@ -150,6 +150,10 @@ class RayContext:
         self._tracker.metrics(metrics, step=step)
         self._progress(step, steps, f"steps, loss {metrics['loss']:.3f}")
 
+    def close(self) -> None:
+        """What is tracked is sent, as far as MLflow answers."""
+        self._tracker.close()
+
     def due(self) -> bool:
         """Now and then, on one rank: the question is a barrier of all workers, which costs."""
         if self.rank != 0 or time.monotonic() < self._ask_at:
@@ -196,6 +200,8 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         train(config, sources, context)
     except ValueError as error:
         return str(error)
+    finally:
+        context.close()
     return None
 
 
