@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import prepare_cli
+from workflows import dry_run, prepare_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from pipeline.stage import RunContext
     from pipeline.workflow import Workflow
 
-WORKFLOWS = {"demo": "workflows.demo", "tiny_base": "workflows.tiny_base"}
+WORKFLOWS = {
+    "demo": "workflows.demo",
+    "tiny_base": "workflows.tiny_base",
+    "llava15_7b": "workflows.llava15_7b",
+    "llava15_7b_128": "workflows.llava15_7b",
+    "llava15_7b_64": "workflows.llava15_7b",
+}
 """Name of a workflow, which is also the name of the function -> its module."""
 DEFAULT_ROOT = "runs"
 
@@ -37,6 +43,7 @@ RUN_EXAMPLES = """examples:
   adsc run demo
   adsc run demo --set plan=1:1/3,4:1/3 --set curriculum.order=forward
   adsc run demo --set train.learning_rate=1e-3 --dry-run
+  adsc run llava15_7b --dry-run --workers 8 --gpu-type a100-80gb --gpu-price 1.80
   adsc run demo --root s3://bucket/adsc --mlflow http://mlflow:5000
   adsc run demo --address ray://head:10001 --workers 8 --gpus 1
 """
@@ -124,7 +131,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         commands, "run", "run a workflow; finished stages are not repeated", RUN_EXAMPLES
     )
     _add_workflow(run)
-    run.add_argument("--dry-run", action="store_true", help="print stages, plans and costs only")
+    dry_run.add_options(run)
     run.add_argument("--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)")
     run.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
     run.add_argument(
@@ -249,8 +256,7 @@ def _run(options: argparse.Namespace) -> int:
     console = _console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
     if options.dry_run:
-        _print_costs(console, workflow.config)
-        return 0
+        return dry_run.show(console, workflow.config, options)
     context = _context(options)
     found = graph.run(stages, context, console)
     _print_results(console, found)
@@ -287,43 +293,6 @@ def _print_results(console: Console, found: dict[str, Record]) -> None:
             f"{arm['prefill_ms']:.1f}",
         )
     table.add_row("majority answer", "-", f"{outputs['majority']:.3f}", "-", "0", "-", "-", "-")
-    console.print(table)
-
-
-def _print_costs(console: Console, config: Any) -> None:
-    """Tokens and costs of each training stage's plan, where the base's config is at hand."""
-    from transformers import AutoConfig
-
-    import adsc
-    from pipeline.recipe import CompressConfig, training_plans
-    from pipeline.stages.base import resolve
-
-    if not isinstance(config, CompressConfig):
-        return
-    folder = resolve(config.base.source)
-    if not (folder / "config.json").is_file():
-        console.print(f"no costs: {config.base.source} is not on this machine", markup=False)
-        return
-    model = AutoConfig.from_pretrained(folder)
-    layers = model.get_text_config().num_hidden_layers
-    table = _table(
-        "plan of", "plan", "tokens per layer", "average", "GFLOPs", "KV KiB",
-        title="One picture with 101 text tokens",
-    )  # fmt: skip
-    plans = [("dense", "")] + [
-        (f"train-{number}", plan) for number, plan in enumerate(training_plans(config), 1)
-    ]
-    for name, plan in plans:
-        cost = adsc.estimate_cost(model, plan)
-        tokens = [layer.vision_tokens for layer in cost.per_layer]
-        table.add_row(
-            name,
-            plan or "-",
-            " ".join(map(str, tokens)),
-            f"{sum(tokens) / layers:.1f}",
-            f"{cost.flops / 1e9:.3f}",
-            f"{cost.kv_cache_bytes / 1024:.0f}",
-        )
     console.print(table)
 
 

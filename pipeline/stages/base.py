@@ -14,6 +14,7 @@ import torch
 from transformers import AutoProcessor
 
 import adsc
+from adsc.geometries import HUB_IDS, geometry
 from pipeline.config import Config
 from pipeline.record import manifest
 from pipeline.stage import StageContext
@@ -59,7 +60,10 @@ def pin_digest(config: BaseConfig) -> BaseConfig:
 
 
 def num_decoder_layers(source: str) -> int | None:
-    """Decoder layers according to the checkpoint's config.json; None where it isn't at hand."""
+    """Decoder layers of a known hub id, or by the checkpoint's config.json; None where that isn't
+    at hand."""
+    if source in HUB_IDS:
+        return int(geometry(source).get_text_config().num_hidden_layers)
     file = resolve(source) / "config.json"
     if not file.is_file():
         return None

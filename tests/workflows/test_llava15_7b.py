@@ -1,0 +1,84 @@
+"""The full-size recipe: its dry run, and the records that it holds out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adsc.plan import PruningPlan
+from pipeline.train_config import TrainConfig
+from tests.pipeline.contexts import stage_context
+from workflows.cli import load_workflow, main
+from workflows.llava15_7b import PLANS, HoldOutConfig, hold_out
+
+SHORT = "<image>\nWhat is it?\nAnswer the question using a single word or phrase."
+CHOICE = "<image>\nWhich one?\nA. a\nB. b\nAnswer with the option's letter from the given choices"
+
+
+@pytest.mark.parametrize("average", PLANS)
+def test_plans_meet_their_budget(average: int) -> None:
+    plan = PruningPlan.parse(PLANS[average])
+    assert plan.average_tokens(576, 32) == pytest.approx(average, rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_7b_128", "llava15_7b_64"])
+def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"--root={tmp_path / 'runs'}"
+    assert main(["run", name, "--dry-run", "--workers=8", "--gpu-price=2", root]) == 0
+    said = capsys.readouterr().out
+    assert "Training on 8 x h100" in said and "665,298 records" in said
+    assert not (tmp_path / "runs").exists()
+    trained = [s.config for s in load_workflow(name).stages() if s.name.startswith("train-")]
+    assert all(isinstance(config, TrainConfig) for config in trained)
+    # A third of an epoch each, 128 conversations a step.
+    assert sum(c.steps_for(665_298) for c in trained) == 3 * 1733  # type: ignore[attr-defined]
+
+
+def test_a_dry_run_that_can_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change = "train.activation_checkpointing=false"
+    run = ["run", "llava15_7b", "--dry-run", "--gpu-type=l40s", f"--root={tmp_path}"]
+    assert main([*run, "--set", change]) == 1
+    said = capsys.readouterr().out
+    assert "control-1 needs about" in said and "train.strategy=zero3" in said
+
+
+def record(name: str, question: str, picture: str | None = "a.jpg") -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "bag"}]
+    return {"id": name, "conversations": turns} | ({"image": picture} if picture else {})
+
+
+def test_a_test_set_is_held_out(tmp_path: Path) -> None:
+    records = [record(f"long-{i}", "<image>\nDescribe it.", f"{i}.jpg") for i in range(20)]
+    records += [record(f"short-{i}", SHORT, f"{i}.jpg") for i in range(10)]
+    records += [record(f"choice-{i}", CHOICE, f"x{i}.jpg") for i in range(10)]
+    records += [record("text", "A single word or phrase?", None)]
+    lines = ",\n".join(map(json.dumps, records))
+    (tmp_path / "mix.json").write_text(f"[{lines},\n{{'broken': 1}}]")
+    config = HoldOutConfig(folder=str(tmp_path), records="mix.json", held_out=12)
+    counts = hold_out(stage_context("records", tmp_path / "out", {}), config)
+    train, test = (
+        (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()
+        for split in ("train", "test")
+    )
+    assert counts == {"train": len(train), "test": 12, "left_out": 42 - 12 - len(train)}
+    held = [json.loads(line) for line in test]
+    assert len({it["id"] for it in held}) == 12
+    assert all(it["id"].startswith(("short", "choice")) for it in held)
+    pictures = {it["image"] for it in held}
+    kept = [json.loads(line) for line in train]
+    # What can't be read is left for the stage `prepare`, which judges all records.
+    assert [it for it in kept if isinstance(it, str)] == [kept[-1]]
+    assert not pictures & {it.get("image") for it in kept[:-1]}
+    assert counts["left_out"] > 0
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"download LLaVA's records .* --set data\.folder=DIR"):
+        hold_out(stage_context("a", tmp_path / "a", {}), HoldOutConfig(folder=str(tmp_path)))
+    (tmp_path / "mix.json").write_text(json.dumps([record("one", SHORT)]))
+    config = HoldOutConfig(folder=str(tmp_path), records="mix.json")
+    with pytest.raises(ValueError, match=r"1 conversations .* lower data\.held_out = 2000"):
+        hold_out(stage_context("b", tmp_path / "b", {}), config)

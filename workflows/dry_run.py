@@ -1,0 +1,150 @@
+"""`adsc run --dry-run`: what a compression costs at run time, and what its training takes.
+
+The forecast's assumptions are printed with it; see pipeline/forecast.py for its formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.forecast import Assumptions, StageForecast
+
+
+def add_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print stages, plans, costs, GPU-hours and memory only",
+    )
+    group = run.add_argument_group("what --dry-run assumes")
+    group.add_argument("--gpu-type", metavar="GPU", help="h100 (default), h200, a100-80gb, ...")
+    group.add_argument("--gpu-price", type=float, help="price of a GPU-hour, in any currency")
+    group.add_argument("--hfu", type=float, help="share of the GPU's peak that is reached (0.4)")
+    group.add_argument(
+        "--text-tokens", type=int, help="text tokens of an average conversation (200)"
+    )
+
+
+def show(console: Console, config: Any, options: argparse.Namespace) -> int:
+    """Print both tables; 1 where a training stage can't fit into a GPU's memory."""
+    from pipeline.forecast import USABLE, Assumptions, forecast, model_config
+    from pipeline.recipe import CompressConfig, training_configs, training_plans
+
+    if not isinstance(config, CompressConfig):
+        return 0
+    model = model_config(config.base.source)
+    if model is None:
+        console.print(
+            f"no costs: {config.base.source} is neither a folder on this machine nor a hub id "
+            "whose geometry is known",
+            markup=False,
+        )
+        return 0
+    plans = training_plans(config)
+    _show_costs(console, model, plans)
+    given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}
+    assumed = Assumptions(
+        workers=options.workers,
+        price=options.gpu_price,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    records = getattr(getattr(config, "data", None), "size", None)
+    stages = [
+        (f"{branch}-{number}", train)
+        for branch, of_branch in (("train", plans), ("control", [""] * len(plans)))
+        for number, train in enumerate(training_configs(config, of_branch), 1)
+    ]
+    rows = forecast(model, stages, records, assumed)
+    _show_forecast(console, rows, records, assumed)
+    most = max(rows, key=lambda row: row.memory_gib)
+    room = USABLE * assumed.hardware.memory_gib
+    if most.memory_gib <= room:
+        return 0
+    console.print(
+        f"{most.name} needs about {most.memory_gib:.0f} GiB of {room:.0f} GiB that a training can "
+        f"have on {assumed.gpu}: lower train.micro_tokens or raise train.accumulate, set "
+        "train.activation_checkpointing=true, or split the weights with train.strategy=zero3",
+        style="red",
+        markup=False,
+    )
+    return 1
+
+
+def _show_costs(console: Console, model: Any, plans: Sequence[str]) -> None:
+    import adsc
+
+    table = _table(
+        "plan of", "plan", "tokens per layer", "average", "GFLOPs", "KV KiB",
+        title="One picture with 101 text tokens",
+    )  # fmt: skip
+    named = [("dense", ""), *((f"train-{number}", plan) for number, plan in enumerate(plans, 1))]
+    for name, plan in named:
+        cost = adsc.estimate_cost(model, plan)
+        table.add_row(
+            name,
+            plan or "-",
+            _runs([layer.vision_tokens for layer in cost.per_layer]),
+            f"{cost.average_vision_tokens:.1f}",
+            f"{cost.flops / 1e9:,.3f}",
+            f"{cost.kv_cache_bytes / 1024:,.0f}",
+        )
+    console.print(table)
+
+
+def _runs(tokens: Sequence[int]) -> str:
+    """Each count once, with its number of layers: `576 x 4, 288 x 6`."""
+    counts: list[tuple[int, int]] = []
+    for count in tokens:
+        if counts and counts[-1][0] == count:
+            counts[-1] = (count, counts[-1][1] + 1)
+        else:
+            counts.append((count, 1))
+    return ", ".join(f"{count} x {layers}" for count, layers in counts)
+
+
+def _show_forecast(
+    console: Console, rows: Sequence[StageForecast], records: int | None, assumed: Assumptions
+) -> None:
+    table = _table(
+        "stage", "plan", "steps", "PFLOPs", "GPU-hours", "hours", "GiB per GPU",
+        *(["price"] if assumed.price else []),
+        title=f"Training on {assumed.workers} x {assumed.gpu}",
+    )  # fmt: skip
+
+    def add(name: str, plan: str, steps: int, flops: float, hours: float, memory: float) -> None:
+        price = [f"{hours * assumed.price:,.2f}"] if assumed.price else []
+        each = hours / assumed.workers
+        numbers = (f"{flops / 1e15:,.1f}", f"{hours:,.2f}", f"{each:,.2f}", f"{memory:.1f}")
+        table.add_row(name, plan or "-", f"{steps:,}", *numbers, *price)
+
+    for row in rows:
+        add(row.name, row.plan, row.steps, row.flops, row.gpu_hours, row.memory_gib)
+    add(
+        "all",
+        "",
+        sum(row.steps for row in rows),
+        sum(row.flops for row in rows),
+        sum(row.gpu_hours for row in rows),
+        max(row.memory_gib for row in rows),
+    )
+    console.print(table)
+    of = f"{records:,} records of " if records else "conversations of "
+    console.print(
+        f"assumed: {of}one picture and {assumed.text_tokens} text tokens; "
+        f"{100 * assumed.hfu:.0f} % of the peak of {assumed.hardware.peak_flops / 1e12:.0f} "
+        "TFLOP/s (dense bf16); evaluation, merging and loading not counted",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(*columns: str, title: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
