@@ -52,6 +52,7 @@ TASK = pa.schema(
     ]
 )
 YIELD_ROWS, YIELD_BYTES = 128, 16 << 20  # what a worker holds before it hands rows on
+STORE_BYTES = 256 << 20  # of Ray's object store beside what its cores have in hand
 TASK_CPUS = 0.9  # stages' own processes hold a tenth of a core each: no core may stay idle
 
 
@@ -374,21 +375,26 @@ def _write_split(
 def _rendered(tasks: list[dict[str, Any]], work: Work) -> Iterator[pa.Table]:
     import ray.data
 
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()  # whoever shares the process keeps theirs
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the same shards whatever the cluster
     context.target_max_block_size = 2 * YIELD_BYTES
-    table = pa.Table.from_pylist(tasks, schema=TASK)
-    rendered = ray.data.from_arrow(table, override_num_blocks=len(tasks)).map_batches(
-        partial(render_chunks, work=work),
-        batch_format="pyarrow",
-        batch_size=None,
-        num_cpus=TASK_CPUS,
+    # Workers wait for the writer rather than fill the object store.
+    cores = ray.cluster_resources().get("CPU", 1)
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=STORE_BYTES + cores * 8 * YIELD_BYTES
     )
-    try:
-        yield from rendered.iter_batches(
-            batch_format="pyarrow", batch_size=None, prefetch_batches=1
+    table = pa.Table.from_pylist(tasks, schema=TASK)
+    with ray.data.DataContext.current(context):
+        rendered = ray.data.from_arrow(table, override_num_blocks=len(tasks)).map_batches(
+            partial(render_chunks, work=work),
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=TASK_CPUS,
         )
+        blocks = rendered.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=1)
+    try:
+        yield from blocks
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):  # a store or a file that failed, in a worker
             raise error.cause from error

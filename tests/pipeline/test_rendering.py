@@ -74,10 +74,8 @@ def test_prompts_and_masks_are_those_on_record(name: str) -> None:
 
 
 def test_both_ways_to_find_the_mask_agree() -> None:
-    marked = OWN["chatml"].replace("{{ message.role }}\n", "{{ message.role }}\n{% generation %}")
-    marked = marked.replace(
-        "<|im_end|>\n{% endfor %}", "<|im_end|>{% endgeneration %}\n{% endfor %}"
-    )
+    marked = CHATML.replace("{{ message.role }}\n", "{{ message.role }}\n{% generation %}")
+    marked = marked.replace("<|im_end|>\n", "<|im_end|>{% endgeneration %}{{ '\\n' }}")
     for turns in CONVERSATIONS.values():
         (text, spans), compared = own(marked)._marked(messages := _messages(turns)), own(CHATML)
         assert (text, spans[1::2]) == compared._compared(messages)
@@ -164,7 +162,7 @@ def test_which_template_a_checkpoint_gets(small: Small) -> None:
     assert find_template("auto", processor).name == "vicuna_v1"
     with pytest.raises(TemplateError, match="without an end token"):
         find_template("tokenizer", processor)
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     assert find_template("auto", processor).name == "vicuna_v1"
     with pytest.raises(TemplateError, match="has no chat template; name one with"):
         find_template("tokenizer", processor)
