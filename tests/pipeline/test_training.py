@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,31 +114,6 @@ def test_accumulation_does_not_change_the_step(small: Small, tmp_path: Path) -> 
     assert worst_difference(trained(tmp_path / "one"), trained(tmp_path / "four")) < 5e-4
 
 
-TWO_WORKERS = """
-import sys, torch.distributed as dist
-from pathlib import Path
-from pipeline.train_config import TrainConfig
-from pipeline.training import Sources, train
-from tests.pipeline.test_training import Plain
-rank, folder, base, data, config = int(sys.argv[1]), *sys.argv[2:6]
-dist.init_process_group("gloo", init_method=f"file://{folder}.meet", rank=rank, world_size=2)
-train(TrainConfig.model_validate_json(config), Sources(base=Path(base), data=Path(data)),
-      Plain(Path(folder), rank, 2))
-"""
-
-
-def test_two_workers_equal_one(small: Small, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"lora": LORA.model_copy(update={"dropout": 0.0})})
-    train(config, sources(small), Plain(tmp_path / "one"))
-    command = [tmp_path / "two", small.base, small.prepared / "train", config.model_dump_json()]
-    workers = [
-        subprocess.Popen([sys.executable, "-c", TWO_WORKERS, str(rank), *map(str, command)])
-        for rank in range(2)
-    ]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
-    assert worst_difference(trained(tmp_path / "one"), trained(tmp_path / "two")) < 5e-4
-
-
 def test_exactly_the_declared_parameters_move(small: Small, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"steps": 2, "tune": (r".*multi_modal_projector\..*",)})
     train(config, sources(small), Plain(tmp_path))
@@ -189,6 +162,18 @@ def test_divergence_names_the_records(small: Small, tmp_path: Path) -> None:
     model.save_pretrained(base)
     with pytest.raises(Diverged, match=r"step 1: loss .*nan.* records: \['train/0000"):
         train(CONFIG, Sources(base=base, data=small.prepared / "train"), Plain(tmp_path / "run"))
+
+
+def test_a_gradient_that_explodes_names_the_records(small: Small, tmp_path: Path) -> None:
+    """From the 20th step on, against the median of the steps before; also after a restart."""
+    config = CONFIG.model_copy(update={"steps": 60, "diverged_norm": 1.001, "checkpoint_every": 19})
+    with pytest.raises(
+        Diverged, match=r"step (2|3)\d: loss .* norm .*usually .*'train/0000"
+    ) as one:
+        train(config, sources(small), Plain(tmp_path))
+    with pytest.raises(Diverged) as two:
+        train(config, sources(small), Plain(tmp_path))
+    assert str(one.value) == str(two.value)
 
 
 def test_what_matches_nothing_is_refused(small: Small, tmp_path: Path) -> None:
