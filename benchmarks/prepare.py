@@ -53,8 +53,9 @@ SHARED_PICTURES = 256
 SIDE = 336
 
 
-def generate(folder: Path, records: int, pictures: float) -> Path:
+def generate(folder: Path, records: int, args: argparse.Namespace) -> Path:
     """A JSON list of unique records, as a stream; a share of them with one of 256 pictures."""
+    pictures = args.pictures
     rng = random.Random(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(SHARED_PICTURES if pictures else 0):
@@ -65,11 +66,11 @@ def generate(folder: Path, records: int, pictures: float) -> Path:
     with path.open("w") as file:
         for number in range(records):
             record: dict[str, Any] = {"id": f"{number:08d}", "conversations": []}
-            for turn in range(3):
-                question = f"{number} {turn} {' '.join(rng.choices(WORDS, k=20))}?"
+            for turn in range(args.exchanges):
+                question = f"{number} {turn} {' '.join(rng.choices(WORDS, k=args.words))}?"
                 record["conversations"] += [
                     {"from": "human", "value": question},
-                    {"from": "gpt", "value": " ".join(rng.choices(WORDS, k=20))},
+                    {"from": "gpt", "value": " ".join(rng.choices(WORDS, k=args.words))},
                 ]
             if rng.random() < pictures:
                 record["image"] = f"{number % SHARED_PICTURES}.jpg"
@@ -92,8 +93,10 @@ def tree_memory(root: psutil.Process) -> tuple[float, float]:
     return total, own
 
 
-def measure_memory(model: Path, folder: Path, records: int, pictures: float) -> dict[str, Any]:
-    data = generate(folder, records, pictures)
+def measure_memory(
+    model: Path, folder: Path, records: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    data = generate(folder, records, args)
     command = [
         sys.executable, "-m", "workflows.cli", "prepare", str(data), "--model", str(model),
         "--images", str(folder / "images"), "--out", str(folder / f"out-{records}"), "--json",
@@ -142,7 +145,7 @@ def measure_speed(model: Path, folder: Path, args: argparse.Namespace) -> Iterat
     from pipeline.stages import prepare as stage
     from workflows.prepare_cli import _input
 
-    data = generate(folder, args.records[0], args.pictures)
+    data = generate(folder, args.records[0], args)
     config = stage.PrepareConfig(splits={"train": data.name}, template="auto")
     given, base = _input(folder), _input(model)
     cores = args.processes
@@ -203,6 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("memory", "speed"))
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--pictures", type=float, default=0.0, help="share of records with one")
+    parser.add_argument("--exchanges", type=int, default=3, help="questions in a record")
+    parser.add_argument("--words", type=int, default=20, help="of a question, and of an answer")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of `speed`")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of `speed`")
     parser.add_argument("--model", help="checkpoint folder (default: the small one)")
@@ -214,8 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="adsc-prepare-") as scratch:
         if args.what == "memory":
             found: Iterator[dict[str, Any]] = (
-                measure_memory(model, Path(scratch), records, args.pictures)
-                for records in args.records
+                measure_memory(model, Path(scratch), records, args) for records in args.records
             )
         else:
             found = measure_speed(model, Path(scratch), args)

@@ -6,6 +6,7 @@ text} in which `<image>` marks where a picture stands (the layout of llava_v1_5_
 here knows of Ray, of files (sources.py), of pixels (pictures.py) or of tokens (rendering.py).
 """
 
+import re
 from typing import Any
 
 from pipeline.templates import MARKER, ROLES
@@ -13,6 +14,7 @@ from pipeline.templates import MARKER, ROLES
 __all__ = ["IGNORED", "MARKER", "REASONS", "BadRecord", "parse_turns", "picture_sources"]
 
 IGNORED = -100
+_SURROGATE = re.compile("[\ud800-\udfff]")
 REASONS = {
     "malformed": "the record is not an object with a list of turns of text",
     "encoding": "the text is not UTF-8, or holds half a character (a surrogate)",
@@ -75,7 +77,7 @@ def parse_turns(record: Any) -> list[tuple[str, str]]:
 
 
 def _check_characters(text: str, where: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         raise BadRecord("encoding", f"{where} holds half a character (a surrogate)")
 
 
