@@ -49,10 +49,12 @@ def prepare_trainable(
     if lora is not None:
         model = get_peft_model(model, _peft_config(lora))  # type: ignore[arg-type]
     for name in tuned:
-        # Small steps would be lost in a half-precision weight. Where ZeRO has split a parameter,
-        # the optimizer holds it in full precision.
-        if not hasattr(by_name[name], "ds_id"):
-            by_name[name].data = by_name[name].data.float()
+        # Small steps would be lost in a half-precision weight.
+        by_name[name].data = by_name[name].data.float()
+        # Where ZeRO-3 has split a parameter, its values are in this worker's part.
+        part = getattr(by_name[name], "ds_tensor", None)
+        if part is not None:
+            part.data = part.data.float()
         by_name[name].requires_grad_(True)
     both = [n for n, p in model.named_parameters() if p.requires_grad and ".base_layer." in n]
     if both:

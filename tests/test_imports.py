@@ -15,6 +15,7 @@ FORBIDDEN = {
 ONE_FILE = {
     "boto3": {"pipeline/store.py"},
     "botocore": {"pipeline/store.py"},
+    "deepspeed": {"pipeline/strategy.py"},
     "mlflow": {"pipeline/mlflow_calls.py", "pipeline/mlflow_model.py"},
 }
 

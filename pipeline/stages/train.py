@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ASK_SECONDS = 2.0
 """Between two questions whether a machine is to be taken away."""
+WAIT_SECONDS, ELASTIC_SECONDS = 7 * 24 * 3600, 60
+"""How long a stage waits for its workers; with an elastic number, for more than the fewest."""
 PATIENCE_SECONDS = 300.0
 """How long a store may refuse a checkpoint before the workers are started again."""
 
@@ -222,7 +224,10 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             "without a conversation; raise it, or use fewer workers"
         )
     # Two branches of a workflow may take turns on the same workers: wait for them, don't fail.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+    # With an elastic number, Ray Train waits so long for lost machines before it does with fewer.
+    elastic = not isinstance(run.num_workers, int)
+    seconds = ELASTIC_SECONDS if elastic else WAIT_SECONDS
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(seconds)
     data = ctx.inputs["data"]
     ctx.track.dataset(data.uri, "prepared conversations", data.outputs.get("digest", "")[:12])
     storage_path, name = ctx.train_storage
@@ -244,7 +249,10 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             name=name,
             storage_path=storage_path,
             failure_config=FailureConfig(
-                max_failures=3, controller_failure_limit=3, relax_collectives_on_preemption=True
+                max_failures=3,
+                # Too few workers count as the controller's failure: others may be using them.
+                controller_failure_limit=WAIT_SECONDS // ELASTIC_SECONDS if elastic else 3,
+                relax_collectives_on_preemption=True,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
         ),

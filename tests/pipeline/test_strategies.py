@@ -1,0 +1,199 @@
+"""Equivalent runs in real processes: workers, strategies, launchers; and SIGTERM under torchrun."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.strategy import Zero
+from pipeline.torchrun import TRY_AGAIN, FolderContext
+from pipeline.train_config import OffloadSettings, TrainConfig
+from pipeline.training import Sources, train
+from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
+from tests.small import Small
+
+PROJECTOR = (r".*multi_modal_projector\..*",)
+# Dropout depends on the rank, and a projector exercises a second group of parameters.
+EXACT = CONFIG.model_copy(
+    update={
+        "lora": LORA.model_copy(update={"dropout": 0.0}),
+        "tune": PROJECTOR,
+        "tune_learning_rate": 1e-3,
+    }
+)
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+
+
+def in_two_processes(script: str, *arguments: object) -> None:
+    """Run `script` as a module under torchrun, with two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def command_line(small: Small, config: TrainConfig, folder: Path) -> list[object]:
+    """What pipeline.torchrun takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.json"
+    file.write_text(config.model_dump_json())
+    return [file, "--base", small.base, "--data", small.prepared / "train", "--out", folder]
+
+
+def result(folder: Path, step: int = EXACT.steps or 0) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds as tensors."""
+    checkpoint = folder / f"step-{step:07d}"
+    moments = load_file(checkpoint / "moments.safetensors")
+    tuned = load_file(checkpoint / "trained" / "tuned.safetensors")
+    return {**trained(folder, step), **tuned, **moments}
+
+
+def losses(folder: Path) -> list[float]:
+    newest = FolderContext(folder).checkpoints()[-1]
+    return [loss for _, loss in json.loads((newest / "trained" / "history.json").read_text())]
+
+
+@pytest.fixture(scope="module")
+def alone(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """EXACT in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(EXACT, sources(small), Plain(folder))
+    return folder
+
+
+def test_torchrun_with_two_workers_equals_one_process(
+    small: Small, tmp_path: Path, alone: Path
+) -> None:
+    config = EXACT.model_copy(update={"keep_checkpoints": 1})
+    in_two_processes("pipeline.torchrun", *command_line(small, config, tmp_path))
+    # Measured: losses 1e-6, weights and moments 6e-6 after six steps of AdamW at 1e-2.
+    assert losses(tmp_path) == pytest.approx(losses(alone), abs=2e-5)
+    assert worst_difference(result(tmp_path), result(alone)) < 2e-4
+    assert [path.name for path in FolderContext(tmp_path).checkpoints()] == ["step-0000006"]
+
+
+def strategies(base: str, data: str, folder: str) -> None:
+    """Run by two processes: every strategy; DDP's and ZeRO-3's checkpoints taken over."""
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    where = Sources(base=Path(base), data=Path(data))
+    config = EXACT.model_copy(update={"accumulate": 2})
+
+    def run(strategy: str, name: str) -> None:
+        change = {"strategy": strategy}
+        train(config.model_copy(update=change), where, Plain(Path(folder) / name, rank, 2))
+
+    for strategy in STRATEGIES:
+        run(strategy, strategy)
+    for first, second in (("ddp", "zero3"), ("zero3", "zero3"), ("zero3", "zero2")):
+        torch.distributed.barrier()
+        name = f"{first}-{second}"
+        if rank == 0:
+            step = "step-0000004"
+            shutil.copytree(Path(folder) / first / step, Path(folder) / name / step)
+        torch.distributed.barrier()
+        run(second, name)
+
+
+def test_ddp_and_all_stages_of_zero_are_one_run(small: Small, tmp_path: Path, alone: Path) -> None:
+    in_two_processes(
+        "tests.pipeline.test_strategies", small.base, small.prepared / "train", tmp_path
+    )
+    reference = result(tmp_path / "ddp")
+    assert worst_difference(reference, result(alone)) < 2e-4  # one worker, no accumulation
+    for strategy in STRATEGIES:
+        # Measured: losses equal to 5e-7, weights and moments to 6e-6 (ZeRO-3), else equal.
+        assert losses(tmp_path / strategy) == pytest.approx(losses(tmp_path / "ddp"), abs=1e-5)
+        assert worst_difference(result(tmp_path / strategy), reference) < 1e-4
+    # Resumed equals uninterrupted, under the same strategy and under another one.
+    for name in ("ddp-zero3", "zero3-zero3", "zero3-zero2"):
+        assert worst_difference(result(tmp_path / name), reference) < 1e-4
+
+
+def test_a_checkpoint_of_zero_3_on_two_workers_goes_on_with_ddp_on_one(
+    small: Small, tmp_path: Path, alone: Path
+) -> None:
+    """And the other way round, in one process: what a checkpoint holds names no strategy."""
+    for number, strategy in enumerate(("zero3", "ddp", "zero2")):
+        config = EXACT.model_copy(update={"strategy": strategy})
+        context = Plain(tmp_path, die_at=2 * number + 2 if number < 2 else 0)
+        try:
+            train(config, sources(small), context)
+        except InterruptedError:
+            assert number < 2
+    assert worst_difference(result(tmp_path), result(alone)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_bf16_with_everything_that_saves_memory(
+    small: Small, tmp_path: Path, strategy: str
+) -> None:
+    """Offload to the CPU and activation checkpointing change nothing but memory."""
+    plain = EXACT.model_copy(update={"precision": "bf16"})
+    train(plain, sources(small), Plain(tmp_path / "plain"))
+    changes = {
+        "strategy": strategy,
+        "offload": OffloadSettings(
+            optimizer="cpu", parameters="cpu" if strategy == "zero3" else None
+        ),
+        "activation_checkpointing": True,
+    }
+    train(plain.model_copy(update=changes), sources(small), Plain(tmp_path / "other"))
+    # bf16 has three digits. Measured: 2e-3.
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), abs=2e-2)
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun_leaves_with_a_checkpoint(
+    small: Small, tmp_path: Path, alone: Path
+) -> None:
+    """torchrun hands the signal on; both processes leave after the same step."""
+    config = EXACT.model_copy(update={"checkpoint_every": 1000, "steps": 4000})
+    where = command_line(small, config, tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "pipeline.torchrun", *map(str, where)]
+    with (tmp_path / "log").open("w") as file:
+        process = subprocess.Popen(command, stderr=file, stdout=file)
+        deadline = time.monotonic() + 240
+        while "step 3 of" not in (tmp_path / "log").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) != 0
+    (newest,) = FolderContext(tmp_path / "run").checkpoints()
+    step = json.loads((newest / "state.json").read_text())["step"]
+    assert 3 <= step < 1000
+    # Alone, a process tells by its status that it is to be started again.
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.torchrun", *map(str, where)])
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "run").glob(f"step-{1000:07d}")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == TRY_AGAIN
+
+
+def test_deepspeed_is_told_what_the_config_says() -> None:
+    config = TrainConfig(
+        strategy="zero3", offload=OffloadSettings(optimizer="cpu", parameters="/nvme"), clip=0.5
+    )
+    settings = Zero(config, torch.device("cpu")).settings()
+    assert settings["gradient_clipping"] == 0.5
+    assert settings["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "offload_param": {"device": "nvme", "nvme_path": "/nvme", "pin_memory": False},
+    }
+
+
+if __name__ == "__main__":
+    strategies(*sys.argv[1:])
