@@ -73,6 +73,17 @@ def _table(*columns: str, title: str | None = None) -> Any:
     return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
 
 
+def _workers(text: str) -> int | tuple[int, int]:
+    """An argparse type: `4`, or `2-8` for as many as there are."""
+    fewest, dash, most = text.partition("-")
+    if not dash:
+        return _positive(int)(text)  # type: ignore[no-any-return]
+    bounds = _positive(int)(fewest), _positive(int)(most)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: the fewest workers come first, as in 2-8")
+    return bounds
+
+
 def _positive(kind: type) -> Callable[[str], Any]:
     """An argparse type: a number above zero."""
 
@@ -135,7 +146,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     run.add_argument("--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)")
     run.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
     run.add_argument(
-        "--workers", type=_positive(int), default=1, help="Ray Train workers of a training stage"
+        "--workers",
+        type=_workers,
+        default=1,
+        help="Ray Train workers of a training stage; 2-8 takes as many as the cluster has",
     )
     run.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
     run.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")

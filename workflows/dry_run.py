@@ -51,7 +51,7 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     _show_costs(console, model, plans)
     given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}
     assumed = Assumptions(
-        workers=options.workers,
+        workers=options.workers if isinstance(options.workers, int) else options.workers[1],
         price=options.gpu_price,
         **{name: value for name, value in given.items() if value is not None},
     )
