@@ -31,6 +31,8 @@ from adsc.held import CacheError, Held, held_by
 from adsc.plan import PruningPlan
 from adsc.schedule import Segment, is_captured, survivors
 
+TYPES = "mm_token_type_ids"  # 0 is text: what Qwen's processors write, and who passes embeddings
+
 
 @dataclass(eq=False, kw_only=True)
 class Call:
@@ -49,6 +51,7 @@ class Call:
         square: a mask (B or 1, any, S, S) that the caller made; None if there is none.
         blocks: (B, S) block in which a column attends both ways, -1 for none; None if causal.
         samples: (B, S) number of the packed sample of each column; None if nothing is packed.
+        sliding: for each layer whether it attends to a sliding window.
     """
 
     plan: PruningPlan
@@ -63,6 +66,7 @@ class Call:
     square: Tensor | None
     blocks: Tensor | None
     samples: Tensor | None
+    sliding: tuple[bool, ...]
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -74,7 +78,7 @@ class Call:
     @property
     def substitutes(self) -> bool:
         """Whether layers after a drop see anything else than transformers would give them."""
-        return bool(self.segments) or self.before is not None
+        return len(self.segments) > 0 or self.before is not None
 
     def take(self, drop: int, hidden: Tensor) -> Tensor:
         """(B, S', D) -> (B, Q, D): the hidden states that are left after drop number `drop`."""
@@ -83,7 +87,7 @@ class Call:
 
     def mask(self, drop: int, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
         """The attention mask of a layer after drop number `drop`, as its backend takes it."""
-        sliding = is_sliding(self.decoder.config, layer)
+        sliding = self.sliding[layer]
         return self.once(
             ("mask", drop, sliding, hidden.device),
             lambda: self._build_mask(drop, layer, hidden, cache, sliding),
@@ -173,7 +177,7 @@ class Call:
 
     def rotary(self, drop: int, layer: int, hidden: Tensor, given: Any, cache: Cache | None) -> Any:
         """(cos, sin) of a segment: those of the columns that are left, or of their new numbers."""
-        key = ("rotary", drop, is_sliding(self.decoder.config, layer), hidden.device)
+        key = ("rotary", drop, self.sliding[layer], hidden.device)
         if self.plan.positions == "reindex":
             return self.once(key, lambda: self._turn(drop, layer, hidden, cache))
         if not self.segments or given is None:
@@ -218,12 +222,17 @@ def _pick_square(mask: Tensor, columns: Tensor) -> Tensor:
     return mask.gather(3, columns[:, None, None, :].expand(-1, heads, columns.shape[1], -1))
 
 
-def is_sliding(config: Any, layer: int) -> bool:
-    """Whether a layer of the decoder attends to a sliding window."""
+def sliding_layers(config: Any, layers: int) -> tuple[bool, ...]:
+    """For each layer of the decoder whether it attends to a sliding window."""
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return kinds[layer] == "sliding_attention"
-    return getattr(config, "sliding_window", None) is not None
+    if kinds is None:
+        return (getattr(config, "sliding_window", None) is not None,) * layers
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def is_sliding(config: Any, layer: int) -> bool:
+    """Whether one layer of the decoder attends to a sliding window."""
+    return sliding_layers(config, layer + 1)[layer]
 
 
 def first_full_layer(config: Any) -> int:
@@ -258,7 +267,10 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
 
     segments: list[Segment] = []
     blocks = samples = None
-    if vision := family.vision(model, inputs):
+    vision = family.vision(model, inputs)
+    if not vision and inputs.get("input_ids") is None and width > 1:
+        _check_text(inputs)
+    if vision:
         past = int(past)
         samples = _samples(inputs, cache, seen)
         new = None if seen is None else seen[:, past : past + width]
@@ -283,7 +295,20 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
         square=square,
         blocks=blocks,
         samples=samples,
+        sliding=sliding_layers(decoder.config, len(decoder.layers)),
     )
+
+
+def _check_text(inputs: dict[str, Any]) -> None:
+    """Embeddings without images: text if the caller says so, else nobody knows."""
+    types = inputs.get(TYPES)
+    if types is None or (not is_captured() and bool((types != 0).any())):
+        raise VisionTokenError(
+            "inputs_embeds came without images: if vision features are merged into them already, "
+            "it can't be told where and of which images they are, so nothing could be dropped; "
+            "pass input_ids, or embeddings of the image tokens themselves, together with "
+            f"pixel_values; for text alone pass {TYPES}=torch.zeros(rows, columns) beside them"
+        )
 
 
 def _read_mask(

@@ -19,10 +19,11 @@ from transformers import AutoConfig
 from adsc.attach import CONFIG_FIELD
 from adsc.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
 from adsc.cost_error import CostError
+from adsc.families import first_legal_layer
 from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import solve_plans
-from adsc.vision_cost import ImageInput, first_legal_layer, image_cost
+from adsc.vision_cost import ImageInput, image_cost
 
 COST_EXAMPLES = """examples:
   adsc cost llava-1.5-7b --plan 8:1/2,16:1/2,24:1/2 --text-tokens 101

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adsc.call import Call, begin
+from adsc.call import TYPES, Call, begin
 from adsc.families import GRID, SIZE, Family, VisionTokenError
 from adsc.held import CacheError, held_by, keep_record
 from adsc.outputs import carry_kept
@@ -59,6 +59,8 @@ class EnterModel:
                 )
             if isinstance(wanted := inputs.get("logits_to_keep"), Tensor):
                 inputs["logits_to_keep"] = _slots_of(wanted, call)
+        if TYPES not in self.names:  # meant for us alone
+            inputs.pop(TYPES, None)
         return (), inputs | {CALL: call}
 
 

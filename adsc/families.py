@@ -367,6 +367,11 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+def first_legal_layer(config: Any) -> int:
+    """The first decoder layer before which tokens may be dropped, from a whole model's config."""
+    return next((f.first_layer(config) for f in FAMILIES if f.model_type == config.model_type), 0)
+
+
 def find_family(model: nn.Module) -> tuple[Family, nn.Module]:
     """The family of a model and its inner model (the one that holds the decoder).
 

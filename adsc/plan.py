@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -65,6 +65,7 @@ class PruningPlan:
     stages: tuple[tuple[int, Fraction], ...] = ()
     anchor: str = "last"
     positions: str = "keep"
+    text: str = field(init=False, repr=False, compare=False)  # str(self), made once
 
     def __post_init__(self) -> None:
         checked: list[tuple[int, Fraction]] = []
@@ -86,12 +87,12 @@ class PruningPlan:
                 )
             checked.append((layer, _as_ratio(keep, layer)))
         object.__setattr__(self, "stages", tuple(checked))
-        for field, allowed in (("anchor", ANCHORS), ("positions", POSITIONS)):
-            if getattr(self, field) not in allowed:
+        for name, allowed in (("anchor", ANCHORS), ("positions", POSITIONS)):
+            if getattr(self, name) not in allowed:
                 raise PlanError(
-                    f"{field} {getattr(self, field)!r} is unknown; choose one of "
-                    f"{', '.join(allowed)}"
+                    f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
                 )
+        object.__setattr__(self, "text", str(self))
 
     @classmethod
     def parse(

@@ -99,18 +99,16 @@ def _evenly(
                 f"{rows} rows must have as many images, of shapes that tell their tokens"
             )
         share = len(images) // rows
+        gone = [_dropped(image, plan) for image in images]
         dropped = [
-            [
-                sum(image.tokens - len(image_kept[k]) for image, image_kept in row)
-                for k in range(len(lengths))
-            ]
-            for row in _shares(images, share, plan)
+            [sum(one[k] for one in gone[start : start + share]) for k in range(len(lengths))]
+            for start in range(0, len(gone), share)
         ]
         if any(row != dropped[0] for row in dropped):
             raise VisionTokenError(
                 f"where nothing can be read back, all rows must drop as many tokens: {dropped}"
             )
-        lengths = [length - gone for length, gone in zip(lengths, dropped[0], strict=True)]
+        lengths = [length - less for length, less in zip(lengths, dropped[0], strict=True)]
     segments: list[Segment] = []
     for kept, length in zip(keep, lengths, strict=True):
         torch._assert_async((kept.sum(1) == length).all(), "vision tokens and images don't match")
@@ -122,12 +120,13 @@ def _evenly(
     return segments
 
 
-def _shares(
-    images: list[Image], share: int, plan: PruningPlan
-) -> list[list[tuple[Image, list[tuple[int, ...]]]]]:
-    """The images of each row with what each keeps after each drop."""
-    kept = [(image, plan.kept_indices(image.tokens, image.lattice)) for image in images]
-    return [kept[start : start + share] for start in range(0, len(kept), share)]
+def _dropped(image: Image, plan: PruningPlan) -> list[int]:
+    """How many tokens of an image are gone after each drop."""
+    if torch.compiler.is_compiling():
+        flags = _constant_kept(plan.text, image.tokens, image.lattice)
+    else:
+        flags = _flags(plan, image.tokens, image.lattice)
+    return [sum(not flag for flag in one) for one in flags]
 
 
 def _kept(columns: Tensor, images: Images, plan: PruningPlan) -> Tensor:
@@ -169,20 +168,38 @@ def _compact(keep: Tensor, before: Segment | None, lengths: list[int], left: boo
 
 def _keep_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
     """(K, N) bool: which vision tokens are left after each drop."""
-    if torch.compiler.is_compiling():  # becomes a constant of the graph
-        return _make_table(images, plan, device)
+    if torch.compiler.is_compiling():
+        sizes = [(image.tokens, image.lattice) for image in images]
+        stages = [_constant_kept(plan.text, tokens, lattice) for tokens, lattice in sizes]
+        return torch.tensor(
+            [[flag for one in stages for flag in one[k]] for k in range(len(plan.stages))],
+            dtype=torch.bool,
+            device=device,
+        )
     return _kept_table(images, plan, device)
 
 
+@torch._dynamo.assume_constant_result
+def _constant_kept(
+    plan: str, tokens: int, lattice: tuple[int, int] | None
+) -> tuple[tuple[bool, ...], ...]:
+    """For each drop, which tokens of an image are left: worked out outside of the trace, in which a
+    second plan's numbers would become symbols."""
+    return _flags(PruningPlan.parse(plan), tokens, lattice)
+
+
 def _make_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
-    stages: list[list[bool]] = [[] for _ in plan.stages]
-    for image in images:
-        for row, kept in zip(stages, plan.kept_indices(image.tokens, image.lattice), strict=True):
-            flags = [False] * image.tokens
-            for index in kept:
-                flags[index] = True
-            row.extend(flags)
+    each = [_flags(plan, image.tokens, image.lattice) for image in images]
+    stages = [[flag for one in each for flag in one[k]] for k in range(len(plan.stages))]
     return torch.tensor(stages, dtype=torch.bool, device=device)
+
+
+def _flags(
+    plan: PruningPlan, tokens: int, lattice: tuple[int, int] | None
+) -> tuple[tuple[bool, ...], ...]:
+    """For each drop, which tokens of an image are left."""
+    kept = map(set, plan.kept_indices(tokens, lattice))
+    return tuple(tuple(index in one for index in range(tokens)) for one in kept)
 
 
 _kept_table = lru_cache(maxsize=256)(_make_table)  # saves the copy to the device, too

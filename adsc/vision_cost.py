@@ -17,6 +17,7 @@ from typing import Any
 from transformers.image_processing_utils import select_best_resolution
 
 from adsc.cost_error import CostError
+from adsc.families import first_legal_layer
 from adsc.vision_towers import (
     qwen2_5_vl_tower,
     qwen2_vl_tower,
@@ -68,15 +69,6 @@ def image_cost(config: Any, image: ImageInput) -> ImageCost:
             f"no exact cost for model type {family!r}: supported are {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[family](config, image)
-
-
-def first_legal_layer(config: Any) -> int:
-    """The first decoder layer before which tokens may be dropped.
-
-    Qwen3-VL adds deepstack features to the vision tokens after each of its first layers, so all of
-    them must still be there.
-    """
-    return len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
 
 
 def _llava(config: Any, image: ImageInput) -> ImageCost:

@@ -204,6 +204,24 @@ def test_inputs_by_position_and_as_embeddings():
     assert torch.equal(got, wanted)
 
 
+def test_embeddings_that_may_hold_merged_images_are_refused():
+    inputs = batch([row(3, 0, 5), row(3, 0, 5, seed=4)])
+    model = attached()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    features = torch.cat(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
+    merged = embeds.masked_scatter((inputs["input_ids"] == IMAGE).unsqueeze(-1), features)
+    zeros = torch.zeros_like(inputs["input_ids"])
+    with pytest.raises(adsc.VisionTokenError, match="inputs_embeds came without images"):
+        model(inputs_embeds=merged)
+    with pytest.raises(adsc.VisionTokenError, match=r"pass mm_token_type_ids=torch\.zeros"):
+        model.generate(inputs_embeds=merged, max_new_tokens=2)
+    with pytest.raises(adsc.VisionTokenError, match="inputs_embeds came without images"):
+        model(inputs_embeds=merged, mm_token_type_ids=(inputs["input_ids"] == IMAGE).long())
+    wanted = llava()(inputs_embeds=embeds).logits
+    assert torch.equal(model(inputs_embeds=embeds, mm_token_type_ids=zeros).logits, wanted)
+    assert torch.equal(attached([])(inputs_embeds=merged).logits, llava()(**inputs).logits)
+
+
 @pytest.mark.parametrize(
     ("ids", "count"),
     [([[5] + [IMAGE] * 15], 1), ([[5] + [IMAGE] * 16], 2), ([row(1, 0), row(1, 0)], 1)],
