@@ -160,7 +160,7 @@ class GlobalBatches:
         steps = min(self._block_steps, max(1, self._steps - first))
         rows = self._take(first, steps)
         rows = rows[np.argsort(self._length[rows], kind="stable")]
-        draw = np.random.default_rng([config.seed, block])
+        draw = np.random.default_rng([4, config.seed, block])
         return draw.permutation(rows.reshape(steps, config.batch_size))
 
 

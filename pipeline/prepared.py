@@ -157,8 +157,9 @@ class Shuffle:
             for number, group in enumerate(groups)
         }
         self._bytes = [group.bytes for group in groups]
+        # Each use of the seed has a number of its own in front: trailing zeros tell none apart.
         if self.total < starts[-1]:
-            self._choose(np.random.default_rng([seed, 1, 1, 1]))
+            self._choose(np.random.default_rng([1, seed]))
         self._windows = lru_cache(maxsize=2)(self._make_windows)
         self._order = lru_cache(maxsize=4)(self._make_order)
 
@@ -198,7 +199,7 @@ class Shuffle:
         windows: list[list[int]] = []
         rows = size = 0
         numbers = np.array(list(self._members))
-        for number in np.random.default_rng([self._seed, epoch]).permutation(numbers).tolist():
+        for number in np.random.default_rng([2, self._seed, epoch]).permutation(numbers).tolist():
             rows, size = rows + len(self._members[number]), size + self._bytes[number]
             if not windows or rows > self._window_rows or size > self._window_bytes:
                 windows.append([])
@@ -209,4 +210,6 @@ class Shuffle:
 
     def _make_order(self, epoch: int, window: int) -> np.ndarray:
         rows = [self._members[number] for number in self._windows(epoch)[1][window]]
-        return np.random.default_rng([self._seed, epoch, window]).permutation(np.concatenate(rows))
+        return np.random.default_rng([3, self._seed, epoch, window]).permutation(
+            np.concatenate(rows)
+        )
