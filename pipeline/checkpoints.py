@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.adapters import Trained
@@ -43,7 +44,17 @@ class Snapshot:
     moments: dict[str, dict[str, torch.Tensor]]
 
     def write(self, folder: Path) -> None:
-        """Write into a folder that nobody reads yet; publishing it at once is the launcher's."""
+        """Write into a folder that nobody reads yet; publishing it at once is the launcher's.
+
+        Raises:
+            OSError: the disk is full or can't be written to.
+        """
+        try:
+            self._write(folder)
+        except SafetensorError as error:
+            raise OSError(f"{folder} can't be written to: {error}") from error
+
+    def _write(self, folder: Path) -> None:
         self.trained.write(folder / "trained")
         (folder / "trained" / "history.json").write_text(json.dumps(self.history))
         flat = {

@@ -154,8 +154,14 @@ class Zero:
         self.stage = int(config.strategy.removeprefix("zero"))
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-        import deepspeed
-        import deepspeed.ops
+        try:
+            import deepspeed
+            import deepspeed.ops
+        except ImportError as error:
+            raise ValueError(
+                f"train.strategy = {config.strategy} needs DeepSpeed ({error}): pip install "
+                "'adsc[deepspeed]', or set train.strategy=ddp"
+            ) from error
 
         if device.type == "cpu":
             # Else every first use compiles an operator for shared memory; gloo does without.
@@ -174,7 +180,8 @@ class Zero:
 
     def settings(self) -> dict[str, Any]:
         """DeepSpeed's config."""
-        zero: dict[str, Any] = {"stage": self.stage}
+        # Buckets for an adapter's gradients: the default takes 2 GB for each.
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": 50_000_000}
         offload = self.config.offload
         for name, place in (("optimizer", offload.optimizer), ("param", offload.parameters)):
             if place is not None:

@@ -107,8 +107,8 @@ class RayContext:
         checkpoint = None
         if write is not None:
             # At most one snapshot waits to be written: memory stays bounded where the store is
-            # slower than training.
-            self._one_write.acquire()
+            # slower than training. Ray Train drops a report while workers are lost, hence a limit.
+            self._one_write.acquire(timeout=2 * PATIENCE_SECONDS)
             scratch = tempfile.mkdtemp(prefix="adsc-checkpoint-")
             checkpoint = ray.train.Checkpoint(scratch)
         ray.train.report(
@@ -136,14 +136,19 @@ class RayContext:
         storage: Any = ray.train.get_context().get_storage()
         give_up = time.monotonic() + PATIENCE_SECONDS
         try:
-            write(Path(checkpoint.path))
             while True:
                 try:
+                    write(Path(checkpoint.path))
                     return storage.persist_current_checkpoint(checkpoint, name)
                 except OSError as error:
                     if time.monotonic() > give_up:
-                        raise
-                    log.warning("the store refuses %s, trying again: %s", name, error)
+                        raise OSError(
+                            f"checkpoint {name} could not be stored for {PATIENCE_SECONDS:.0f} s: "
+                            f"{error}; look after space and rights of {storage.experiment_fs_path} "
+                            f"and of {checkpoint.path}, then run again: training goes on from the "
+                            "checkpoint before"
+                        ) from error
+                    log.warning("checkpoint %s can't be stored, trying again: %s", name, error)
                     time.sleep(5)
         finally:
             self._one_write.release()

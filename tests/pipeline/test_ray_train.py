@@ -18,16 +18,19 @@ def inputs(small: Small) -> dict[str, tuple[Path, dict[str, str]]]:
     return {"base": (small.base, {}), "data": (small.prepared, {"digest": "0" * 64})}
 
 
-@pytest.mark.parametrize(("workers", "data_workers"), [(1, 1), (2, 0)])
+@pytest.mark.parametrize(
+    ("workers", "data_workers", "strategy"),
+    [(1, 1, "ddp"), (2, 0, "ddp"), pytest.param(2, 0, "zero3", marks=pytest.mark.slow)],
+)
 def test_ray_train_equals_the_plain_loop(
-    workers: int, data_workers: int, small: Small, tmp_path: Path
+    workers: int, data_workers: int, strategy: str, small: Small, tmp_path: Path
 ) -> None:
     train(EXACT, sources(small), Plain(tmp_path / "plain"))
     ctx = stage_context("train-1", tmp_path / "ray" / "out", inputs(small))
     ctx.run = ctx.run.__class__(
         root=ctx.run.root, workflow="demo", num_workers=workers, data_workers=data_workers
     )
-    outputs = train_stage(ctx, EXACT)
+    outputs = train_stage(ctx, EXACT.model_copy(update={"strategy": strategy}))
     assert outputs["steps"] == EXACT.steps
     found = load_file(ctx.out / "trained" / "adapter" / "adapter_model.safetensors")
     worst = worst_difference(found, trained(tmp_path / "plain"))

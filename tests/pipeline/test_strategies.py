@@ -74,7 +74,7 @@ def test_torchrun_with_two_workers_equals_one_process(
 ) -> None:
     config = EXACT.model_copy(update={"keep_checkpoints": 1})
     in_two_processes("pipeline.torchrun", *command_line(small, config, tmp_path))
-    # Measured: losses 1e-6, weights and moments 6e-6 after six steps of AdamW at 1e-2.
+    # Measured: weights and moments 2e-6 after six steps of AdamW at 1e-2.
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=2e-5)
     assert worst_difference(result(tmp_path), result(alone)) < 2e-4
     assert [path.name for path in FolderContext(tmp_path).checkpoints()] == ["step-0000006"]
@@ -110,10 +110,10 @@ def test_ddp_and_all_stages_of_zero_are_one_run(small: Small, tmp_path: Path, al
     reference = result(tmp_path / "ddp")
     assert worst_difference(reference, result(alone)) < 2e-4  # one worker, no accumulation
     for strategy in STRATEGIES:
-        # Measured: losses equal to 5e-7, weights and moments to 6e-6 (ZeRO-3), else equal.
+        # Measured, weights and moments: 7e-8, 1e-7 and 1e-6 (ZeRO-3).
         assert losses(tmp_path / strategy) == pytest.approx(losses(tmp_path / "ddp"), abs=1e-5)
         assert worst_difference(result(tmp_path / strategy), reference) < 1e-4
-    # Resumed equals uninterrupted, under the same strategy and under another one.
+    # Resumed equals uninterrupted, under the same strategy and under another one. Measured: 1e-6.
     for name in ("ddp-zero3", "zero3-zero3", "zero3-zero2"):
         assert worst_difference(result(tmp_path / name), reference) < 1e-4
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_zero_3_on_two_workers_goes_on_with_ddp_on_one(
             train(config, sources(small), context)
         except InterruptedError:
             assert number < 2
-    assert worst_difference(result(tmp_path), result(alone)) < 1e-4
+    assert worst_difference(result(tmp_path), result(alone)) < 1e-4  # measured: 2e-6
 
 
 @pytest.mark.slow
@@ -190,6 +190,7 @@ def test_deepspeed_is_told_what_the_config_says() -> None:
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"] == {
         "stage": 3,
+        "reduce_bucket_size": 50_000_000,
         "offload_optimizer": {"device": "cpu", "pin_memory": False},
         "offload_param": {"device": "nvme", "nvme_path": "/nvme", "pin_memory": False},
     }
