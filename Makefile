@@ -32,4 +32,4 @@ lint: install
 bench: install
 	$(BIN)/python -m benchmarks.prefill --json runs/bench/prefill.json
 	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
-	$(BIN)/python -m benchmarks.train_step --json runs/bench/train_step.json
+	$(BIN)/python -m benchmarks.train --json runs/bench/train.json

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import agreement, capture, decode, prefill, train_step
+from benchmarks import agreement, capture, decode, prefill, train
 from benchmarks.agreement import failed
-from benchmarks.measure import Row, peak_flops, report, synchronize, table, tables
+from benchmarks.measure import Row, report, synchronize, table, tables
 from benchmarks.models import DTYPES
+from pipeline.throughput import peak_flops
 
 LIMIT = 600  # seconds of a part
 
@@ -127,7 +128,7 @@ def _decode(options: argparse.Namespace) -> list[Row]:
 
 
 def _checkpointed(options: argparse.Namespace) -> list[Row]:
-    return train_step.measure(options, checkpointing=True)
+    return train.measure(options, checkpointing=True)
 
 
 _STEPS = {"rounds": 5, "steps": 64}
@@ -164,7 +165,7 @@ PARTS = {
         about="torch.compile of prefill, no recompiles; 12 of the layers",
         settings={"batch": 8, "layers": 12},
     ),
-    "train-4": Part(run=train_step.measure, about="LoRA step", settings={"batch": 4, "rank": 64}),
+    "train-4": Part(run=train.measure, about="LoRA step", settings={"batch": 4, "rank": 64}),
     "train-16": Part(
         run=_checkpointed, about="with checkpointing", settings={"batch": 16, "rank": 64}
     ),

@@ -23,8 +23,6 @@ import torch
 import transformers
 
 Row = dict[str, Any]
-# Dense bf16 rates of data sheets, FLOP/s, by a part of the device's name.
-PEAKS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362e12}
 
 
 def _nothing() -> None:
@@ -91,14 +89,6 @@ def speedup(times: Mapping[str, Sequence[float]], name: str, over: str = "dense"
     """How many times faster than `over` a case is: median, lowest and highest over the rounds."""
     ratios = [a / b for a, b in zip(times[over], times[name], strict=True)]
     return {"speed-up": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's rate on its data sheet in FLOP/s, dense bf16; None if it is not listed."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAKS.items() if part in name), None)
 
 
 def machine(device: torch.device) -> Row:

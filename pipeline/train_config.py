@@ -54,14 +54,8 @@ class TrainConfig(Config):
     """Share of the conversations that the stage draws from; which ones follows from `seed`."""
     batch_size: int = Field(32, gt=0)
     """Conversations in one optimizer step, over all workers."""
-    micro_tokens: int | None = Field(None, gt=0)
-    """Most positions (padding included) of a micro-batch: instead of `accumulate`, as many
-    micro-batches as that takes."""
     group_by_length: bool = False
     """Steps of rows of similar length: less padding, somewhat less random batches."""
-    packing: bool = False
-    """Rows of a micro-batch follow one another in one row without padding; only with attention
-    backends that keep them apart."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate of the adapter."""
     tune_learning_rate: float | None = Field(None, gt=0)
@@ -95,6 +89,12 @@ class TrainConfig(Config):
     """What ZeRO moves off the device."""
     accumulate: int = Field(1, gt=0, json_schema_extra=OPERATIONAL)
     """Micro-batches into which each worker splits its share of a step; saves memory."""
+    micro_tokens: int | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
+    """Most positions (padding included) of a micro-batch: instead of `accumulate`, as many
+    micro-batches as that takes."""
+    packing: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """Rows of a micro-batch follow one another in one row without padding; only with attention
+    backends that keep them apart."""
     activation_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
     """Compute activations again on the way back instead of keeping them; saves memory, costs up to
     a third more time."""

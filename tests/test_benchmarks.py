@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import agreement, decode, gpu, prefill, train_step
+from benchmarks import agreement, decode, gpu, prefill, train
 from benchmarks.measure import Case, speedup, take_turns
 from benchmarks.models import build, llava_config, plans, prompts, twin, vision_tokens
 
@@ -23,7 +23,7 @@ def test_each_benchmark_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFi
     options = {
         prefill: ["--rounds", "2"],
         decode: ["--rounds", "1", "--batches", "1", "2", "--steps", "2"],
-        train_step: ["--rounds", "1", "--rank", "2"],
+        train: ["--part", "steps", "--rounds", "1", "--rank", "2"],
     }
     for benchmark, more in options.items():
         name = benchmark.__name__.removeprefix("benchmarks.")
@@ -33,13 +33,27 @@ def test_each_benchmark_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFi
         document = json.loads(path.read_text())
         assert document["benchmark"] == name
         assert document["machine"]["torch"] == torch.__version__
-        for row in document["rows"]:
+        rows = [row for row in document["rows"] if "case" in row]
+        for row in rows:
             assert row["low"] <= row["speed-up"] <= row["high"]
             assert row["case"] in printed
-        dense, *others = document["rows"]
+        dense, *others = rows
         assert dense["speed-up"] == 1
-        if name == "train_step":
+        if name == "train":
             assert all(row["saved MB"] < dense["saved MB"] for row in others)
+            assert document["rows"][-1]["note"] == "not measured: no GPU here"
+
+
+@pytest.mark.slow  # starts Ray Train twice
+def test_launchers_take_turns_with_the_bare_loop(
+    ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train.json"
+    train.main([*TINY, "--part", "launchers", "--rounds", "1", "--turn", "4", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["launcher"] for row in rows] == list(train.ARMS)
+    assert rows[0]["ratio"] == rows[0]["cpu"] == 1
+    assert all(0 <= row["wait"] < 1 for row in rows)
 
 
 def test_kv_bytes_are_those_of_the_plan() -> None:
