@@ -1,26 +1,35 @@
-"""Answers and scores: questions asked by generation, scored by exact match, with intervals.
+"""Questions and answers: prompts from prepared shards, greedy generation, exact match.
 
-One question is one prompt: picture, question, the checkpoint's own chat template; earlier turns of
-the conversation are not shown. Intervals are bootstrap over pictures, since the questions of one
-picture are not independent. An error in generation is an error; it never becomes an empty answer.
+One question is one prompt: its pictures, its text, the checkpoint's chat template; earlier turns of
+the conversation are not shown. Pictures stay on the disk until their batch is due. Which questions
+share a batch follows from the question list alone, never from how many workers there are. Spreading
+the work over machines is pipeline/answers.py's; an error in generation is an error, and never
+becomes an empty answer.
 """
 
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from transformers import LogitsProcessor, LogitsProcessorList
 
-import adsc
 from pipeline.conversations import MARKER
 from pipeline.pictures import decode_picture
 from pipeline.prepared import PreparedData
 
-RESAMPLES = 2000
+CACHE_BYTES = 64 * 2**20
+"""Most bytes of row groups that a reader of questions holds; one row group at least."""
+
+
+class GenerationError(RuntimeError):
+    """The model computed nothing that could be an answer."""
 
 
 @dataclass(frozen=True)
@@ -34,45 +43,190 @@ class Question:
     pictures: tuple[bytes, ...]
 
 
-def read_questions(data: PreparedData) -> list[Question]:
-    """Every question of a prepared split; records without a kind count as `other`."""
-    questions = []
-    for row in data.scan(["id", "pictures", "kinds", "turns"]):
-        turns = json.loads(row["turns"])
-        kinds = row["kinds"] or ["other"] * (len(turns) // 2)
-        pairs = zip(kinds, turns[::2], turns[1::2], strict=True)
-        for kind, (_, asked), (_, answer) in pairs:
-            text = asked.replace(MARKER, "").strip()
-            pictures = tuple(row["pictures"])
-            questions.append(Question(row["id"], kind, text, answer.strip(), pictures))
-    return questions
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said to one question, and what it took."""
+
+    text: str
+    """Without special tokens, stripped; empty only where the model ended at once."""
+    prompt: str
+    """The prompt as rendered by the chat template; an image token stands for all of an image."""
+    text_tokens: int
+    """Tokens of the prompt that are neither vision tokens nor padding."""
+    vision_tokens: int
+    """Vision tokens that enter the decoder's first layer."""
+    generated_tokens: int
+    """Tokens generated, the end token included."""
+    finished: bool
+    """Whether the model ended the answer itself, or was cut at max_new_tokens."""
+    seconds: float
+    """Wall time of the batch that it was answered in: what somebody who asked would have waited."""
+
+
+class Asked(NamedTuple):
+    """A question without its pictures: what fits in memory of a large set."""
+
+    row: int
+    record: str
+    kind: str
+    text: str
+    expected: str
+
+
+class Questions:
+    """All questions of a prepared split, in the order of the shards.
+
+    Args:
+        folder: of the split's Parquet shards. Records without a kind count as `other`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = PreparedData(folder, CACHE_BYTES)
+        self.asked: list[Asked] = []
+        for number, row in enumerate(self.data.scan(["id", "kinds", "turns"])):
+            turns = json.loads(row["turns"])
+            kinds = row["kinds"] or ["other"] * (len(turns) // 2)
+            for kind, (_, asked), (_, answer) in zip(kinds, turns[::2], turns[1::2], strict=True):
+                text = asked.replace(MARKER, "").strip()
+                self.asked.append(Asked(number, row["id"], kind, text, answer.strip()))
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def load(self, numbers: Sequence[int]) -> list[Question]:
+        """The questions of these numbers, with their pictures."""
+        chosen = [self.asked[number] for number in numbers]
+        rows = self.data.rows([asked.row for asked in chosen], ["pictures"])
+        return [
+            Question(a.record, a.kind, a.text, a.expected, tuple(row["pictures"]))
+            for a, row in zip(chosen, rows, strict=True)
+        ]
+
+    def batches(self, numbers: range, size: int, tokenizer: Any) -> list[list[int]]:
+        """Question numbers in batches of similar length, the longest first.
+
+        Padding is small then, and a batch that is too large for the memory is found at once.
+        """
+        texts = [self.asked[number].text for number in numbers]
+        words = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        vision = self.data.vision_tokens
+        lengths = {
+            number: int(vision[self.asked[number].row]) + count
+            for number, count in zip(numbers, words, strict=True)
+        }
+        ordered = sorted(numbers, key=lambda number: (-lengths[number], number))
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def majority_answers(data: PreparedData) -> dict[str, str]:
+    """The most frequent answer of each kind: what one says without looking.
+
+    Answers of more than 64 characters are no majority's, and are not counted.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for row in data.scan(["kinds", "turns"]):
+        answers = [answer for _, answer in json.loads(row["turns"])[1::2]]
+        kinds = row["kinds"] or ["other"] * len(answers)
+        for kind, answer in zip(kinds, answers, strict=True):
+            if len(answer) <= 64:
+                counts.setdefault(kind, Counter())[answer.strip()] += 1
+    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+
+
+def render_prompt(question: Question, processor: Any) -> str:
+    """The text that goes to the processor: pictures first, then the question."""
+    content = [{"type": "image"}] * len(question.pictures)
+    message = {"role": "user", "content": [*content, {"type": "text", "text": question.text}]}
+    prompt: str = processor.apply_chat_template([message], add_generation_prompt=True)
+    return prompt
 
 
 def build_inputs(questions: Sequence[Question], processor: Any) -> dict[str, torch.Tensor]:
     """Left-padded model inputs of a batch of questions."""
-    prompts = [
-        processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}] * len(q.pictures)
-                    + [{"type": "text", "text": q.text}],
-                }
-            ],
-            add_generation_prompt=True,
-        )
-        for q in questions
-    ]
     pictures = [decode_picture(picture) for q in questions for picture in q.pictures]
+    return encode([render_prompt(q, processor) for q in questions], pictures, processor)
+
+
+def encode(
+    prompts: Sequence[str], pictures: Sequence[Image.Image], processor: Any
+) -> dict[str, torch.Tensor]:
+    """Left-padded model inputs of rendered prompts; pictures in the order of their image tokens."""
     return dict(
         processor(
-            text=prompts,
-            images=pictures or None,
+            text=list(prompts),
+            images=list(pictures) or None,
             return_tensors="pt",
             padding=True,
             padding_side="left",
         )
     )
+
+
+def generate_batch(
+    model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers of one batch, in the order of the questions.
+
+    Raises:
+        GenerationError: the model's logits are not numbers.
+    """
+    start = time.perf_counter()
+    inputs = to_device(build_inputs(questions, processor), model)
+    new = generate_tokens(model, inputs, max_new_tokens)
+    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    seconds = time.perf_counter() - start
+    ends = torch.isin(new, _end_tokens(model))
+    finished = ends.any(dim=1).tolist()
+    counts = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1]).tolist()
+    vision = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
+    words = inputs["attention_mask"].sum(dim=1) - vision
+    return [
+        Answer(
+            text=text.strip(),
+            prompt=render_prompt(question, processor),
+            text_tokens=int(words[i]),
+            vision_tokens=int(vision[i]),
+            generated_tokens=counts[i],
+            finished=finished[i],
+            seconds=seconds,
+        )
+        for i, (question, text) in enumerate(zip(questions, texts, strict=True))
+    ]
+
+
+def generate_tokens(
+    model: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int, **more: Any
+) -> torch.Tensor:
+    """Ids of the greedy continuation (B, up to max_new_tokens), the prompt left out.
+
+    Raises:
+        GenerationError: the model's logits are not numbers.
+    """
+    with torch.inference_mode():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([_RefuseNaN()]),
+            **more,
+        )
+    new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
+    return new
+
+
+class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+    """argmax of NaN is token 0, often the padding: an error that would look like an empty
+    answer."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        broken = scores.isnan().any(dim=1)
+        if broken.any():
+            raise GenerationError(
+                f"the logits of rows {broken.nonzero().flatten().tolist()} are NaN after "
+                f"{input_ids.shape[1]} tokens: the weights or the precision are broken"
+            )
+        return scores
 
 
 def generate_answers(
@@ -81,89 +235,41 @@ def generate_answers(
     questions: Sequence[Question],
     batch_size: int,
     max_new_tokens: int,
-    report: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Greedy answers, in the order of the questions."""
-    answers: list[str] = []
-    for batch in _batches(questions, batch_size):
-        inputs = to_device(build_inputs(batch, processor), model)
-        with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
-        report(len(answers))
-    return answers
+    return [
+        answer.text
+        for start in range(0, len(questions), batch_size)
+        for answer in generate_batch(
+            model, processor, questions[start : start + batch_size], max_new_tokens
+        )
+    ]
 
 
 def to_device(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """The inputs where the model is."""
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    """The inputs where the model is, pictures in its precision."""
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
 
 
-def _batches(items: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def score(answer: str, expected: str) -> float:
+    """Exact match of stripped texts: 1 or 0."""
+    return float(answer.strip() == expected.strip())
 
 
-def majority_answers(train: PreparedData) -> dict[str, str]:
-    """The most frequent training answer of each kind: what one says without looking."""
-    counts: dict[str, Counter[str]] = {}
-    for row in train.scan(["kinds", "turns"]):
-        answers = [answer for _, answer in json.loads(row["turns"])[1::2]]
-        kinds = row["kinds"] or ["other"] * len(answers)
-        for kind, answer in zip(kinds, answers, strict=True):
-            counts.setdefault(kind, Counter())[answer.strip()] += 1
-    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+def share_right(questions: Sequence[Asked], guesses: dict[str, str]) -> dict[str, Any]:
+    """Accuracy of one guess per kind, in all and by kind."""
+    hits = np.array([score(guesses.get(q.kind, ""), q.expected) for q in questions])
+    kinds = np.array([q.kind for q in questions])
+    return {
+        "accuracy": float(hits.mean()),
+        "by_kind": {str(kind): float(hits[kinds == kind].mean()) for kind in dict.fromkeys(kinds)},
+    }
 
 
-class Bootstrap:
-    """Percentile intervals over resampled pictures; one set of resamples serves all statistics, so
-    that differences are paired."""
-
-    def __init__(self, records: Sequence[str], seed: int) -> None:
-        _, self._picture = np.unique(np.array(records), return_inverse=True)
-        count = int(self._picture.max()) + 1
-        draws = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
-        self._weights = np.stack([np.bincount(draw, minlength=count) for draw in draws])
-
-    def mean(self, values: np.ndarray, chosen: np.ndarray | None = None) -> dict[str, float]:
-        """Mean of `values` (one per question) with a 95 % interval; `chosen` is a boolean mask."""
-        mask = np.ones(len(values), bool) if chosen is None else chosen
-        count = self._weights.shape[1]
-        sums = np.bincount(self._picture[mask], weights=values[mask], minlength=count)
-        sizes = np.bincount(self._picture[mask], minlength=count)
-        totals = self._weights @ sizes
-        draws = (self._weights @ sums)[totals > 0] / totals[totals > 0]
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return {
-            "mean": float(values[mask].mean()),
-            "low": float(low),
-            "high": float(high),
-            "n": int(mask.sum()),
-        }
-
-
-def time_prefill(
-    model: Any, inputs: dict[str, torch.Tensor], plans: Sequence[adsc.PruningPlan], rounds: int
-) -> list[dict[str, float]]:
-    """Milliseconds of one prefill of `inputs` under each plan: median and quartiles.
-
-    The plans take turns within each round, so that a machine's changing speed hits all alike.
-    """
-    times: list[list[float]] = [[] for _ in plans]
-    for turn in range(rounds + 1):
-        for plan, record in zip(plans, times, strict=True):
-            adsc.attach(model, plan)
-            with torch.inference_mode():
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                model(**inputs, use_cache=True, logits_to_keep=1)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-            if turn:  # the first round warms up
-                record.append(1000 * (time.perf_counter() - start))
-    adsc.detach(model)
-    quantiles = [np.quantile(record, [0.5, 0.25, 0.75]) for record in times]
-    return [{"median": float(m), "low": float(a), "high": float(b)} for m, a, b in quantiles]
+def _end_tokens(model: Any) -> torch.Tensor:
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return torch.tensor(ids, device=model.device)

@@ -267,7 +267,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="evaluate",
             title="evaluate: does it see?",
             body=evaluate,
-            version=1,
+            version=2,
             config=config.evaluate.model_copy(update={"arms": (dense,)}),
             needs={**data, "merge": "merge", "train": "train", "train-2": "train-2"},
         ),

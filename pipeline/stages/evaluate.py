@@ -1,51 +1,61 @@
 """Stage `evaluate`: every arm answers the same questions; scores, intervals, costs and times.
 
-An arm is a checkpoint and a plan. Every single answer goes to samples.parquet, the summary to
-results.json, which the report reads.
+An arm is a checkpoint and a method (a plan, a peer, or none). Ray actors answer, in shards that a
+killed run keeps (pipeline/answers.py); every single answer goes to samples.parquet, the summary to
+results.json, which the report reads. `adsc eval` runs this stage too.
 """
 
 import json
-from functools import partial
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from pydantic import Field
-from transformers import AutoProcessor
+from pydantic import Field, model_validator
 
-import adsc
-from pipeline.config import Config
-from pipeline.evaluation import (
-    Bootstrap,
-    Question,
-    build_inputs,
-    generate_answers,
-    majority_answers,
-    read_questions,
-    time_prefill,
-    to_device,
+from pipeline.answers import (
+    Job,
+    Shard,
+    answer_all,
+    read_answers,
+    shards_of,
+    start_workers,
+    stop_workers,
+    unfinished,
+    write_samples,
 )
+from pipeline.config import Config
+from pipeline.evaluation import Asked, Questions, majority_answers, share_right
+from pipeline.intervals import Bootstrap
+from pipeline.methods import MethodConfig
 from pipeline.prepared import PreparedData
 from pipeline.stage import StageContext
-from pipeline.templates import find_template
+from pipeline.store import open_store
+from pipeline.templates import TEMPLATES
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-class ArmConfig(Config):
-    """One row of the result table."""
+class ArmConfig(MethodConfig):
+    """One checkpoint with one method; alone or with others of its group a row of the table."""
 
     name: str
-    """Short name, unique."""
+    """Short name, unique; letters, digits, `_`, `.` and `-`."""
     label: str
     """Name for people."""
     checkpoint: str
     """The input that holds the model: `base`, or a merge stage's."""
-    plan: str
-    """The plan it runs with; empty is dense."""
-    trained: bool
+    trained: bool = False
     """Whether the checkpoint was trained in this workflow."""
+    group: str = ""
+    """Arms of a group are one method trained with several seeds: their scores are pooled into one
+    row of that name, with the first one's label."""
+    seed: int | None = None
+    """Seed of its training; arms of a group each have their own."""
+
+    @property
+    def row(self) -> str:
+        return self.group or self.name
 
 
 class EvaluateConfig(Config):
@@ -56,205 +66,342 @@ class EvaluateConfig(Config):
     task: str = ""
     """What the data is, in a few words."""
     arms: tuple[ArmConfig, ...] = ()
-    """The rows of the table."""
+    """What answers; a row of the table each, or each group."""
     control: str = "dense_lora"
-    """Name of the arm that the others are compared with: the dense model trained alike."""
+    """Name of the row that the others are compared with: the dense model trained alike."""
+    splits: tuple[str, ...] = Field(("test",), min_length=1)
+    """Splits of the prepared data whose questions are asked."""
+    template: Literal["data", "checkpoint"] = "data"
+    """How questions are put: as in training (the prepared data's template), or as the checkpoint's
+    own processor does."""
     batch_size: int = Field(64, gt=0)
     """Questions answered at a time."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer in tokens."""
+    shard_questions: int = Field(512, gt=0)
+    """Questions in a piece of work: what a killed run repeats at most, for each worker."""
     prefill_batch: int = Field(32, gt=0)
-    """Questions in the batch whose prefill is timed."""
+    """Questions in the batch whose prefill and decoding are timed."""
     prefill_rounds: int = Field(15, gt=0)
-    """Timed repetitions; the arms take turns."""
+    """Timed prefills of each method; the methods take turns."""
+    decode_tokens: int = Field(16, gt=1)
+    """Tokens of a timed generation."""
+    decode_rounds: int = Field(5, gt=0)
+    """Timed generations of each method."""
     sample_pictures: int = Field(4, ge=0)
     """Pictures shown in the report with every arm's answers."""
     seed: int = 0
     """Seed of the bootstrap; a compression puts its training's seed here."""
+    sources: dict[str, str] = {}
+    """Digests of inputs that are known by their place alone: changed files are another run."""
+
+    @model_validator(mode="after")
+    def _arms_make_rows(self) -> Self:
+        names = [arm.name for arm in self.arms]
+        bad = [name for name in names if not _NAME.fullmatch(name) or names.count(name) > 1]
+        if bad:
+            raise ValueError(
+                f"arms {', '.join(bad)}: names are unique, of letters, digits, `_`, `.` and `-`"
+            )
+        for row in _rows(self.arms):
+            first, *others = row.arms
+            seeds = [arm.seed for arm in row.arms]
+            if any((a.plan, a.method) != (first.plan, first.method) for a in others):
+                raise ValueError(f"arms of the group {row.name} have different methods")
+            if others and (None in seeds or len(set(seeds)) < len(seeds)):
+                raise ValueError(f"arms of the group {row.name} need a seed of their own each")
+        return self
+
+
+class Row(NamedTuple):
+    """A row of the table: one arm, or the arms of a group."""
+
+    name: str
+    arms: list[ArmConfig]
+
+
+class _Scored(NamedTuple):
+    """What is kept in memory of an arm's answers: the rest stays in the store."""
+
+    scores: np.ndarray
+    seconds: float
+    generated: float
+    shown: dict[int, str]
 
 
 def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
-    """Stage body; inputs `base`, `data`, the checkpoints that the arms name, and training stages
-    (for their loss curves)."""
-    data = ctx.inputs["data"].folder
-    questions = read_questions(PreparedData(data / "test"))
-    processor = AutoProcessor.from_pretrained(ctx.inputs["base"].folder)
-    # Questions are put as training put them, whatever template the checkpoint came with.
-    template = ctx.inputs["data"].outputs["template"]
-    processor.chat_template = find_template(template, processor).jinja()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    answers: dict[str, list[str]] = {}
-    total = len(questions) * len(config.arms)
-    model: Any = None
-    for i, arm in enumerate(config.arms):
-        model = adsc.from_pretrained(ctx.inputs[arm.checkpoint].folder).to(device).eval()
-        adsc.attach(model, adsc.PruningPlan.parse(arm.plan))
-        report = partial(_report, ctx, i * len(questions), total, arm.label)
-        answers[arm.name] = generate_answers(
-            model, processor, questions, config.batch_size, config.max_new_tokens, report
-        )
-    trained = {
-        name: source
-        for name, source in ctx.inputs.items()
-        if (source.folder / "trained" / "history.json").exists()
-    }
-    training = {name: source.record.config or {} for name, source in trained.items()}
+    """Stage body; inputs `base` (whose processor puts the questions), `data`, the checkpoints that
+    the arms name, and training stages (for their loss curves).
+
+    Raises:
+        AnswersFailed: questions that could not be answered, by id.
+    """
+    data = ctx.inputs["data"]
+    splits = {split: Questions(data.folder / split) for split in config.splits}
+    asked = _labelled(splits)
+    job = _job(ctx, config)
+    order = sorted(config.arms, key=lambda arm: _first(config.arms, arm.checkpoint))
+    sizes = {split: len(questions) for split, questions in splits.items()}
+    shards = shards_of([arm.name for arm in order], sizes, config.shard_questions)
+    measured = _answer_and_measure(ctx, config, job, shards, order[-1].checkpoint)
+    shown, pictures = _pictures(ctx, config, splits[config.splits[0]])
+    scored = {arm.name: _read(job, shards, arm.name, shown) for arm in config.arms}
+    arms = _table(config, asked, scored, measured)
     results = {
         "title": config.title,
         "task": config.task,
         "workflow": ctx.run.workflow,
         "seed": config.seed,
         "commit": ctx.run.commit,
-        "config": {"evaluate": config.model_dump(mode="json")} | training,
-        "num_questions": len(questions),
-        "prefill_batch": min(config.prefill_batch, len(questions)),
-        "num_pictures": len({question.record for question in questions}),
-        "majority": _majority(questions, majority_answers(PreparedData(data / "train"))),
-        **_score(questions, answers, config),
-        "samples": _samples(questions, answers, ctx.out, config.sample_pictures),
-        "curves": {
-            _curve_name(name, source.outputs): json.loads(
-                (source.folder / "trained" / "history.json").read_text()
-            )
-            for name, source in trained.items()
-        },
+        "config": {"evaluate": config.model_dump(mode="json")} | _training(ctx),
+        "control_arm": config.control,
+        "num_questions": len(asked),
+        "num_pictures": len({question.record for question in asked}),
+        "prefill_batch": measured["batch"],
+        "decode_tokens": config.decode_tokens,
+        **{name: measured[name] for name in _SHAPE},
+        "majority": _majority(ctx, splits, asked),
+        "arms": arms,
+        "samples": [
+            {
+                "picture": picture,
+                "question": asked[number].text,
+                "expected": asked[number].expected,
+                "answers": {arm.name: scored[arm.name].shown[number] for arm in _leading(config)},
+            }
+            for number, picture in zip(shown, pictures, strict=True)
+        ],
+        "curves": _curves(ctx),
     }
-    _add_costs(results, model, build_inputs(questions[: config.prefill_batch], processor), config)
     (ctx.out / "results.json").write_text(json.dumps(results, indent=1))
-    _write_samples(questions, answers, ctx.out / "samples.parquet")
-    summary = {arm["name"]: _summary(arm) for arm in results["arms"]}
+    write_samples(job.storage, shards, ctx.out / "samples.parquet")
+    summary = {arm["name"]: _summary(arm) for arm in arms}
     numbers = {
         name: {key: value for key, value in row.items() if key != "plan"}
         for name, row in summary.items()
     }
-    data_input = ctx.inputs["data"]
-    ctx.track.dataset(data_input.uri, "test questions", data_input.outputs["digest"][:12])
+    ctx.track.dataset(data.uri, "test questions", data.outputs.get("digest", "")[:12])
     ctx.track.metrics(numbers | {"majority": results["majority"]["accuracy"]})
+    ctx.track.artifact(ctx.out / "results.json")
     return {"arms": summary, "majority": results["majority"]["accuracy"]}
 
 
-def _curve_name(stage: str, outputs: dict[str, Any]) -> str:
-    return f"{stage} ({outputs.get('plan') or 'no drop'})"
+_SHAPE = ("num_vision_tokens", "num_layers", "text_tokens", "device", "dtype")
 
 
-def _report(ctx: StageContext, before: int, total: int, label: str, done: int) -> None:
-    ctx.progress(before + done, total, f"answers, {label}")
+def _first(arms: Sequence[ArmConfig], checkpoint: str) -> int:
+    return [arm.checkpoint for arm in arms].index(checkpoint)
 
 
-def _score(
-    questions: list[Question], answers: dict[str, list[str]], config: EvaluateConfig
+def _rows(arms: Sequence[ArmConfig]) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for arm in arms:
+        rows.setdefault(arm.row, Row(arm.row, [])).arms.append(arm)
+    return list(rows.values())
+
+
+def _leading(config: EvaluateConfig) -> list[ArmConfig]:
+    return [row.arms[0] for row in _rows(config.arms)]
+
+
+def _labelled(splits: dict[str, Questions]) -> list[Asked]:
+    """All questions; where there are several splits, records and kinds carry the split's name."""
+    if len(splits) == 1:
+        return next(iter(splits.values())).asked
+    return [
+        asked._replace(record=f"{split}/{asked.record}", kind=f"{split}: {asked.kind}")
+        for split, questions in splits.items()
+        for asked in questions.asked
+    ]
+
+
+def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
+    data = ctx.inputs["data"]
+    template = None
+    if config.template == "data":
+        name = data.outputs.get("template")
+        if name not in TEMPLATES:
+            raise ValueError(
+                f"the prepared data names the template {name!r}, known are {', '.join(TEMPLATES)}; "
+                "evaluate.template = checkpoint asks as the checkpoint's processor does"
+            )
+        template = TEMPLATES[name].jinja()
+    checkpoints = {name: ctx.inputs[name] for name in {arm.checkpoint for arm in config.arms}}
+    return Job(
+        storage=open_store(ctx.train_storage[0]).uri(ctx.train_storage[1]),
+        inputs={"data": data, "base": ctx.inputs["base"], **checkpoints},
+        splits=config.splits,
+        arms={arm.name: (arm.checkpoint, arm) for arm in config.arms},
+        chat_template=template,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def _answer_and_measure(
+    ctx: StageContext, config: EvaluateConfig, job: Job, shards: Sequence[Shard], checkpoint: str
 ) -> dict[str, Any]:
-    bootstrap = Bootstrap([question.record for question in questions], config.seed)
-    kinds = np.array([question.kind for question in questions])
-    expected = [question.expected for question in questions]
-    right = {
-        name: np.array([a == e for a, e in zip(given, expected, strict=True)], float)
-        for name, given in answers.items()
-    }
-    control = right.get(config.control)
-    arms = []
-    for arm in config.arms:
-        own = right[arm.name]
-        against = control if arm.name != config.control else None
-        arms.append(
-            arm.model_dump(mode="json")
-            | {
+    """Answers into the store by all workers, then times and memory by one that is left alone."""
+    import ray
+
+    run = ctx.run
+    todo = len(unfinished(open_store(job.storage), shards))
+    count = max(1, min(run.num_workers, todo))
+    workers = start_workers(job, count, run.cpus_per_worker, run.gpus_per_worker)
+    try:
+        answer_all(job, shards, workers, ctx.progress)
+        stop_workers(workers[1:])
+        workers = workers[:1]
+        ctx.progress(0, 0, "measuring times and memory")
+        distinct = {arm.runs_with: arm.name for arm in config.arms}
+        measured = ray.get(
+            workers[0].measure.remote(
+                checkpoint,
+                config.splits[0],
+                list(distinct.values()),
+                batch=config.prefill_batch,
+                rounds=config.prefill_rounds,
+                decode_rounds=config.decode_rounds,
+                decode_tokens=config.decode_tokens,
+            )
+        )
+    finally:
+        stop_workers(workers)
+    methods = dict(zip(distinct, measured.pop("methods"), strict=True))
+    return {**measured, "methods": methods}
+
+
+def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> _Scored:
+    """One pass over an arm's shards; `shown` are question numbers of the first split."""
+    scores, answers = [], {}
+    seconds = generated = 0.0
+    own = [shard for shard in shards if shard.arm == arm]
+    wanted = set(shown)
+    for shard, table in zip(own, read_answers(job.storage, own), strict=True):
+        scores.append(table["score"].to_numpy())
+        seconds += float((table["seconds"].to_numpy() / table["batch_size"].to_numpy()).sum())
+        generated += float(table["generated_tokens"].to_numpy().sum())
+        if shard.split == own[0].split and wanted & set(shard.questions):
+            pairs = zip(table["number"].to_pylist(), table["answer"].to_pylist(), strict=True)
+            answers.update({number: answer for number, answer in pairs if number in wanted})
+    return _Scored(np.concatenate(scores), seconds, generated, answers)
+
+
+def _table(
+    config: EvaluateConfig,
+    asked: Sequence[Asked],
+    scored: dict[str, _Scored],
+    measured: dict[str, Any],
+) -> list[dict[str, Any]]:
+    bootstrap = Bootstrap([question.record for question in asked], config.seed)
+    kinds = np.array([question.kind for question in asked])
+    rows = _rows(config.arms)
+    scores = {row.name: np.stack([scored[arm.name].scores for arm in row.arms]) for row in rows}
+    control = scores.get(config.control)
+    dense = measured["methods"].get("")
+    table = []
+    for row in rows:
+        own, arm, count = scores[row.name], row.arms[0], len(asked) * len(row.arms)
+        kept = None if control is None else bootstrap.ratio(own, control)
+        other = control is not None and row.name != config.control
+        table.append(
+            {
+                "name": row.name,
+                "label": arm.label,
+                "plan": arm.runs_with,
+                "peer": arm.method is not None,
+                "trained": arm.trained,
                 "accuracy": bootstrap.mean(own),
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
                 },
-                "difference": None if against is None else bootstrap.mean(own - against),
-                "retention": float(own.mean() / control.mean())
-                if control is not None and control.any()
-                else None,
+                "difference": bootstrap.difference(own, control) if other else None,
+                "retention": kept and kept["mean"],
+                "retention_interval": kept if other else None,
+                "seeds": [
+                    {"seed": a.seed, "accuracy": float(scored[a.name].scores.mean())}
+                    for a in row.arms
+                    if a.seed is not None
+                ],
+                "seconds_per_question": sum(scored[a.name].seconds for a in row.arms) / count,
+                "generated_tokens": sum(scored[a.name].generated for a in row.arms) / count,
             }
+            | _costs(measured, arm.runs_with, dense)
         )
-    return {"arms": arms}
+    return table
 
 
-def _majority(questions: list[Question], answers: dict[str, str]) -> dict[str, Any]:
-    right: dict[str, list[bool]] = {}
-    for question in questions:
-        right.setdefault(question.kind, []).append(answers.get(question.kind) == question.expected)
-    everything = [hit for hits in right.values() for hit in hits]
+def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:
+    """Cost of one question by the exact model, and times and memory as measured."""
+    times, cost, average = measured["methods"][method]
+    reference = measured["dense"]
+    prefill = times["prefill_ms"]["median"]
+    speed = times["decode_tokens_per_s"]["median"]
     return {
-        "accuracy": float(np.mean(everything)),
-        "by_kind": {kind: float(np.mean(hits)) for kind, hits in right.items()},
+        "average_vision_tokens": average,
+        "reduction": 1 - average / measured["num_vision_tokens"],
+        "tokens_per_layer": [layer.vision_tokens for layer in cost.per_layer],
+        "flops": cost.flops,
+        "flops_reduction": 1 - cost.flops / reference.flops,
+        "kv_cache_bytes": cost.kv_cache_bytes,
+        "kv_reduction": 1 - cost.kv_cache_bytes / reference.kv_cache_bytes,
+        **times,
+        "prefill_speedup": dense and dense[0]["prefill_ms"]["median"] / prefill,
+        "decode_speedup": dense and speed / dense[0]["decode_tokens_per_s"]["median"],
     }
 
 
-def _add_costs(
-    results: dict[str, Any], model: Any, inputs: dict[str, Any], config: EvaluateConfig
-) -> None:
-    """Cost of one question's prefill by the exact model, and its measured time per batch."""
-    model_config = model.config
-    layers = model_config.get_text_config().num_hidden_layers
-    vision = int((inputs["input_ids"] == model_config.image_token_id).sum())
-    vision //= len(inputs["input_ids"])
-    text = round(float(inputs["attention_mask"].sum()) / len(inputs["input_ids"])) - vision
-    plans = [adsc.PruningPlan.parse(arm.plan) for arm in config.arms]
-    adsc.detach(model)
-    times = time_prefill(model, to_device(inputs, model), plans, config.prefill_rounds)
-    dense = adsc.estimate_cost(model_config, "", text_tokens=text)
-    dense_time = next(
-        (t["median"] for t, plan in zip(times, plans, strict=True) if not plan.stages),
-        float("nan"),
-    )
-    results |= {"num_vision_tokens": vision, "num_layers": layers, "text_tokens": text}
-    for arm, plan, prefill in zip(results["arms"], plans, times, strict=True):
-        cost = adsc.estimate_cost(model_config, plan, text_tokens=text)
-        arm |= {
-            "average_vision_tokens": plan.average_tokens(vision, layers),
-            "reduction": plan.reduction(vision, layers),
-            "tokens_per_layer": plan.tokens_per_layer(vision, layers),
-            "flops": cost.flops,
-            "flops_reduction": 1 - cost.flops / dense.flops,
-            "kv_cache_bytes": cost.kv_cache_bytes,
-            "kv_reduction": 1 - cost.kv_cache_bytes / dense.kv_cache_bytes,
-            "prefill_ms": prefill,
-            "prefill_speedup": dense_time / prefill["median"],
-        }
+def _majority(
+    ctx: StageContext, splits: dict[str, Questions], asked: Sequence[Asked]
+) -> dict[str, Any]:
+    """Always the most frequent answer of the kind: in training, or where no training split is at
+    hand, in the questions themselves (a bound from above)."""
+    train = ctx.inputs["data"].folder / "train"
+    guesses: dict[str, str] = {}
+    for split, questions in splits.items():
+        own = majority_answers(PreparedData(train if train.is_dir() else questions.folder))
+        prefix = f"{split}: " if len(splits) > 1 else ""
+        guesses |= {f"{prefix}{kind}": answer for kind, answer in own.items()}
+    return share_right(asked, guesses) | {"source": "train" if train.is_dir() else "questions"}
 
 
-def _samples(
-    questions: list[Question], answers: dict[str, list[str]], out: Path, pictures: int
-) -> list[dict[str, Any]]:
-    shown = [question.record for question in questions if question.pictures]
-    chosen = list(dict.fromkeys(shown))[:pictures]
-    (out / "pictures").mkdir()
-    samples = []
-    for i, question in enumerate(questions):
-        if question.record not in chosen:
-            continue
-        name = f"pictures/{chosen.index(question.record)}.png"
-        (out / name).write_bytes(question.pictures[0])
-        given = {arm: texts[i] for arm, texts in answers.items()}
-        samples.append(
-            {
-                "picture": name,
-                "question": question.text,
-                "expected": question.expected,
-                "answers": given,
-            }
+def _pictures(
+    ctx: StageContext, config: EvaluateConfig, questions: Questions
+) -> tuple[list[int], list[str]]:
+    """Numbers of the questions that the report shows, and the picture of each."""
+    (ctx.out / "pictures").mkdir()
+    numbers: list[int] = []
+    pictures: list[str] = []
+    files: dict[int, str] = {}
+    for number, asked in enumerate(questions.asked):
+        if asked.row not in files:
+            if len(files) == config.sample_pictures:
+                break
+            (question,) = questions.load([number])
+            if not question.pictures:
+                continue
+            files[asked.row] = f"pictures/{len(files)}.png"
+            (ctx.out / files[asked.row]).write_bytes(question.pictures[0])
+        numbers.append(number)
+        pictures.append(files[asked.row])
+    return numbers, pictures
+
+
+def _training(ctx: StageContext) -> dict[str, Any]:
+    return {
+        name: source.record.config or {}
+        for name, source in ctx.inputs.items()
+        if (source.folder / "trained" / "history.json").exists()
+    }
+
+
+def _curves(ctx: StageContext) -> dict[str, Any]:
+    return {
+        f"{name} ({ctx.inputs[name].outputs.get('plan') or 'no drop'})": json.loads(
+            (ctx.inputs[name].folder / "trained" / "history.json").read_text()
         )
-    return samples
-
-
-def _write_samples(questions: list[Question], answers: dict[str, list[str]], file: Path) -> None:
-    rows = [
-        {
-            "record": question.record,
-            "kind": question.kind,
-            "question": question.text,
-            "expected": question.expected,
-            "arm": arm,
-            "answer": texts[i],
-            "right": texts[i] == question.expected,
-        }
-        for arm, texts in answers.items()
-        for i, question in enumerate(questions)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
+        for name in _training(ctx)
+    }
 
 
 def _summary(arm: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +412,8 @@ def _summary(arm: dict[str, Any]) -> dict[str, Any]:
         "kv_cache_bytes": arm["kv_cache_bytes"],
         "prefill_ms": arm["prefill_ms"]["median"],
         "prefill_speedup": arm["prefill_speedup"],
+        "decode_tokens_per_s": arm["decode_tokens_per_s"]["median"],
+        "peak_memory_bytes": arm["peak_memory_bytes"],
         "retention": arm["retention"],
         "plan": arm["plan"],
     }

@@ -28,8 +28,8 @@ class Interval(_Part):
     high: float
 
 
-class Milliseconds(_Part):
-    """The prefill of one batch: median and quartiles."""
+class Quartiles(_Part):
+    """A measured time or rate: median and quartiles over rounds."""
 
     median: float
     low: float
@@ -37,23 +37,37 @@ class Milliseconds(_Part):
 
 
 class Baseline(_Part):
-    """Always answering the most frequent answer of the question's kind."""
+    """Always answering the most frequent answer of the question's kind: of the training split, or
+    (`questions`) of the questions themselves."""
 
     accuracy: float
     by_kind: dict[str, float]
+    source: str = "train"
+
+
+class Seed(_Part):
+    """One of several training runs of an arm."""
+
+    seed: int
+    accuracy: float
 
 
 class Arm(_Part):
-    """One model as it was measured: dense or with a plan, trained or not."""
+    """One model as it was measured: dense, with a plan or with a peer; trained (perhaps with
+    several seeds, which are pooled) or not."""
 
     name: str
     label: str
     plan: str
+    """The plan, or the peer with its budget; empty is dense."""
+    peer: bool = False
     trained: bool
     accuracy: Interval
     by_kind: dict[str, Interval]
     difference: Interval | None = None
     retention: float | None = None
+    retention_interval: Interval | None = None
+    seeds: list[Seed] = []
     average_vision_tokens: float
     reduction: float
     tokens_per_layer: list[int]
@@ -61,8 +75,14 @@ class Arm(_Part):
     flops_reduction: float
     kv_cache_bytes: int
     kv_reduction: float
-    prefill_ms: Milliseconds
+    prefill_ms: Quartiles
     prefill_speedup: float | None = None
+    decode_tokens_per_s: Quartiles | None = None
+    decode_speedup: float | None = None
+    kv_measured_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    working_memory_bytes: int | None = None
+    seconds_per_question: float | None = None
 
 
 class Sample(_Part):
@@ -87,6 +107,10 @@ class Results(_Part):
     num_layers: int
     text_tokens: float
     prefill_batch: int | None = None
+    decode_tokens: int | None = None
+    device: str = ""
+    dtype: str = ""
+    control_arm: str = ""
     majority: Baseline
     arms: list[Arm]
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -119,11 +143,13 @@ class Results(_Part):
     @property
     def compressed(self) -> Arm | None:
         """The arm that the finding is about: trained with a plan, the heaviest if there are
-        more."""
-        arms = [arm for arm in self.arms if arm.plan and arm.trained]
+        more. Where nothing was trained, of the untrained."""
+        plans = [arm for arm in self.arms if arm.plan and not arm.peer]
+        arms = [arm for arm in plans if arm.trained] or plans
         return max(arms, key=lambda arm: arm.reduction, default=None)
 
     @property
     def control(self) -> Arm | None:
-        """The dense model trained in the same way: what a plan is to be compared with."""
-        return next((arm for arm in self.arms if arm.trained and not arm.plan), None)
+        """What the others are compared with: the dense model, trained in the same way where
+        anything was trained."""
+        return next((arm for arm in self.arms if arm.name == self.control_arm), None)

@@ -1,25 +1,34 @@
-"""Merge and evaluate on a model that was just trained, and the statistics on known numbers."""
+"""Merge and evaluate on a model that was just trained: answers, shards, failures, measurements."""
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoProcessor
 
 import adsc
+from pipeline.answers import AnswersFailed
 from pipeline.evaluation import (
-    Bootstrap,
+    GenerationError,
+    Questions,
+    build_inputs,
     generate_answers,
+    generate_batch,
     majority_answers,
-    read_questions,
-    time_prefill,
 )
+from pipeline.methods import MethodError, parse_method
 from pipeline.prepared import PreparedData
+from pipeline.speed import measure
 from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
+from pipeline.stages.prepare import SCHEMA
 from pipeline.stages.results import Results
 from pipeline.training import train
 from tests.pipeline.contexts import stage_context
@@ -69,22 +78,27 @@ def test_a_merge_that_is_not_the_same_model_is_not_published(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_evaluate_writes_results_that_the_report_reads(
-    small: Small, merged: Path, trained: Path, tmp_path: Path
-) -> None:
-    arms = (
-        ArmConfig(name="dense", label="dense", checkpoint="base", plan="", trained=False),
-        ArmConfig(name="dense_lora", label="control", checkpoint="merge", plan="", trained=True),
-        ArmConfig(name="plan_trained", label="plan", checkpoint="merge", plan=PLAN, trained=True),
-    )
-    inputs = {
+@pytest.fixture
+def inputs(small: Small, merged: Path, trained: Path) -> dict[str, tuple[Path, dict[str, str]]]:
+    return {
         "base": (small.base, {}),
         "data": (small.prepared, DATA),
         "merge": (merged, {}),
         "train-1": (trained, {}),
     }
+
+
+ARMS = (
+    ArmConfig(name="dense", label="dense", checkpoint="base"),
+    ArmConfig(name="dense_lora", label="control", checkpoint="merge", trained=True),
+    ArmConfig(name="plan_trained", label="plan", checkpoint="merge", plan=PLAN, trained=True),
+)
+QUICK = {"prefill_rounds": 2, "decode_rounds": 1, "decode_tokens": 3, "max_new_tokens": 4}
+
+
+def test_evaluate_writes_results_that_the_report_reads(inputs: Any, tmp_path: Path) -> None:
     ctx = stage_context("evaluate", tmp_path / "out", inputs)
-    evaluate(ctx, EvaluateConfig(arms=arms, prefill_rounds=2, max_new_tokens=4))
+    evaluate(ctx, EvaluateConfig(arms=ARMS, **QUICK))
     results = Results.read(ctx.out / "results.json")
     raw = json.loads((ctx.out / "results.json").read_text())
     assert (raw["num_vision_tokens"], raw["num_layers"]) == (64, 4)
@@ -92,32 +106,178 @@ def test_evaluate_writes_results_that_the_report_reads(
     plan = raw["arms"][2]
     assert plan["reduction"] == pytest.approx(1 - (64 + 32 + 8 + 8) / 4 / 64)
     assert 0 < plan["flops_reduction"] < 1 and 0 < plan["kv_reduction"] < plan["reduction"]
+    assert plan["kv_measured_bytes"] < raw["arms"][0]["kv_measured_bytes"]
+    assert plan["decode_tokens_per_s"]["median"] > 0
+    assert plan["peak_memory_bytes"] >= plan["working_memory_bytes"] >= 0
     assert raw["curves"]["train-1 (no drop)"][-1][0] == CONFIG.steps
-    assert len(results.arms) == 3
+    assert len(results.arms) == 3 and results.control is not None
     table = pq.read_table(ctx.out / "samples.parquet").to_pylist()
     assert len(table) == 3 * raw["num_questions"] == 3 * 48
     for arm in raw["arms"]:
-        own = [row["right"] for row in table if row["arm"] == arm["name"]]
+        own = [row["score"] for row in table if row["arm"] == arm["name"]]
         assert arm["accuracy"]["mean"] == pytest.approx(np.mean(own))
+    row = table[0]
+    assert (
+        row["prompt"]
+        == f"USER: <image>\n{Questions(inputs['data'][0] / 'test').asked[0].text} ASSISTANT:"
+    )
+    assert row["vision_tokens"] == 64 and 0 < row["text_tokens"] < 40
+    assert 0 < row["generated_tokens"] <= 4 and row["seconds"] > 0
+
+
+def test_any_number_of_workers_gives_the_same_answers(inputs: Any, tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 2):
+        ctx = stage_context("evaluate", tmp_path / str(workers) / "out", inputs)
+        ctx.run = dataclasses.replace(ctx.run, num_workers=workers, cpus_per_worker=0.5)
+        evaluate(ctx, EvaluateConfig(arms=ARMS, shard_questions=10, batch_size=4, **QUICK))
+        found.append(pq.read_table(ctx.out / "samples.parquet").drop(["seconds"]))
+        assert len(list((tmp_path / str(workers) / "run").rglob("*.parquet"))) == 3 * 5
+    assert found[0].equals(found[1])
+
+
+def test_a_second_attempt_answers_only_unfinished_shards(inputs: Any, tmp_path: Path) -> None:
+    config = EvaluateConfig(arms=ARMS[:1], shard_questions=20, control="dense", **QUICK)
+    first = stage_context("evaluate", tmp_path / "out", inputs)
+    evaluate(first, config)
+    shards = sorted((tmp_path / "run").rglob("*.parquet"))
+    before = {shard: shard.stat().st_mtime_ns for shard in shards}
+    assert len(shards) == 3
+    whole = pq.read_table(first.out / "samples.parquet").drop(["seconds"])
+    shards[1].unlink()
+    second = stage_context("evaluate", tmp_path / "again", inputs)
+    evaluate(second, config)
+    after = {shard: shard.stat().st_mtime_ns for shard in shards}
+    assert [before[s] == after[s] for s in shards] == [True, False, True]
+    assert pq.read_table(second.out / "samples.parquet").drop(["seconds"]).equals(whole)
+
+
+def test_failed_answers_are_counted_named_and_fail_the_stage(
+    small: Small, inputs: Any, tmp_path: Path
+) -> None:
+    """One picture that can't be decoded: its questions are named, the other shards are kept."""
+    rows = pq.read_table(small.prepared / "test").to_pylist()
+    rows[2]["pictures"] = [rows[2]["pictures"][0][:40]]
+    for split in ("test", "train"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        pq.write_table(table, tmp_path / "data" / split / "0.parquet")
+    inputs["data"] = (tmp_path / "data", DATA)
+    ctx = stage_context("evaluate", tmp_path / "out", inputs)
+    with pytest.raises(AnswersFailed, match=r"8 answers failed, 40 of 48 are kept") as caught:
+        evaluate(ctx, EvaluateConfig(arms=ARMS[:1], shard_questions=8, batch_size=4, **QUICK))
+    assert all(f"dense/test/{rows[2]['id']} (question" in name for name, _ in caught.value.failures)
+    assert not (ctx.out / "results.json").exists()
+    assert len(list((tmp_path / "run").rglob("*.parquet"))) == 5
+
+
+def test_seeds_of_a_group_are_one_row(inputs: Any, tmp_path: Path) -> None:
+    arms = [
+        ARMS[0],
+        *(
+            ArmConfig(
+                name=f"plan-{seed}", label="plan", checkpoint=checkpoint, plan=PLAN, trained=True,
+                group="plan", seed=seed,
+            )
+            for seed, checkpoint in ((0, "base"), (1, "merge"))
+        ),
+    ]  # fmt: skip
+    ctx = stage_context("evaluate", tmp_path / "out", inputs)
+    evaluate(ctx, EvaluateConfig(arms=tuple(arms), control="dense", **QUICK))
+    rows = Results.read(ctx.out / "results.json").arms
+    assert [row.name for row in rows] == ["dense", "plan"]
+    assert [seed.seed for seed in rows[1].seeds] == [0, 1]
+    single = [seed.accuracy for seed in rows[1].seeds]
+    assert rows[1].accuracy.mean == pytest.approx(np.mean(single))
+    assert rows[1].difference is not None
+    assert rows[1].difference.mean == pytest.approx(rows[1].accuracy.mean - rows[0].accuracy.mean)
+
+
+@pytest.mark.parametrize(
+    ("arms", "says"),
+    [
+        ([{"name": "a/b"}], "arms a/b: names are unique"),
+        ([{"name": "a", "plan": PLAN, "method": {"name": "fastv", "average": 22}}], "one of them"),
+        ([{"name": "a", "group": "g"}, {"name": "b", "group": "g"}], "a seed of their own"),
+        ([{"name": "a", "group": "g", "plan": PLAN}, {"name": "b", "group": "g"}], "different"),
+    ],
+)
+def test_arms_that_make_no_table_are_refused(arms: list[dict[str, Any]], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        EvaluateConfig(arms=tuple(ArmConfig(label="x", checkpoint="base", **arm) for arm in arms))
+
+
+@pytest.mark.parametrize("text", ["fastv", "fastv:", "fastv:x", "plan", "fastv:22,k", ":3"])
+def test_what_is_no_method_is_refused(text: str) -> None:
+    with pytest.raises(MethodError, match="is not a method: write dense, plan"):
+        parse_method(text)
 
 
 def test_answers_do_not_depend_on_the_batch(small: Small, merged: Path) -> None:
-    questions = read_questions(PreparedData(small.prepared / "test"))[:12]
+    questions = Questions(small.prepared / "test").load(range(12))
     model = adsc.from_pretrained(merged).eval()
     processor = AutoProcessor.from_pretrained(merged)
     together = generate_answers(model, processor, questions, 12, 4)
     assert together == generate_answers(model, processor, questions, 1, 4)
 
 
-def test_prefill_is_timed_for_each_plan(small: Small, merged: Path) -> None:
-    from pipeline.evaluation import build_inputs
+def test_batches_follow_from_the_questions_and_hold_each_once(small: Small) -> None:
+    questions = Questions(small.prepared / "test")
+    tokenizer = AutoProcessor.from_pretrained(small.base).tokenizer
+    batches = questions.batches(range(8, 40), 5, tokenizer)
+    assert sorted(number for batch in batches for number in batch) == list(range(8, 40))
+    lengths = [
+        [len(tokenizer(questions.asked[number].text)["input_ids"]) for number in batch]
+        for batch in batches
+    ]
+    assert all(min(a) >= max(b) for a, b in itertools.pairwise(lengths))
 
-    questions = read_questions(PreparedData(small.prepared / "test"))[:4]
+
+def test_an_answer_knows_its_tokens_and_its_end(small: Small, merged: Path) -> None:
+    """Against one row alone, decoded token by token with the model's forward."""
+    questions = Questions(small.prepared / "test").load(range(6))
     model = adsc.from_pretrained(merged).eval()
+    processor = AutoProcessor.from_pretrained(merged)
+    answers = generate_batch(model, processor, questions, 4)
+    adsc.detach(model)
+    adsc.attach(model, PLAN)
+    end = model.generation_config.eos_token_id
+    for question, answer in zip(questions, answers, strict=True):
+        inputs = build_inputs([question], processor)
+        ids: list[int] = []
+        with torch.inference_mode():
+            while len(ids) < 4 and end not in ids:
+                more = torch.cat([inputs["input_ids"], torch.tensor([ids], dtype=torch.long)], 1)
+                inputs_now = {**inputs, "input_ids": more, "attention_mask": torch.ones_like(more)}
+                ids.append(int(model(**inputs_now).logits[0, -1].argmax()))
+        assert answer.generated_tokens == len(ids) and answer.finished == (end in ids)
+        assert answer.text == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert answer.vision_tokens + answer.text_tokens == inputs["input_ids"].shape[1]
+
+
+def test_broken_weights_are_no_empty_answer(small: Small) -> None:
+    model = adsc.from_pretrained(small.base).eval()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    processor = AutoProcessor.from_pretrained(small.base)
+    questions = Questions(small.prepared / "test").load([0])
+    with pytest.raises(GenerationError, match=r"rows \[0\] are NaN"):
+        generate_batch(model, processor, questions, 4)
+
+
+def test_each_method_is_measured(small: Small, merged: Path) -> None:
+    model = adsc.from_pretrained(merged).eval()
+    questions = Questions(small.prepared / "test").load([0])
     inputs = build_inputs(questions, AutoProcessor.from_pretrained(merged))
     plans = [adsc.PruningPlan.parse(""), adsc.PruningPlan.parse(PLAN)]
-    times = time_prefill(model, inputs, plans, rounds=3)
-    assert all(0 < t["low"] <= t["median"] <= t["high"] for t in times)
+    found = measure(model, inputs, plans, rounds=3, decode_rounds=2, decode_tokens=3)
+    text = inputs["input_ids"].shape[1] - 64
+    for one, plan in zip(found, plans, strict=True):
+        for name in ("prefill_ms", "decode_tokens_per_s"):
+            assert 0 < one[name]["low"] <= one[name]["median"] <= one[name]["high"]
+        cost = adsc.estimate_cost(model.config, plan, text_tokens=text)
+        assert one["kv_measured_bytes"] == cost.kv_cache_bytes
+        assert one["peak_memory_bytes"] > one["working_memory_bytes"]
     assert adsc.plan_of(model) is None
 
 
@@ -134,43 +294,17 @@ def test_majority_is_the_most_frequent_training_answer(small: Small) -> None:
     assert answers.count(majority["any"]) >= len(answers) / 2
 
 
-def test_bootstrap_resamples_pictures_not_questions() -> None:
-    # Four pictures, all questions of a picture right or wrong together: only 4 independent facts.
-    records = [name for name in "abcd" for _ in range(25)]
-    values = np.repeat([1.0, 1.0, 0.0, 0.0], 25)
-    interval = Bootstrap(records, seed=0).mean(values)
-    assert interval["mean"] == 0.5 and interval["n"] == 100
-    assert (interval["low"], interval["high"]) == (0.0, 1.0)
-    alone = Bootstrap([str(i) for i in range(100)], seed=0).mean(values)
-    # Independent questions: normal approximation 0.5 +- 0.098.
-    assert alone["low"] == pytest.approx(0.402, abs=0.02)
-    assert alone["high"] == pytest.approx(0.598, abs=0.02)
-
-
-def test_bootstrap_of_a_paired_difference_is_narrow_where_arms_agree() -> None:
-    records = [str(i) for i in range(200)]
-    a = (np.arange(200) % 2).astype(float)
-    b = a.copy()
-    b[:4] = 1 - b[:4]
-    interval = Bootstrap(records, seed=0).mean(a - b)
-    assert interval["mean"] == 0 and interval["high"] - interval["low"] < 0.05
-
-
 def test_records_without_kinds_or_pictures_are_asked_too(small: Small, tmp_path: Path) -> None:
     """LLaVA-665K names no kinds of question, and holds conversations about no picture."""
     rows = pq.read_table(small.prepared / "test").to_pylist()[:2]
     for row in rows:
         row["kinds"] = []
     rows[1]["pictures"] = []
-    import pyarrow as pa
-
-    from pipeline.stages.prepare import SCHEMA
-
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "0.parquet")
-    data = PreparedData(tmp_path)
-    questions = read_questions(data)
+    everything = Questions(tmp_path)
+    questions = everything.load(range(len(everything)))
     assert {question.kind for question in questions} == {"other"}
-    assert set(majority_answers(data)) == {"other"}
+    assert set(majority_answers(PreparedData(tmp_path))) == {"other"}
     model = adsc.from_pretrained(small.base).eval()
     processor = AutoProcessor.from_pretrained(small.base)
     mixed = [questions[0], questions[-1]]

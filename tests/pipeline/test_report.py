@@ -64,6 +64,12 @@ def arm(name: str, label: str, plan: str, trained: bool, mean: float) -> dict[st
         "kv_reduction": 1 - share,
         "prefill_ms": {"median": 120 * share, "low": 117 * share, "high": 129 * share},
         "prefill_speedup": 1 / share,
+        "decode_tokens_per_s": {"median": 900 / share, "low": 870 / share, "high": 940 / share},
+        "decode_speedup": 1 / share,
+        "kv_measured_bytes": int(32 * 712_704 * share),
+        "peak_memory_bytes": int(7e8 * share),
+        "working_memory_bytes": int(1e8 * share),
+        "seconds_per_question": 0.004 * share,
     }
 
 
@@ -121,6 +127,10 @@ def made_up() -> dict[str, Any]:
         "num_layers": 8,
         "text_tokens": 23,
         "prefill_batch": 32,
+        "decode_tokens": 16,
+        "device": "CPU",
+        "dtype": "float32",
+        "control_arm": "dense_lora",
         "majority": {"accuracy": 0.307, "by_kind": KINDS},
         "arms": arms,
         "curves": curves,

@@ -1,0 +1,106 @@
+"""What an arm runs with: a plan, or a peer by name and layer average; and how people write it.
+
+The methods themselves are adsc's. A peer is fitted to the model that it is attached to.
+"""
+
+import importlib
+import importlib.util
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+import adsc
+from pipeline.config import Config
+
+PLAN = "plan:"
+
+
+class MethodError(ValueError):
+    """A method that nobody knows, or that isn't written as methods are."""
+
+
+class PeerConfig(Config):
+    """A published method to compare with, at a layer average (adsc.peers.make)."""
+
+    name: str
+    """Its name in adsc.peers: fastv, pyramiddrop, random, ..."""
+    average: float = Field(gt=0)
+    """Vision tokens of one picture that enter a decoder layer, mean over layers."""
+    options: dict[str, str | int | float | bool] = {}
+    """Further arguments of the method; what is left out is the paper's."""
+
+    def __str__(self) -> str:
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        return ",".join([f"{self.name}:{self.average:g}", *options])
+
+
+class MethodConfig(Config):
+    """A plan or a peer; neither is the dense model."""
+
+    plan: str = ""
+    """A pruning plan as text."""
+    method: PeerConfig | None = None
+    """A peer instead of a plan."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.plan and self.method:
+            raise ValueError(
+                f"plan {self.plan!r} and method {str(self.method)!r}: an arm runs with one of them"
+            )
+        return self
+
+    @property
+    def runs_with(self) -> str:
+        """The plan or the peer as text; empty for the dense model."""
+        return str(self.method) if self.method else self.plan
+
+
+def parse_method(text: str) -> MethodConfig:
+    """A method as people write it: `dense`, `plan:2:1/4,4:1/4`, `fastv:22`, `fastv:22,layer=3`.
+
+    Raises:
+        MethodError: none of these.
+
+    >>> str(parse_method("fastv:22,layer=3").method)
+    'fastv:22,layer=3'
+    >>> parse_method("plan:2:1/4").plan
+    '2:1/4'
+    """
+    text = text.strip()
+    if text == "dense":
+        return MethodConfig()
+    if text.startswith(PLAN):
+        adsc.PruningPlan.parse(text.removeprefix(PLAN))
+        return MethodConfig(plan=text.removeprefix(PLAN))
+    name, colon, rest = text.partition(":")
+    average, *options = rest.split(",")
+    try:
+        budget = float(average)
+    except ValueError:
+        budget = 0.0
+    if not colon or not name or not budget > 0 or any("=" not in option for option in options):
+        raise MethodError(
+            f"{text!r} is not a method: write dense, plan:2:1/4,4:1/4 (layer:share), or a peer "
+            "with its layer average and options, fastv:22 or fastv:22,layer=3"
+        )
+    named = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options)}
+    return MethodConfig(method=PeerConfig(name=name, average=budget, options=named))
+
+
+def build_method(config: MethodConfig, model: Any) -> Any:
+    """What adsc.attach takes, fitted to the model.
+
+    Raises:
+        MethodError: a peer, where this installation has none.
+    """
+    if config.method is None:
+        return adsc.PruningPlan.parse(config.plan)
+    if importlib.util.find_spec("adsc.peers") is None:
+        raise MethodError(
+            f"{config.method.name!r} is a peer, and this version of adsc has none; evaluate plans"
+        )
+    peers = importlib.import_module("adsc.peers")
+    peer = config.method
+    return peers.make(peer.name, model, average=peer.average, **peer.options)

@@ -1,0 +1,158 @@
+"""Measured times and memory of methods on one model: prefill, decode, KV bytes, peak memory.
+
+Methods take turns within each round, so that a machine's changing speed hits all alike. Counted
+costs (FLOPs) are adsc.estimate_cost's; nothing here is compared between runs.
+"""
+
+import ctypes
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import adsc
+from pipeline.evaluation import generate_tokens
+
+
+def measure(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    methods: Sequence[Any],
+    rounds: int,
+    decode_rounds: int,
+    decode_tokens: int,
+) -> list[dict[str, Any]]:
+    """For each method (what adsc.attach takes): times of a batch, and its memory.
+
+    Args:
+        inputs: one batch of prompts, on the model's device.
+        rounds: timed prefills of each method.
+        decode_rounds: timed generations of `decode_tokens` tokens each, of which all but the first
+            come from decode steps.
+
+    Returns:
+        prefill_ms and decode_tokens_per_s (median and quartiles over rounds), kv_measured_bytes
+        (keys and values that the prefill of the batch leaves), peak_memory_bytes (the most that
+        generating takes: of the process on a CPU, allocated on a GPU) and working_memory_bytes
+        (the part of it that was not there before). Memory is None where the system doesn't tell.
+    """
+    prefills: list[list[float]] = [[] for _ in methods]
+    rates: list[list[float]] = [[] for _ in methods]
+    kv: list[int] = [0] * len(methods)
+    memory: list[tuple[int, int] | None] = [None] * len(methods)
+    batch = len(inputs["input_ids"])
+    for turn in range(rounds + 1):  # the first round warms up
+        for number, method in enumerate(methods):
+            adsc.attach(model, method)
+            seconds, kv[number] = _prefill(model, inputs)
+            if turn:
+                prefills[number].append(1000 * seconds)
+    for turn in range(decode_rounds + 1):
+        for number, method in enumerate(methods):
+            adsc.attach(model, method)
+            if not turn:
+                memory[number] = _peak_memory(model, inputs, decode_tokens)
+                continue
+            rates[number].append(
+                batch * (decode_tokens - 1) / _decode(model, inputs, decode_tokens)
+            )
+    adsc.detach(model)
+    return [
+        {
+            "prefill_ms": _quartiles(times),
+            "decode_tokens_per_s": _quartiles(speeds),
+            "kv_measured_bytes": size,
+            "peak_memory_bytes": peak and peak[0],
+            "working_memory_bytes": peak and peak[1],
+        }
+        for times, speeds, size, peak in zip(prefills, rates, kv, memory, strict=True)
+    ]
+
+
+def _prefill(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """Seconds of one prefill, and bytes of its keys and values."""
+    with torch.inference_mode():
+        _synchronize(model)
+        start = time.perf_counter()
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        _synchronize(model)
+        seconds = time.perf_counter() - start
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return seconds, sum(tensor.nbytes for tensor in tensors)
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes the time after each token; stops nothing."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        _synchronize(self._model)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _decode(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> float:
+    """Seconds from the first token to the last, all rows decoding to the end."""
+    clock = _Clock(model)
+    generate_tokens(
+        model,
+        inputs,
+        tokens,
+        min_new_tokens=tokens,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return clock.times[-1] - clock.times[0]
+
+
+def _peak_memory(
+    model: Any, inputs: dict[str, torch.Tensor], tokens: int
+) -> tuple[int, int] | None:
+    """Most bytes while generating, and how many more that is than before it."""
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _decode(model, inputs, tokens)
+        most = torch.cuda.max_memory_allocated()
+        return most, most - before
+    if not _reset_peak():
+        return None
+    before = psutil.Process().memory_info().rss
+    _decode(model, inputs, tokens)
+    peak = _peak_of_process()
+    return peak, max(0, peak - before)
+
+
+def _reset_peak() -> bool:
+    """Give freed memory back and start the process's high-water mark anew; Linux can."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which would hide the peak
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _peak_of_process() -> int:
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def _synchronize(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _quartiles(values: Sequence[float]) -> dict[str, float]:
+    median, low, high = np.quantile(values, [0.5, 0.25, 0.75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
