@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, prepare_cli
+from workflows import dry_run, eval_cli, prepare_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,21 +143,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     _add_workflow(run)
     dry_run.add_options(run)
-    run.add_argument("--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)")
-    run.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
-    run.add_argument(
-        "--workers",
-        type=_workers,
-        default=1,
-        help="Ray Train workers of a training stage; 2-8 takes as many as the cluster has",
-    )
-    run.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
-    run.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
-    run.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
-    run.add_argument(
-        "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
-    )
+    _add_cluster(run)
     run.set_defaults(run=_run)
+
+    evaluation = _command(
+        commands, "eval", "score a checkpoint with several methods on questions", eval_cli.EXAMPLES
+    )
+    eval_cli.add_arguments(evaluation, _positive)
+    _add_root(evaluation)
+    _add_cluster(evaluation)
+    evaluation.set_defaults(run=_eval, workflow="eval")
 
     ls = _command(commands, "ls", "workflows, or the stages of one with their state", LS_EXAMPLES)
     _add_workflow(ls, optional=True)
@@ -216,10 +211,34 @@ def _add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> No
         dest="changes",
         help="change the config; repeatable",
     )
+    _add_root(parser)
+
+
+def _add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
         default=os.environ.get("ADSC_ROOT", DEFAULT_ROOT),
         help="the store: a folder or s3://bucket/prefix (default: $ADSC_ROOT or runs)",
+    )
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Where and on what it runs: no part of what is computed."""
+    parser.add_argument(
+        "--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)"
+    )
+    parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
+    parser.add_argument(
+        "--workers",
+        type=_workers,
+        default=1,
+        help="workers that train, or answer questions; 2-8 takes as many as the cluster has",
+    )
+    parser.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
+    parser.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
+    parser.add_argument(
+        "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
     )
 
 
@@ -276,6 +295,14 @@ def _run(options: argparse.Namespace) -> int:
     _print_results(console, found)
     _print_next(console, found, context)
     return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    # What is printed as JSON goes to a program: people read progress on the other stream.
+    console = Console(stderr=True, width=200) if options.json else _console()
+    return eval_cli.run(options, _context(options), console)
 
 
 def _print_states(console: Console, states: Sequence[Any], titles: dict[str, str]) -> None:

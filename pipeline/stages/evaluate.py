@@ -84,7 +84,7 @@ class EvaluateConfig(Config):
     """Questions in the batch whose prefill and decoding are timed."""
     prefill_rounds: int = Field(15, gt=0)
     """Timed prefills of each method; the methods take turns."""
-    decode_tokens: int = Field(16, gt=1)
+    decode_tokens: int = Field(8, gt=1)
     """Tokens of a timed generation."""
     decode_rounds: int = Field(5, gt=0)
     """Timed generations of each method."""

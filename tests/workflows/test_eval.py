@@ -1,0 +1,114 @@
+"""`adsc eval` as people call it, on the small base: task files, prepared data, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import adsc
+from tests.small import Small
+from workflows.cli import main
+from workflows.evaluation import content_digest, evaluation_stages
+
+PLAN = "1:1/2,2:1/4"
+QUICK = ["--max-new-tokens", "3", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that --out fills, with the store beside it."""
+    root = tmp_path_factory.mktemp("eval")
+    code = main(
+        ["eval", str(small.base), "--tasks", str(small.pictures / "test.json"), "--methods",
+         "dense", f"plan:{PLAN}", "--root", str(root / "runs"), "--out", str(root / "out"), *QUICK]
+    )  # fmt: skip
+    assert code == 0
+    return root / "out"
+
+
+def test_out_holds_results_samples_and_report(evaluated: Path) -> None:
+    results = json.loads((evaluated / "results.json").read_text())
+    assert [arm["plan"] for arm in results["arms"]] == ["", PLAN]
+    assert results["control_arm"] == "dense" and results["arms"][1]["difference"] is not None
+    assert results["majority"]["source"] == "questions"
+    assert pq.read_table(evaluated / "samples.parquet").num_rows == 2 * 48
+    assert (evaluated / "report.html").stat().st_size > 10_000
+
+
+def test_json_of_prepared_data_is_what_the_task_file_gave(
+    small: Small, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same questions by another way in; and `own` is the plan in the checkpoint's config."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(small.base, checkpoint)
+    adsc.attach(adsc.from_pretrained(small.base), PLAN).save_pretrained(checkpoint)
+    code = main(
+        ["eval", str(checkpoint), "--data", str(small.prepared), "--json",
+         "--root", str(evaluated.parent / "runs"), *QUICK]
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads(capsys.readouterr().out)
+    before = json.loads((evaluated / "results.json").read_text())
+    (own,) = results["arms"]
+    assert own["plan"] == PLAN
+    assert own["by_kind"] == before["arms"][1]["by_kind"]
+
+
+def test_the_same_command_again_only_prints(
+    small: Small, evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = evaluated.parent
+    words = ["eval", str(small.base), "--tasks", str(small.pictures / "test.json")]
+    words += ["--methods", "dense", f"plan:{PLAN}", "--root", str(root / "runs"), *QUICK]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cached") == 5 and "48 questions" in printed
+    assert f"{PLAN} " in printed and "report: " in printed
+
+
+def test_changed_files_are_other_inputs(small: Small, tmp_path: Path) -> None:
+    shutil.copytree(small.base, tmp_path / "base")
+    before = content_digest(str(tmp_path / "base"))
+    assert before == content_digest(str(tmp_path / "base")) is not None
+    (tmp_path / "base" / "config.json").touch()
+    assert content_digest(str(tmp_path / "base")) != before
+    assert content_digest(str(tmp_path / "absent")) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere", "--tasks", "T"], "there is no checkpoint at 'nowhere'"),
+        (["BASE", "--tasks", "absent.json"], "there are no task files absent.json"),
+        (["BASE"], "no questions: give --tasks"),
+        (["BASE", "--data", "absent"], "there is no prepared data at 'absent'"),
+        (["BASE", "--tasks", "T", "--methods", "fastv"], "'fastv' is not a method"),
+        (["BASE", "--tasks", "T", "--methods", "plan:2:1/4,2:1/2"], "2"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
+    small: Small,
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"BASE": str(small.base), "T": str(small.pictures / "test.json")}
+    given = [places.get(word, word) for word in words]
+    assert main(["eval", *given, "--root", str(tmp_path / "runs")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_that_ships_in_a_package_is_a_base() -> None:
+    stages = evaluation_stages(
+        "package://workflows/assets/tiny_base",
+        ["own", "fastv:22,layer=3"],
+        data=str(Path(__file__).parent),
+    )
+    evaluate = next(stage for stage in stages if stage.name == "evaluate")
+    arms = evaluate.config.model_dump()["arms"]
+    assert [arm["name"] for arm in arms] == ["dense", "fastv-22-layer-3"]
+    assert arms[1]["method"] == {"name": "fastv", "average": 22, "options": {"layer": 3}}

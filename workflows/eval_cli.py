@@ -1,0 +1,113 @@
+"""The command `adsc eval`: its words, its table. The stages stand in workflows/evaluation.py.
+
+What was answered is kept in the store, so the same command goes on after a kill, and a second time
+it only prints. Public benchmarks are lmms-eval's (docs/evaluation.md), not this command's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.stage import RunContext
+
+EXAMPLES = """examples:
+  adsc eval CHECKPOINT --tasks questions.json --methods dense plan:2:1/4,4:1/4 fastv:22
+  adsc eval CHECKPOINT --data runs/prepare-0123456789ab          (its split `test`)
+  adsc eval s3://bucket/model --tasks a.json b.json --json --out results
+
+CHECKPOINT is a folder, s3://, package://NAME/FOLDER or a hub id. A task file holds conversations
+in LLaVA's JSON; its pictures lie in `images` beside it. Methods: `own` (the checkpoint's plan),
+`dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average and options, `fastv:22,layer=3`.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
+    """The words of the command; those about cluster and store are the caller's."""
+    parser.add_argument("checkpoint", help="a folder, s3://..., package://..., or a hub id")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="FILE", help="task files; with --data, its splits"
+    )
+    parser.add_argument("--data", help="the folder of a finished prepare stage, or s3://...")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["own"],
+        metavar="METHOD",
+        help="what it runs with (default: own)",
+    )
+    parser.add_argument(
+        "--template",
+        choices=("checkpoint", "data"),
+        default="checkpoint",
+        help="whose chat template puts the questions (default: the checkpoint's)",
+    )
+    parser.add_argument("--batch-size", type=positive(int), default=64, help="questions at a time")
+    parser.add_argument(
+        "--max-new-tokens", type=positive(int), default=16, help="longest answer in tokens"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and report there")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+
+
+def run(options: argparse.Namespace, context: RunContext, console: Console) -> int:
+    """Run the stages, print the table or the JSON, copy what was asked for."""
+    from pipeline import graph
+    from pipeline.stage import Input
+    from workflows.evaluation import evaluation_stages
+
+    stages = evaluation_stages(
+        options.checkpoint,
+        options.methods,
+        tasks=options.tasks,
+        data=options.data,
+        template=options.template,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    found = graph.run(stages, context, console)
+    evaluated, reported = Input(found["evaluate"]), Input(found["report"])
+    results = json.loads((evaluated.folder / "results.json").read_text())
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for made in (evaluated, reported):
+            shutil.copytree(made.folder, options.out, dirs_exist_ok=True)
+    if options.json:
+        print(json.dumps(results))
+    else:
+        print_table(results, console)
+        console.print(f"report: {reported.uri}/report.html", soft_wrap=True, markup=False)
+    return 0
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """A row a method: scores with intervals, costs and times."""
+    from rich.table import Table
+
+    title = f"{results['num_questions']} questions, {results['device']}, {results['dtype']}"
+    columns = (
+        "method", "right, % [95 %]", f"of {results['control_arm']}", "vision tokens", "GFLOPs",
+        "KV KiB", "prefill ms", "decode tokens/s", "peak MiB",
+    )  # fmt: skip
+    table = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for arm in results["arms"]:
+        share, peak, kept = arm["accuracy"], arm["peak_memory_bytes"], arm["retention"]
+        mean, low, high = (100 * share[name] for name in ("mean", "low", "high"))
+        table.add_row(
+            arm["label"],
+            f"{mean:.1f} [{low:.1f}, {high:.1f}]",
+            "-" if kept is None else f"{100 * kept:.1f} %",
+            f"{arm['average_vision_tokens']:.1f}",
+            f"{arm['flops'] / 1e9:.3f}",
+            f"{arm['kv_cache_bytes'] / 1024:.0f}",
+            f"{arm['prefill_ms']['median']:.1f}",
+            f"{arm['decode_tokens_per_s']['median']:.0f}",
+            "-" if peak is None else f"{peak / 2**20:.0f}",
+        )
+    console.print(table)

@@ -1,0 +1,201 @@
+"""Stages that evaluate a checkpoint on local questions: those of a compression, without training.
+
+Checkpoint and prepared data are taken where they lie and known by digests; task files
+(conversations in LLaVA's JSON) are prepared first. The command line is workflows/eval_cli.py's.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import adsc
+from pipeline.config import Config
+from pipeline.methods import PLAN, parse_method
+from pipeline.stage import Stage
+from pipeline.stages.base import BaseConfig, base, pin_digest, resolve
+from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.prepare import PrepareConfig, prepare
+from pipeline.stages.report import ReportConfig, report
+from pipeline.store import open_store
+
+CONTEXT = 1_000_000  # tokens: no question is set aside for its length
+
+
+class TaskConfig(PrepareConfig):
+    """Preparation of task files as they are now."""
+
+    digest: str = ""
+    """Of the files and their pictures."""
+
+
+def evaluation_stages(
+    checkpoint: str,
+    methods: Sequence[str],
+    *,
+    tasks: Sequence[str] = (),
+    data: str | None = None,
+    **settings: Any,
+) -> list[Stage]:
+    """The stages base, (files,) prepare, evaluate and report.
+
+    Args:
+        checkpoint: a folder, s3://, package://NAME/FOLDER or a hub id.
+        methods: as parse_method reads them, or `own`: the plan in the checkpoint's config.
+        tasks: JSON files of one folder; with `data`, the names of its splits (`test` if none).
+        data: the folder of a finished prepare stage.
+        settings: further fields of EvaluateConfig.
+
+    Raises:
+        ValueError: what doesn't exist, or can't be told apart.
+    """
+    sources: dict[str, str] = {}
+    source = _checkpoint(checkpoint, sources)
+    made, splits = _data(data, tasks, sources)
+    arms = _arms(methods, checkpoint)
+    config = EvaluateConfig(
+        title=f"Evaluation of {checkpoint.rstrip('/').rpartition('/')[2]}",
+        task=", ".join(splits),
+        arms=tuple(arms),
+        control=next((arm.name for arm in arms if not arm.runs_with), arms[0].name),
+        splits=tuple(splits),
+        sources=sources,
+        **settings,
+    )
+    return [
+        source,
+        *made,
+        Stage(
+            name="evaluate",
+            title="evaluate: every method, same questions",
+            body=evaluate,
+            version=2,
+            config=config,
+            needs={"base": "base", "data": "prepare"},
+        ),
+        Stage(
+            name="report",
+            title="report: page and figure",
+            body=report,
+            version=2,
+            config=ReportConfig(),
+            needs={"evaluate": "evaluate"},
+        ),
+    ]
+
+
+def content_digest(place: str) -> str | None:
+    """A digest of what lies in a folder or on S3; None if there is nothing.
+
+    By its manifest where it has one (exported checkpoints, prepared data), else by names, sizes
+    and, on a disk, times of change: hashing a large model takes minutes.
+    """
+    store = open_store(place)
+    if (manifest := store.read("manifest.json")) is not None:
+        return hashlib.sha256(manifest).hexdigest()
+    lines = []
+    for entry in store.list(""):
+        path = store.local(entry.key)
+        lines.append(f"{entry.key} {entry.size} {path.stat().st_mtime_ns if path else ''}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
+
+
+def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists()
+    if source.startswith("package://") or hub:
+        return Stage(
+            name="base",
+            title="base: the checkpoint",
+            body=base,
+            version=1,
+            config=pin_digest(BaseConfig(source=source)),
+        )
+    if open_store(source).read("config.json") is None:
+        raise ValueError(
+            f"there is no checkpoint at {source!r}: a config.json should lie there; "
+            "`adsc show demo export --path` prints a place"
+        )
+    sources["base"] = str(content_digest(source))
+    return _pinned("base", "base: the checkpoint", source)
+
+
+def _data(
+    prepared: str | None, tasks: Sequence[str], sources: dict[str, str]
+) -> tuple[list[Stage], list[str]]:
+    """The stages that make the questions, and the splits to ask."""
+    if prepared is not None:
+        # Of an attempt's folder, which `adsc show` prints, the stage's folder knows more.
+        home = re.sub(r"/attempts/[^/]+/?$", "", prepared)
+        place = home if open_store(home).read("record.json") is not None else prepared
+        digest = content_digest(prepared)
+        if digest is None:
+            raise ValueError(f"there is no prepared data at {prepared!r}")
+        sources["data"] = digest
+        return [_pinned("prepare", "prepare: as it lies there", place)], list(tasks) or ["test"]
+    files = [Path(task) for task in tasks]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"there are no task files {', '.join(missing)}")
+    if not files:
+        raise ValueError(
+            "no questions: give --tasks with JSON files of conversations, or --data with prepared "
+            "data"
+        )
+    folders = {file.resolve().parent for file in files}
+    splits = {file.stem: file.name for file in files}
+    if len(folders) > 1 or len(splits) < len(files):
+        raise ValueError(
+            f"task files {', '.join(map(str, files))}: put them into one folder, under different "
+            "names; their pictures lie in `images` there"
+        )
+    (folder,) = folders
+    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    lines.append(str(content_digest(str(folder / PrepareConfig().images))))
+    config = TaskConfig(
+        splits=splits,
+        context=CONTEXT,
+        max_quarantined=0,
+        digest=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+    )
+    made = Stage(
+        name="prepare",
+        title="prepare: task files to questions",
+        body=prepare,
+        version=2,
+        config=config,
+        needs={"data": "files", "base": "base"},
+    )
+    return [_pinned("files", "files: the tasks", str(folder)), made], list(splits)
+
+
+def _pinned(name: str, title: str, place: str) -> Stage:
+    """A stage whose files are there; its body is never run."""
+    root = open_store(place).root
+    return Stage(name=name, title=title, body=base, version=1, config=Config(), pinned=root)
+
+
+def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:
+    arms: dict[str, ArmConfig] = {}
+    for text in methods:
+        written = _own_method(checkpoint) if text == "own" else text
+        method = parse_method(written)
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", written)
+        arms[name] = ArmConfig(
+            name=name,
+            label=written.removeprefix(PLAN),
+            checkpoint="base",
+            plan=method.plan,
+            method=method.method,
+        )
+    return list(arms.values())
+
+
+def _own_method(checkpoint: str) -> str:
+    """The plan that travels in a checkpoint's config, as a method is written."""
+    place = checkpoint if "s3://" in checkpoint else str(resolve(checkpoint))
+    config = open_store(place).read("config.json")
+    plan = json.loads(config).get("adsc") if config else None
+    text = "" if plan is None else str(adsc.PruningPlan.from_dict(plan))
+    return f"{PLAN}{text}" if text else "dense"
