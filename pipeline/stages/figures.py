@@ -25,6 +25,10 @@ from pipeline.stages.results import Arm, Results
 COLOURS = ("#444444", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "v", "D", "^", "P", "X")
 MUTED = "#6b7280"
+MANY = 8
+"""With more arms than this, points carry the arm's number in the table instead of its label."""
+PROFILES = 5
+"""More different token profiles than this are drawn as rows of a heat map."""
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -54,9 +58,11 @@ def svg(panel: Panel, results: Results, height: float = 2.9) -> str:
 
 def summary_png(results: Results, heading: str) -> bytes:
     """The panels that matter most on one sheet, with the finding above them."""
-    panels: list[Panel] = [accuracy, against_flops, tokens_per_layer, losses]
+    last = losses if results.curves else against_kv
+    panels: list[Panel] = [accuracy, against_flops, tokens_per_layer, last]
+    tall = max(8.2, 3.6 + 0.36 * len(results.arms))
     with rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 8.2), layout="constrained", dpi=150)
+        figure = Figure(figsize=(10.5, tall), layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
         figure.suptitle(_wrap(heading, 105), x=0.015, ha="left", fontsize=11.5, linespacing=1.4)
         for panel, axes in zip(panels, figure.subplots(2, 2).flat, strict=True):
@@ -67,7 +73,19 @@ def summary_png(results: Results, heading: str) -> bytes:
 
 
 def style_of(index: int) -> tuple[str, str]:
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    """Colour and marker of an arm; both together differ for the first 49."""
+    turn, place = divmod(index, len(COLOURS))
+    return COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
+
+
+def numbered(results: Results) -> bool:
+    """Whether arms are told apart by number, since there are too many for labels."""
+    return len(results.arms) > MANY
+
+
+def name_of(results: Results, index: int) -> str:
+    label = results.arms[index].label
+    return f"{index + 1}  {label}" if numbered(results) else label
 
 
 def accuracy(axes: Axes, results: Results) -> None:
@@ -86,7 +104,9 @@ def accuracy(axes: Axes, results: Results) -> None:
             weight="bold",
         )
     _majority(axes, 100 * results.majority.accuracy)
-    axes.set_yticks(range(len(results.arms)), [_wrap(arm.label, 16) for arm in results.arms])
+    width = 30 if numbered(results) else 16
+    labels = [_wrap(name_of(results, row), width) for row in range(len(results.arms))]
+    axes.set_yticks(range(len(results.arms)), labels)
     axes.set_ylim(len(results.arms) - 0.4, -0.6)
     axes.set_xlim(0, 104)
     axes.set_xlabel("right answers, %")
@@ -110,10 +130,11 @@ def by_kind(axes: Axes, results: Results) -> None:
     axes.set_xlim(0, 102)
     axes.set_xlabel("right answers, %; grey: majority baseline")
     axes.grid(visible=False, axis="y")
-    for index, arm in enumerate(results.arms):
+    for index in range(count):
         colour, marker = style_of(index)
-        axes.plot([], [], marker, color=colour, ms=5, label=arm.label)
-    _legend(axes, "Accuracy by kind of question", columns=2)
+        label = str(index + 1) if numbered(results) else results.arms[index].label
+        axes.plot([], [], marker, color=colour, ms=5, label=label)
+    _legend(axes, "Accuracy by kind of question", columns=8 if numbered(results) else 2)
 
 
 def against_flops(axes: Axes, results: Results) -> None:
@@ -142,13 +163,14 @@ def against_prefill(axes: Axes, results: Results) -> None:
 
 def tokens_per_layer(axes: Axes, results: Results) -> None:
     """Steps: how many vision tokens enter each layer; arms with the same plan share a line."""
-    plans: dict[tuple[int, ...], list[int]] = {}
-    for index, arm in enumerate(results.arms):
-        plans.setdefault(tuple(arm.tokens_per_layer), []).append(index)
+    plans = _profiles(results)
+    if len(plans) > PROFILES:
+        _heat_map(axes, results, plans)
+        return
     for tokens, indices in plans.items():
         colour, arm = style_of(indices[-1])[0], results.arms[indices[-1]]
         edges = np.arange(len(tokens) + 1) - 0.5
-        label = f"{arm.plan or 'dense'}: average {arm.average_vision_tokens:.1f}"
+        label = f"{_plan_name(arm)}: average {arm.average_vision_tokens:.1f}"
         axes.stairs(tokens, edges, color=colour, lw=2, label=_wrap(label, 52))
         axes.stairs(tokens, edges, color=colour, alpha=0.12, fill=True)
     _legend(axes, "Vision tokens entering each layer", columns=1)
@@ -157,6 +179,47 @@ def tokens_per_layer(axes: Axes, results: Results) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("decoder layer")
     axes.grid(visible=False, axis="x")
+
+
+def tokens_height(results: Results) -> float:
+    """Inches that the picture of tokens per layer needs."""
+    count = len(_profiles(results))
+    return max(2.9, 1.0 + 0.3 * count) if count > PROFILES else 2.9
+
+
+def _profiles(results: Results) -> dict[tuple[int, ...], list[int]]:
+    """Arms by their tokens per layer."""
+    profiles: dict[tuple[int, ...], list[int]] = {}
+    for index, arm in enumerate(results.arms):
+        profiles.setdefault(tuple(arm.tokens_per_layer), []).append(index)
+    return profiles
+
+
+def _heat_map(axes: Axes, results: Results, plans: dict[tuple[int, ...], list[int]]) -> None:
+    """A row a profile, a column a layer; darker is more tokens."""
+    grid = np.array(list(plans), float)
+    axes.imshow(grid, cmap="Blues", aspect="auto", vmin=0, vmax=1.15 * results.num_vision_tokens)
+    if grid.shape[1] <= 12:
+        for (row, layer), tokens in np.ndenumerate(grid):
+            dark = tokens > 0.65 * results.num_vision_tokens
+            colour = "white" if dark else "#1c1f26"
+            axes.text(
+                layer, row, f"{tokens:.0f}", ha="center", va="center", color=colour, fontsize=7.5
+            )
+    labels = []
+    for indices in plans.values():
+        arm, numbers = results.arms[indices[0]], ", ".join(str(i + 1) for i in indices)
+        who = numbers if numbered(results) else _plan_name(arm)
+        labels.append(f"{who} ({arm.average_vision_tokens:.1f})")
+    axes.set_yticks(range(len(labels)), [_wrap(label, 24) for label in labels], fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("decoder layer; in brackets the layer average")
+    axes.set_title("Vision tokens entering each layer")
+    axes.grid(visible=False)
+
+
+def _plan_name(arm: Arm) -> str:
+    return arm.plan or "dense"
 
 
 def losses(axes: Axes, results: Results) -> None:
@@ -217,10 +280,12 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
         axes.plot(x, y, marker, color=colour, ms=5)
     for right in (True, False):
         here = [i for i, x in enumerate(costs) if (x < 0.6 * max(costs)) == right]
-        heights = _apart([shares[i] for i in here], 0.085 * (high - low + 2 * margin))
+        wide = 0.085 * (high - low + 2 * margin)
+        heights = _apart([shares[i] for i in here], 0.5 * wide if numbered(results) else wide)
         for i, y in zip(here, heights, strict=True):
+            text = str(i + 1) if numbered(results) else _wrap(results.arms[i].label, 24)
             axes.annotate(
-                _wrap(results.arms[i].label, 24),
+                text,
                 (costs[i], y),
                 (9 if right else -9, 0),
                 textcoords="offset points",

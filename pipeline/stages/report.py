@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pipeline.stage import StageContext
 
 TEMPLATE = Path(__file__).with_name("report.html")
+KINDS_ACROSS = 6
+"""Kinds of questions in one table, side by side."""
 
 
 class ReportConfig(Config):
@@ -66,17 +68,24 @@ def render(results: Results, folder: Path, config: ReportConfig) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "points": points, "less": less}
-    kinds = len(results.majority.by_kind)
-    rows = kinds * max(2, len(results.arms)) * 0.13
+    kinds = list(results.majority.by_kind)
+    rows = len(kinds) * max(2, len(results.arms)) * 0.13
+    tall = max(2.9, 1.1 + 0.36 * len(results.arms))
     return environment.from_string(TEMPLATE.read_text()).render(
         r=results,
         finding=tied(finding(results)),
         remarks=[tied(remark) for remark in remarks(results)],
         flops=figures.flops_unit(max((arm.flops for arm in results.arms), default=1)),
         memory=figures.bytes_unit(max((arm.kv_cache_bytes for arm in results.arms), default=1)),
+        peak=figures.bytes_unit(max((a.peak_memory_bytes or 0 for a in results.arms), default=1)),
         colours=[figures.style_of(index)[0] for index in range(len(results.arms))],
+        numbered=figures.numbered(results),
+        kinds=[kinds[i : i + KINDS_ACROSS] for i in range(0, len(kinds), KINDS_ACROSS)],
         figures=[
-            (figures.svg(figures.accuracy, results), "Accuracy of each arm with its interval"),
+            (
+                figures.svg(figures.accuracy, results, tall),
+                "Accuracy of each arm with its interval",
+            ),
             (
                 figures.svg(figures.by_kind, results, 1.2 + rows),
                 "Accuracy of each arm by kind of question, with the majority baseline",
@@ -84,8 +93,15 @@ def render(results: Results, folder: Path, config: ReportConfig) -> str:
             (figures.svg(figures.against_flops, results), "Accuracy against FLOPs"),
             (figures.svg(figures.against_kv, results), "Accuracy against KV cache size"),
             (figures.svg(figures.against_prefill, results), "Accuracy against prefill time"),
-            (figures.svg(figures.tokens_per_layer, results), "Vision tokens entering each layer"),
-            (figures.svg(figures.losses, results), "Training loss by step"),
+            (
+                figures.svg(figures.tokens_per_layer, results, figures.tokens_height(results)),
+                "Vision tokens entering each layer",
+            ),
+            *(
+                [(figures.svg(figures.losses, results), "Training loss by step")]
+                if results.curves
+                else []
+            ),
         ],
         per_batch=figures.per_batch(results),
         samples=samples(results, folder, config),
@@ -97,14 +113,15 @@ def finding(results: Results) -> str:
     """What the run found, in a sentence that follows the intervals wherever they point."""
     arm, control = results.compressed, results.control
     if arm is None:
-        return "No arm of this run was trained with a plan, so it says nothing about compression."
+        return "No arm of this run has a plan, so it says nothing about compression."
     saved = (
         f"With {percent(arm.reduction)} fewer vision tokens (layer average "
         f"{arm.average_vision_tokens:.1f} of {results.num_vision_tokens}), "
         f"{less(arm.flops_reduction, 'fewer')} FLOPs and {less(arm.kv_reduction)} KV cache, the "
-        f"trained plan answers {percent(arm.accuracy.mean)} of the questions right"
+        f"{'trained' if arm.trained else 'untrained'} plan answers "
+        f"{percent(arm.accuracy.mean)} of the questions right"
     )
-    if control is None:
+    if control is None or control is arm:
         return f"{saved}; there is no dense control to compare it with."
     against = f"{saved}, the dense control {percent(control.accuracy.mean)}"
     return f"{against}: {_verdict(arm, control, results.num_questions)}."
@@ -117,7 +134,7 @@ def remarks(results: Results) -> list[str]:
     untrained = next(
         (a for a in results.arms if arm and a.plan == arm.plan and not a.trained), None
     )
-    if arm and untrained:
+    if arm and arm.trained and untrained:
         gain = 100 * (arm.accuracy.mean - untrained.accuracy.mean)
         clear = "the intervals overlap" if _overlap(arm, untrained) else "the intervals are apart"
         word = "more" if gain >= 0 else "fewer"
@@ -125,7 +142,7 @@ def remarks(results: Results) -> list[str]:
             f"Trained with its plan, the model answers {abs(gain):.1f} points {word} than the "
             f"untrained base under the same plan; {clear}."
         )
-    if arm and control:
+    if arm and control and control is not arm:
         fast = control.prefill_ms.median / arm.prefill_ms.median
         apart = (
             arm.prefill_ms.high < control.prefill_ms.low
@@ -139,9 +156,19 @@ def remarks(results: Results) -> list[str]:
             "No arm is clearly above always giving the most frequent answer: these models may "
             "not use the picture."
         )
-    said.append(
-        f"One seed ({results.seed}): differences between training runs are not in the intervals."
-    )
+    trained = [arm for arm in results.arms if arm.trained]
+    several = [arm for arm in trained if len(arm.seeds) > 1]
+    if several:
+        fewest = min(len(arm.seeds) for arm in several)
+        said.append(
+            f"{len(several)} of {len(trained)} trained arms pool {fewest} seeds or more; their "
+            "intervals hold the differences between training runs, as far as so few can show them."
+        )
+    if len(several) < len(trained):
+        said.append(
+            f"One seed ({results.seed}){' for the others' if several else ''}: differences between "
+            "training runs are not in the intervals."
+        )
     return said
 
 
