@@ -97,9 +97,9 @@ def accuracy(axes: Axes, results: Results) -> None:
         axes.annotate(
             f"{100 * arm.accuracy.mean:.1f}",
             (100 * arm.accuracy.mean, row),
-            (0, 7),
+            (10, -3.5) if numbered(results) else (0, 7),
             textcoords="offset points",
-            ha="center",
+            ha="left" if numbered(results) else "center",
             color=colour,
             weight="bold",
         )
@@ -278,14 +278,25 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
         colour, marker = style_of(index)
         axes.plot([x, x], [100 * arm.accuracy.low, 100 * arm.accuracy.high], color=colour, lw=1.6)
         axes.plot(x, y, marker, color=colour, ms=5)
+    if numbered(results):
+        for i, (x, y) in enumerate(zip(costs, shares, strict=True)):
+            axes.annotate(
+                str(i + 1),
+                (x, y),
+                (5 if i % 2 else -5, 0),
+                textcoords="offset points",
+                ha="left" if i % 2 else "right",
+                va="center",
+                color=style_of(i)[0],
+                fontsize=7.5,
+            )
+        return
     for right in (True, False):
         here = [i for i, x in enumerate(costs) if (x < 0.6 * max(costs)) == right]
-        wide = 0.085 * (high - low + 2 * margin)
-        heights = _apart([shares[i] for i in here], 0.5 * wide if numbered(results) else wide)
+        heights = _apart([shares[i] for i in here], 0.085 * (high - low + 2 * margin))
         for i, y in zip(here, heights, strict=True):
-            text = str(i + 1) if numbered(results) else _wrap(results.arms[i].label, 24)
             axes.annotate(
-                text,
+                _wrap(results.arms[i].label, 24),
                 (costs[i], y),
                 (9 if right else -9, 0),
                 textcoords="offset points",
