@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install demo test test-slow lint bench
+.PHONY: install demo test test-slow lint bench lmms-eval
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,17 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The field's harness in an environment of its own (1.7 GB): docs/evaluation.md.
+LMMS := .venv-lmms
+lmms-eval: $(LMMS)/.installed
+
+$(LMMS)/.installed: pyproject.toml
+	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/pip install --quiet torch==2.13.0 torchvision==0.28.0 lmms-eval==0.7.3 \
+		transformers==5.23.0 peft==0.21.2
+	$(LMMS)/bin/pip install --quiet --no-deps --editable .
+	touch $@
 
 # Ratios on this machine, a few minutes each; docs/performance.md says how to read them.
 bench: install

@@ -134,7 +134,7 @@ def by_kind(axes: Axes, results: Results) -> None:
         colour, marker = style_of(index)
         label = str(index + 1) if numbered(results) else results.arms[index].label
         axes.plot([], [], marker, color=colour, ms=5, label=label)
-    _legend(axes, "Accuracy by kind of question", columns=8 if numbered(results) else 2)
+    _legend(axes, "Accuracy by kind of question", columns=6 if numbered(results) else 2)
 
 
 def against_flops(axes: Axes, results: Results) -> None:

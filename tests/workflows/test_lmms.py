@@ -1,0 +1,108 @@
+"""lmms-eval with our model class, in its own environment: the same answers as the pipeline's."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from transformers import AutoProcessor
+
+import adsc
+from pipeline.evaluation import Questions, generate_answers, score
+from tests.small import Small
+from workflows.lmms_task import write_task
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = ROOT / ".venv-lmms" / "bin" / "python"
+SCRIPT = Path(__file__).with_name("run_lmms.py")
+BASE = ROOT / "workflows" / "assets" / "tiny_base"
+PLAN = "2:1/4,4:1/4"
+BENCHMARKS = (
+    "gqa", "vqav2_val", "textvqa_val", "pope", "scienceqa_img", "mme", "mmbench_en_dev",
+    "mmbench_cn_dev", "seedbench", "vizwiz_vqa_val",
+)  # fmt: skip
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PYTHON.exists(), reason="no .venv-lmms here: `make lmms-eval` builds it (1.7 GB)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def task(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    assert write_task(small.prepared / "test", folder, "few_grids", max_new_tokens=8) == 48
+    return folder
+
+
+def lmms_eval(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [str(PYTHON), str(SCRIPT), *words], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.parametrize("method", ["dense", f"plan:{PLAN}"])
+def test_the_harness_finds_what_the_pipeline_finds(
+    small: Small, task: Path, tmp_path: Path, method: str
+) -> None:
+    done = lmms_eval(
+        tmp_path / "hf",
+        "--model=adsc",
+        "--model_args",
+        f"pretrained={BASE},image_backend=pil,method={method.replace(',', '+')}",
+        f"--include_path={task}",
+        "--tasks=few_grids",
+        "--batch_size=16",
+        f"--output_path={tmp_path / 'out'}",
+        "--log_samples",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (samples,) = (tmp_path / "out").rglob("*samples_few_grids.jsonl")
+    rows = sorted(
+        (json.loads(line) for line in samples.read_text().splitlines()),
+        key=lambda row: row["doc_id"],
+    )
+    questions = Questions(small.prepared / "test").load(range(48))
+    model = adsc.from_pretrained(BASE).eval()
+    adsc.attach(model, method.removeprefix("plan:").replace("dense", ""))
+    answers = generate_answers(model, AutoProcessor.from_pretrained(BASE), questions, 16, 8)
+    assert [row["filtered_resps"] for row in rows] == answers
+    (found,) = (tmp_path / "out").rglob("*_results.json")
+    metrics = json.loads(found.read_text())["results"]["few_grids"]
+    expected = [score(a, q.expected) for a, q in zip(answers, questions, strict=True)]
+    assert metrics["exact_match,none"] == pytest.approx(sum(expected) / 48)
+
+
+def test_a_sample_that_cannot_be_answered_ends_the_run(task: Path, tmp_path: Path) -> None:
+    functions = (task / "questions.py").read_text()
+    broken = tmp_path / "task"
+    broken.mkdir()
+    (broken / "few_grids.yaml").write_text((task / "few_grids.yaml").read_text())
+    text = functions.replace('doc["question"]', 'doc["question"] + "<image>" * 3')
+    (broken / "questions.py").write_text(text)
+    done = lmms_eval(
+        tmp_path / "hf",
+        "--model=adsc",
+        f"--model_args=pretrained={BASE},image_backend=pil",
+        f"--include_path={broken}",
+        "--tasks=few_grids",
+        "--limit=2",
+    )
+    assert done.returncode != 0
+    assert "no answers to few_grids/test/" in done.stderr + done.stdout
+    assert "3 <image> marks for 1 pictures" in done.stderr + done.stdout
+
+
+def test_the_benchmarks_are_known_by_these_names(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import run_lmms\n"
+        "from lmms_eval.tasks import TaskManager\n"
+        f"print(sorted(set({BENCHMARKS!r}) - set(TaskManager().all_tasks)))"
+    )
+    done = subprocess.run([str(PYTHON), "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[]"
