@@ -163,7 +163,7 @@ def _data(
         name="prepare",
         title="prepare: task files to questions",
         body=prepare,
-        version=2,
+        version=3,
         config=config,
         needs={"data": "files", "base": "base"},
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
+from transformers import AutoProcessor
 
 from pipeline.answers import (
     Job,
@@ -29,9 +30,9 @@ from pipeline.evaluation import Asked, Questions, majority_answers, share_right
 from pipeline.intervals import Bootstrap
 from pipeline.methods import MethodConfig
 from pipeline.prepared import PreparedData
-from pipeline.stage import StageContext
+from pipeline.stage import Input, StageContext
 from pipeline.store import open_store
-from pipeline.templates import TEMPLATES
+from pipeline.templates import find_template
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -219,13 +220,8 @@ def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
     data = ctx.inputs["data"]
     template = None
     if config.template == "data":
-        name = data.outputs.get("template")
-        if name not in TEMPLATES:
-            raise ValueError(
-                f"the prepared data names the template {name!r}, known are {', '.join(TEMPLATES)}; "
-                "evaluate.template = checkpoint asks as the checkpoint's processor does"
-            )
-        template = TEMPLATES[name].jinja()
+        processor = AutoProcessor.from_pretrained(ctx.inputs["base"].folder)
+        template = find_template(_template_of(data), processor).jinja()
     checkpoints = {name: ctx.inputs[name] for name in {arm.checkpoint for arm in config.arms}}
     return Job(
         storage=open_store(ctx.train_storage[0]).uri(ctx.train_storage[1]),
@@ -238,6 +234,19 @@ def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
     )
 
 
+def _template_of(data: Input) -> str:
+    """The template that the data was prepared with, from its record or its manifest."""
+    manifest = data.folder / "manifest.json"
+    known = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    name: str | None = data.outputs.get("template") or known.get("template")
+    if name is None:
+        raise ValueError(
+            f"nothing at {data.uri} says which template the data was prepared with; "
+            "evaluate.template = checkpoint asks as the checkpoint's processor does"
+        )
+    return name
+
+
 def _answer_and_measure(
     ctx: StageContext, config: EvaluateConfig, job: Job, shards: Sequence[Shard], checkpoint: str
 ) -> dict[str, Any]:
@@ -246,7 +255,7 @@ def _answer_and_measure(
 
     run = ctx.run
     todo = len(unfinished(open_store(job.storage), shards))
-    count = max(1, min(run.num_workers, todo))
+    count = max(1, min(_workers(ctx), todo))
     workers = start_workers(job, count, run.cpus_per_worker, run.gpus_per_worker)
     try:
         answer_all(job, shards, workers, ctx.progress)
@@ -269,6 +278,20 @@ def _answer_and_measure(
         stop_workers(workers)
     methods = dict(zip(distinct, measured.pop("methods"), strict=True))
     return {**measured, "methods": methods}
+
+
+def _workers(ctx: StageContext) -> int:
+    """As many as asked for; of a range, as many as the cluster has room for."""
+    import ray
+
+    run, asked = ctx.run, ctx.run.num_workers
+    if isinstance(asked, int):
+        return asked
+    have, fewest = ray.cluster_resources(), asked[0]
+    room = have.get("CPU", 0) // run.cpus_per_worker if run.cpus_per_worker else asked[1]
+    if run.gpus_per_worker:
+        room = min(room, have.get("GPU", 0) // run.gpus_per_worker)
+    return max(fewest, min(asked[1], int(room)))
 
 
 def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> _Scored:
