@@ -197,5 +197,10 @@ def _own_method(checkpoint: str) -> str:
     place = checkpoint if "s3://" in checkpoint else str(resolve(checkpoint))
     config = open_store(place).read("config.json")
     plan = json.loads(config).get("adsc") if config else None
+    if plan is not None and "method" in plan:
+        raise ValueError(
+            f"{checkpoint} runs with the peer {plan['method']!r}: name it with its layer "
+            f"average instead of `own`, such as {plan['method']}:22"
+        )
     text = "" if plan is None else str(adsc.PruningPlan.from_dict(plan))
     return f"{PLAN}{text}" if text else "dense"
