@@ -74,12 +74,12 @@ class Shard(NamedTuple):
 
     arm: str
     split: str
-    index: int
+    part: int
     questions: range
 
     @property
     def key(self) -> str:
-        return f"answers/{self.arm}/{self.split}-{self.index:05d}.parquet"
+        return f"answers/{self.arm}/{self.split}-{self.part:05d}.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +235,10 @@ class Worker:
 def shards_of(arms: Sequence[str], sizes: Mapping[str, int], size: int) -> list[Shard]:
     """All work, arm by arm; those of one checkpoint should be neighbours."""
     return [
-        Shard(arm, split, index, range(start, min(start + size, count)))
+        Shard(arm, split, part, range(start, min(start + size, count)))
         for arm in arms
         for split, count in sizes.items()
-        for index, start in enumerate(range(0, count, size))
+        for part, start in enumerate(range(0, count, size))
     ]
 
 

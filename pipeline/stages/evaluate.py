@@ -326,7 +326,7 @@ def _table(
     for row in rows:
         own, arm, count = scores[row.name], row.arms[0], len(asked) * len(row.arms)
         kept = None if control is None else bootstrap.ratio(own, control)
-        other = control is not None and row.name != config.control
+        other = None if row.name == config.control else control
         table.append(
             {
                 "name": row.name,
@@ -338,9 +338,9 @@ def _table(
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
                 },
-                "difference": bootstrap.difference(own, control) if other else None,
+                "difference": None if other is None else bootstrap.difference(own, other),
                 "retention": kept and kept["mean"],
-                "retention_interval": kept if other else None,
+                "retention_interval": None if other is None else kept,
                 "seeds": [
                     {"seed": a.seed, "accuracy": float(scored[a.name].scores.mean())}
                     for a in row.arms
