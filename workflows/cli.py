@@ -262,6 +262,7 @@ def _context(options: argparse.Namespace) -> RunContext:
 
 def _run(options: argparse.Namespace) -> int:
     from pipeline import graph
+    from pipeline.driver import settle
     from pipeline.store import open_store
 
     workflow = load_workflow(options.workflow, options.changes)
@@ -273,6 +274,8 @@ def _run(options: argparse.Namespace) -> int:
         return dry_run.show(console, workflow.config, options)
     context = _context(options)
     found = graph.run(stages, context, console)
+    if told := settle(context.root, context.tracking_uri, context.cache):
+        console.print(told, markup=False)
     _print_results(console, found)
     _print_next(console, found, context)
     return 0
