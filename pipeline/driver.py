@@ -73,6 +73,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
     try:
         cores = max(os.cpu_count() or 1, math.ceil(context.most_workers * context.cpus_per_worker))
         _start_ray(
+            address="local",  # not a cluster that somebody started on this machine
             # One more than there is: stages wait for the workers that they ask for.
             num_cpus=cores + 1,
             include_dashboard=True,  # Ray Train asks it whether a controller is alive
