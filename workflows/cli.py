@@ -153,6 +153,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     run.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
     run.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
+    run.add_argument(
+        "--data-workers", type=int, default=0, metavar="N",
+        help="processes that make batches for each training worker (default: a thread of its own)",
+    )  # fmt: skip
     run.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
     run.add_argument(
         "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
@@ -254,6 +258,7 @@ def _context(options: argparse.Namespace) -> RunContext:
         num_workers=options.workers,
         cpus_per_worker=options.cpus,
         gpus_per_worker=options.gpus,
+        data_workers=options.data_workers,
         lease_seconds=options.lease,
         address=options.address,
         dashboard_port=options.dashboard_port,
