@@ -83,7 +83,11 @@ def _check_family(family: Family, config: Any, plan: PruningPlan) -> None:
 
 
 def detach(model: M) -> M:
-    """Take the plan off a model, in place; the model is what it was."""
+    """Take the plan off a model, in place; the model is what it was.
+
+    Nothing of this package is left to see a later call, so a cache that was filled under the plan
+    must not be continued without it.
+    """
     base = base_model(model)
     _remove_hooks(base)
     if hasattr(base.config, CONFIG_FIELD):

@@ -255,6 +255,11 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
     if cache is not None and not isinstance(cache, Cache):
         raise CacheError(f"{type(cache).__name__} is no transformers Cache; pass a DynamicCache")
     before = held_by(cache)
+    if before is not None and before.plan not in (None, plan):
+        raise CacheError(
+            f"this cache holds a conversation from which plan {str(before.plan)!r} dropped tokens, "
+            f"and the model now has {str(plan)!r}: attach the former to go on, or start a new cache"
+        )
     past = before.total(cache) if before else _length(cache, 0)
     decoder, first = family.decoder(model), plan.stages[0][0]
     if cache is not None and cache.is_compileable and first <= first_full_layer(decoder.config):
@@ -392,4 +397,4 @@ def _after(
         columns.append(torch.cat(parts, dim=1))
         was_padded = before is not None and (before.padded[drop] or seen is not None)
         padded.append(segment.valid is not None or was_padded)
-    return Held(past + width, tuple(columns), tuple(padded), plan.stages[0][0])
+    return Held(past + width, tuple(columns), tuple(padded), plan.stages[0][0], plan)

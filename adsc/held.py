@@ -39,12 +39,14 @@ class Held:
         columns: for each drop (B or 1, H): the column in each slot, -1 in a slot that only pads.
         padded: for each drop: whether any listed slot only pads.
         layer: the layer of the first drop.
+        plan: the plan by which was dropped.
     """
 
     base: int
     columns: tuple[Tensor, ...]
     padded: tuple[bool, ...]
     layer: int
+    plan: Any = None
 
     def total(self, cache: Any) -> Any:
         """Columns of the uncompressed conversation so far; a 0-d tensor for a static cache."""

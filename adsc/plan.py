@@ -27,17 +27,18 @@ class PlanError(ValueError):
 def _as_ratio(keep: object, layer: int) -> Fraction:
     try:
         # A float is meant as the simple ratio it was typed for: 0.3333333333333333 is 1/3.
-        ratio = Fraction(keep).limit_denominator(10**6)  # type: ignore[call-overload]
+        given = Fraction(keep)  # type: ignore[call-overload]
+        ratio = given.limit_denominator(10**6)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         raise PlanError(
             f"keep ratio {keep!r} at layer {layer} is not a number; write 0.5 or 1/2"
         ) from None
-    if not 0 < ratio <= 1:
+    if given <= 0 or ratio > 1:
         raise PlanError(
             f"keep ratio {keep} at layer {layer} must be in (0, 1]: it is the share of tokens "
             "that stay"
         )
-    return ratio
+    return ratio or Fraction(1, 10**6)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         checked: list[tuple[int, Fraction]] = []
+        if not isinstance(self.stages, Iterable):
+            raise PlanError(
+                f"stages {self.stages!r} are no pairs (layer, keep); () is the empty plan"
+            )
         for stage in self.stages:
             try:
                 layer, keep = stage
@@ -253,4 +258,4 @@ def as_plan(plan: PruningPlan | str | Iterable[tuple[int, float]]) -> PruningPla
         return plan
     if isinstance(plan, str):
         return PruningPlan.parse(plan)
-    return PruningPlan(stages=tuple(plan))  # type: ignore[arg-type]
+    return PruningPlan(stages=tuple(plan) if isinstance(plan, Iterable) else plan)  # type: ignore[arg-type]

@@ -133,7 +133,7 @@ def _start(work: Any) -> None:
 
 
 def _render(task: dict[str, Any]) -> list[pa.Table]:
-    from pipeline.stages.prepare import TASK, render_chunks
+    from pipeline.prepare_worker import TASK, render_chunks
 
     return list(render_chunks(pa.Table.from_pylist([task], schema=TASK), _WORK))
 

@@ -327,7 +327,7 @@ def launchers(options: argparse.Namespace) -> list[Row]:
         (folder / "turns").mkdir()
         settings = (folder, options.rounds, options.turn)
         if not ray.is_initialized():
-            ray.init(num_cpus=4, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address="local", num_cpus=4, log_to_driver=False, logging_level=logging.ERROR)
         trainers = [
             TorchTrainer(
                 lambda arm: run_arm(arm["arm"], *settings),

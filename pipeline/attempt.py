@@ -12,10 +12,10 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import failure, spool
 from pipeline import record as records
@@ -24,10 +24,15 @@ from pipeline.lease import Holder, Lease, acquire
 from pipeline.progress import ProgressHandle, Report
 from pipeline.record import Record, Source
 from pipeline.stage import Input, Inputs, RunContext, Stage, StageContext
-from pipeline.store import Store, open_store
+from pipeline.store import Store, StoreAway, open_store
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
+
+Result = TypeVar("Result")
+
+PATIENCE_SECONDS = 600.0
+"""How long a store may be away before a stage gives up."""
 
 
 def execute(
@@ -44,8 +49,20 @@ def execute(
     """
     store = open_store(context.root)
 
+    def patiently(call: Callable[[], Result]) -> Result:
+        """What `call` returns, tried again while the store is away."""
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return call()
+            except StoreAway as error:
+                if time.monotonic() > give_up:
+                    raise
+                progress.send(Report(state="waiting", note=f"for the store: {error}"))
+                time.sleep(2)
+
     def finished() -> Record | None:
-        return records.load(store, stage.name, fingerprint)
+        return patiently(lambda: records.load(store, stage.name, fingerprint))
 
     def waiting(holder: Holder, seconds: float) -> None:
         note = f"for {seconds:.0f} s: held by {holder.holder} since {holder.since}"
@@ -55,7 +72,7 @@ def execute(
         return found
     attempt = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     lease = Lease(store, records.lease_key(stage.name, fingerprint), attempt, context.lease_seconds)
-    while not acquire(lease, lambda: finished() is not None, waiting):
+    while not patiently(lambda: acquire(lease, lambda: finished() is not None, waiting)):
         if found := finished():
             return found
     try:
@@ -63,7 +80,7 @@ def execute(
         if found := finished():
             return found
         progress.send(Report(state="running"))
-        return _attempt(stage, fingerprint, context, progress, inputs, store, lease)
+        return _attempt(stage, fingerprint, context, progress, inputs, store, lease, patiently)
     finally:
         lease.release()
 
@@ -76,6 +93,7 @@ def _attempt(
     inputs: Mapping[str, Record],
     store: Store,
     lease: Lease,
+    patiently: Callable[[Callable[[], Any]], Any],
 ) -> Record:
     """Run the body once, under the lease, and publish its record."""
     home = records.folder(stage.name, fingerprint)
@@ -123,13 +141,13 @@ def _attempt(
                 host=socket.gethostname(),
             )
             if store.local("") is None:
-                store.upload(out, target)
+                patiently(lambda: store.upload(out, target))
             track.flush()
             if said := track.summary():
                 made = made.model_copy(update={"notes": (said,)})
-            if not lease.confirm():
+            if not patiently(lease.confirm):
                 lease.lost()
-            record = records.publish(store, made)
+            record = patiently(lambda: records.publish(store, made))
     # The boundary of a stage: whatever its body raises is written down and becomes a text.
     except Exception as error:  # noqa: BLE001
         raise failure.of_body(store, stage.name, fingerprint, lease.attempt, error) from None

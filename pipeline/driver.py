@@ -72,7 +72,8 @@ def ray_for(context: RunContext) -> Iterator[None]:
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     try:
         cores = max(os.cpu_count() or 1, math.ceil(context.most_workers * context.cpus_per_worker))
-        ray.init(
+        _start_ray(
+            address="local",  # not a cluster that somebody started on this machine
             # One more than there is: stages wait for the workers that they ask for.
             num_cpus=cores + 1,
             include_dashboard=True,  # Ray Train asks it whether a controller is alive
@@ -88,6 +89,29 @@ def ray_for(context: RunContext) -> Iterator[None]:
             os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         else:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def _start_ray(tries: int = 3, **options: Any) -> None:
+    """Start Ray here; again where it took too long, which busy machines need.
+
+    Raises:
+        ClusterError: it still did not start.
+    """
+    import ray
+
+    for left in reversed(range(tries)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises this very class
+            if "timed out" not in str(error).lower():
+                raise
+            ray.shutdown()
+            if not left:
+                raise ClusterError(
+                    f"Ray did not start here in {tries} tries ({str(error).splitlines()[0]}): this "
+                    "machine may be too busy; run the same command again"
+                ) from error
 
 
 class _Shutdown:

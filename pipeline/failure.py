@@ -7,12 +7,13 @@ the body refused its config or data.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import traceback
 from collections.abc import Mapping, Sequence
 
 from pipeline import record as records
-from pipeline.store import Store
+from pipeline.store import Store, StoreAway, StoreError
 
 
 class StageFailed(RuntimeError):
@@ -49,7 +50,7 @@ class RunFailed(RuntimeError):
         if self.skipped:
             lines.append(f"not run, because they need it: {', '.join(self.skipped)}")
         if any(failure.retry_helps for failure in self.failures.values()):
-            lines.append("A process or machine was lost: the same command goes on from here.")
+            lines.append("That can pass: the same command goes on from here.")
         else:
             lines.append("A retry would not help: change what the message names, then run again.")
         return "\n".join(lines)
@@ -64,26 +65,37 @@ def of_body(
     cause = getattr(error, "cause", None)  # of a Ray task that the body started
     shown = cause if isinstance(cause, Exception) else error
     message = str(shown).strip() or "no message"
-    if not isinstance(shown, ValueError):
+    if isinstance(shown, OSError) and shown.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = shown.filename or "where the stage writes"
+        message = f"the disk is full ({place}): free some space, or choose another root"
+    elif not isinstance(shown, ValueError):
         message = f"{type(shown).__name__}: {message}"
     message = records.clean(message)
     content = records.clean({"stage": stage, "message": message, "traceback": text})
     with contextlib.suppress(ValueError):  # the store itself may be what failed
         store.create(key, json.dumps(content, indent=1).encode())
-    kind = StageInterrupted if _machine_was_lost(error) else StageFailed
+    kind = StageInterrupted if _may_pass(error) else StageFailed
     return kind(stage, message, kind is StageInterrupted, store.uri(key))
 
 
-def _machine_was_lost(error: Exception) -> bool:
+def _may_pass(error: Exception) -> bool:
+    """Whether a process, a machine or the store was lost, here or below what Ray Train raised."""
     from ray import exceptions
 
+    below = [getattr(error, "controller_failure", None), getattr(error, "cause", None)]
+    below += getattr(error, "worker_failures", {}).values()
+    if any(isinstance(it, Exception) and it is not error and _may_pass(it) for it in below):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
     return isinstance(
         error,
         exceptions.RayActorError
         | exceptions.WorkerCrashedError
         | exceptions.NodeDiedError
         | exceptions.ObjectLostError
-        | exceptions.OutOfMemoryError,
+        | exceptions.OutOfMemoryError
+        | StoreAway,
     )
 
 
@@ -92,6 +104,8 @@ def of_task(stage: str, error: Exception, folder: str) -> StageFailed:
     cause = getattr(error, "cause", None)
     if isinstance(cause, StageFailed):
         return cause
+    if isinstance(cause, StoreError):
+        return StageFailed(stage, str(cause), isinstance(cause, StoreAway), folder)
     first = str(error).strip().partition("\n")[0]
     message = f"its process was lost ({type(error).__name__}: {first})"
     return StageFailed(stage, message, True, folder)

@@ -132,7 +132,15 @@ class Lease:
             try:
                 mine = self.confirm()
             except StoreError:
-                continue  # the store is away for now; `_watch` counts the time
+                # A store that refuses writes is no loss while the lease can be seen to be ours:
+                # whoever took it would have written. Else `_watch` counts the time.
+                with contextlib.suppress(StoreError):
+                    asked = time.monotonic()
+                    mine = self._mine() is not None
+                    self._renewed = asked if mine else self._renewed
+                    if not mine and not self._stop.is_set():
+                        self.lost()
+                continue
             if not mine and not self._stop.is_set():
                 self.lost()
 

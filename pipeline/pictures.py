@@ -11,7 +11,8 @@ import struct
 import tarfile
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -71,6 +72,18 @@ def open_pictures(place: str, folder: Path) -> Pictures:
         if entries and all(entry.suffix == ".tar" for entry in entries):
             return TarPictures.index(entries)
     return FolderPictures(path)
+
+
+class FetchedPictures:
+    """Pictures that several threads fetch ahead, for roots whose answers take long."""
+
+    def __init__(
+        self, pictures: Pictures, names: Iterable[str], limits: PictureLimits, pool: Executor
+    ) -> None:
+        self._fetched = {name: pool.submit(pictures.read, name, limits) for name in set(names)}
+
+    def read(self, name: str, limits: PictureLimits) -> bytes:
+        return self._fetched[name].result()
 
 
 @dataclass(frozen=True)

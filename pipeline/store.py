@@ -27,11 +27,21 @@ _TEMPORARY = ".tmp-"  # prefix of a file's name while it is being written; `list
 _PARALLEL = 8
 _PAGE = 1000  # keys in one answer to a listing
 _S3_ATTEMPTS = 8
+_S3_AWAY = {
+    "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504",
+    "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError",
+    "S3UploadFailedError", "RetriesExceededError", "ConditionalRequestConflict",
+    "IncompleteReadError", "ResponseStreamingError", "ProxyConnectionError",
+}  # fmt: skip
 _S3_PART = 8 << 20  # bytes of a part of a large upload: boto3's own default
 
 
 class StoreError(ValueError):
     """The store can't do what was asked: one sentence with the reason and the way out."""
+
+
+class StoreAway(StoreError):
+    """The same may succeed later: nobody answers, the server is overloaded, or the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,7 +406,8 @@ class S3Store(Store):
             "NoRegionError": "no region is set; set AWS_DEFAULT_REGION",
             "ParamValidationError": "the bucket's name is not valid; check the root",
         }
-        return StoreError(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}")
+        kind = StoreAway if code in _S3_AWAY else StoreError
+        return kind(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}")
 
 
 @contextlib.contextmanager
@@ -464,4 +475,5 @@ def _explain_os(error: OSError, path: Path) -> StoreError:
         errno.ENOTDIR: "a part of that path is a file; choose another root",
         errno.EEXIST: "a part of that path is a file; choose another root",
     }
-    return StoreError(f"can't use {path}: {reasons.get(error.errno or 0, str(error))}")
+    kind = StoreAway if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else StoreError
+    return kind(f"can't use {path}: {reasons.get(error.errno or 0, str(error))}")

@@ -10,6 +10,7 @@ DeepSpeed's own checkpoints, which are tied to a number of workers, are not used
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -167,6 +168,8 @@ class Zero:
             # Else every first use compiles an operator for shared memory; gloo does without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.utils.logger.setLevel("WARNING")
+        # DeepSpeed calls torch by its old names, in every step.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         self._deepspeed = deepspeed
         if not dist.is_initialized():
             dist.init_process_group(

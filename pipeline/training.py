@@ -121,6 +121,7 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
     run = _Run(config, steps, context, strategy, load, device, checksums(strategy.parts()))
     with context.latest() as folder:
         first = run.restore(folder) if folder is not None else 0
+    _agree(first, context.world_size)
     strategy.model.train()
     return run.steps_from(first)
 
@@ -154,6 +155,18 @@ def _prepare(
         for lora in (True, False)
     ]
     strategy.prepare(trainable, [{"params": group} for group in groups if group])
+
+
+def _agree(first: int, world_size: int) -> None:
+    seen: list[Any] = [first]
+    if world_size > 1:
+        seen = [None] * world_size
+        dist.all_gather_object(seen, first)
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"the workers found checkpoints of different steps {seen}: they need one folder that "
+            "all machines see alike"
+        )
 
 
 def _start_from(start: Path, config: TrainConfig, strategy: Strategy) -> None:

@@ -52,7 +52,11 @@ def ray_address(s3_endpoint: str) -> Iterator[str]:
         # Ray Train must not ask another Ray on this machine about its workers.
         patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
         context = ray.init(
-            num_cpus=4, dashboard_port=port, log_to_driver=False, logging_level="ERROR"
+            address="local",  # whatever else runs on this machine
+            num_cpus=4,
+            dashboard_port=port,
+            log_to_driver=False,
+            logging_level="ERROR",
         )
         yield context.address_info["address"]
         ray.shutdown()

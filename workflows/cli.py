@@ -236,6 +236,10 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
+    parser.add_argument(
+        "--data-workers", type=int, default=0, metavar="N",
+        help="processes that make batches for each training worker (default: a thread of its own)",
+    )  # fmt: skip
     parser.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
     parser.add_argument(
         "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
@@ -273,6 +277,7 @@ def _context(options: argparse.Namespace) -> RunContext:
         num_workers=options.workers,
         cpus_per_worker=options.cpus,
         gpus_per_worker=options.gpus,
+        data_workers=options.data_workers,
         lease_seconds=options.lease,
         address=options.address,
         dashboard_port=options.dashboard_port,
@@ -281,6 +286,7 @@ def _context(options: argparse.Namespace) -> RunContext:
 
 def _run(options: argparse.Namespace) -> int:
     from pipeline import graph
+    from pipeline.driver import settle
     from pipeline.store import open_store
 
     workflow = load_workflow(options.workflow, options.changes)
@@ -292,6 +298,8 @@ def _run(options: argparse.Namespace) -> int:
         return dry_run.show(console, workflow.config, options)
     context = _context(options)
     found = graph.run(stages, context, console)
+    if told := settle(context.root, context.tracking_uri, context.cache):
+        console.print(told, markup=False)
     _print_results(console, found)
     _print_next(console, found, context)
     return 0

@@ -241,7 +241,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="train",
             title="train: projector and decoder",
             body=train_stage,
-            version=1,
+            version=2,
             config=config.decoder,
             needs=data,
         ),
@@ -249,7 +249,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="train-2",
             title="train-2: projector and decoder, second round",
             body=train_stage,
-            version=1,
+            version=2,
             config=config.decoder.model_copy(
                 update={"steps": config.second_steps, "seed": config.decoder.seed + 1}
             ),

@@ -11,93 +11,25 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
-from pipeline.config import Config
-from pipeline.conversations import REASONS, BadRecord
-from pipeline.mixture import Source, choose, sizes
-from pipeline.pictures import PictureLimits, Pictures, open_pictures
+from pipeline.conversations import REASONS
+from pipeline.mixture import choose, sizes
+from pipeline.pictures import open_pictures
+from pipeline.prepare_config import PrepareConfig
+from pipeline.prepare_worker import TASK, YIELD_BYTES, Work, render_chunks
 from pipeline.rendering import Renderer
 from pipeline.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
-from pipeline.sources import Chunk, SourceError, Unreadable, find_files, index_file, read_chunk
+from pipeline.sources import Chunk, SourceError, find_files, index_file
 from pipeline.stage import Input, StageContext
 
-RENDERED = pa.schema(
-    [
-        pa.field("position", pa.int64()),
-        pa.field("source", pa.string()),
-        pa.field("file", pa.string()),
-        pa.field("line", pa.int64()),
-        pa.field("index", pa.int64()),
-        pa.field("given_id", pa.string()),  # as JSON
-        pa.field("reason", pa.string()),
-        pa.field("detail", pa.string()),
-        pa.field("key", pa.binary()),
-        pa.field("bytes", pa.int64()),
-        *SCHEMA,
-    ]
-)
-TASK = pa.schema(
-    [
-        *((name, pa.string()) for name in ("source", "file", "kind")),
-        *((name, pa.int64()) for name in ("start", "end", "first", "line", "count", "position")),
-        ("chosen", pa.list_(pa.int32())),
-    ]
-)
-YIELD_ROWS, YIELD_BYTES = 128, 16 << 20  # what a worker holds before it hands rows on
 STORE_BYTES = 256 << 20  # of Ray's object store beside what its cores have in hand
 TASK_CPUS = 0.9  # stages' own processes hold a tenth of a core each: no core may stay idle
-
-
-class PrepareConfig(Config):
-    """What is read, how it is rendered, and how much may be bad."""
-
-    splits: dict[str, str | dict[str, Source]] = {"train": "train.json", "test": "test.json"}
-    """Name of a split -> its records: a file, glob or folder (JSON list, JSON Lines, Parquet,
-    `datasets`) in the data folder, or named sources to mix. A record of an earlier split is a leak
-    in a later one."""
-    images: str = "images"
-    """Root of the pictures: a folder, a tar file or a glob of them, or s3://bucket/prefix; relative
-    to the data folder. No picture path leads out of it."""
-    template: str = "vicuna_v1"
-    """Conversation template: a name from pipeline/templates.py, `tokenizer` for the checkpoint's
-    own, or `auto` for the checkpoint's own where it marks the end of answers, else vicuna_v1."""
-    context: int = Field(2048, gt=0)
-    """Longest rendered conversation in tokens, vision tokens included; longer ones are set
-    aside."""
-    min_side: int = Field(14, gt=0)
-    """Shortest allowed side of a picture, pixels."""
-    max_pixels: int = Field(50_000_000, gt=0)
-    """Largest allowed area of a picture, pixels."""
-    max_picture_bytes: int = Field(64 << 20, gt=0)
-    """Largest allowed encoded picture, bytes."""
-    max_quarantined: float = Field(0.01, ge=0, le=1)
-    """Share of records that may be set aside before the stage fails."""
-    rows_per_shard: int = Field(5000, gt=0)
-    """Most records in one Parquet file."""
-    bytes_per_shard: int = Field(256 << 20, gt=0)
-    """Most bytes of rows in one Parquet file; a single larger row still gets one."""
-    rows_per_group: int = Field(64, gt=0)
-    """Records in one row group of a Parquet file: the least that a reader fetches at once."""
-    seed: int = Field(0, ge=0)
-    """Seed of which records a mixture takes."""
-
-    def limits(self) -> PictureLimits:
-        return PictureLimits(
-            min_side=self.min_side, max_pixels=self.max_pixels, max_bytes=self.max_picture_bytes
-        )
-
-    def sources(self, split: str) -> dict[str, Source]:
-        """The named sources of a split; a plain one is named like the split."""
-        found = self.splits[split]
-        return {split: Source(data=found)} if isinstance(found, str) else found
 
 
 class TooManyBadRecords(ValueError):
@@ -111,69 +43,6 @@ class TooManyBadRecords(ValueError):
         return self.message
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a worker needs beside its chunk: the same for all of a split."""
-
-    base: Input
-    data: Input
-    config: PrepareConfig
-    template: str
-    roots: Mapping[str, Pictures]
-    """Pictures by source."""
-
-
-def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
-    """Ray Data's function: chunks of files to rows, or to the reason why not; in order."""
-    config = work.config
-    renderer = Renderer.load(work.base.folder, work.template, config.context, config.limits())
-    for task in tasks.to_pylist():
-        chosen, position = task.pop("chosen"), task.pop("position")
-        source = task.pop("source")
-        chunk = Chunk(**task)
-        wanted = None if chosen is None else set(chosen)
-        rows: list[dict[str, Any]] = []
-        held = 0
-        for number, (line, record) in enumerate(read_chunk(chunk, work.data.folder / chunk.file)):
-            if wanted is not None and number not in wanted:
-                continue
-            place = {
-                "position": position,
-                "source": source,
-                "file": chunk.file,
-                "line": line,
-                "index": chunk.first + number,
-            }
-            rows.append(place | _render(record, renderer, work.roots[source], place))
-            position += 1
-            held += rows[-1]["bytes"]
-            if len(rows) == YIELD_ROWS or held > YIELD_BYTES:
-                yield pa.Table.from_pylist(rows, schema=RENDERED)
-                rows, held = [], 0
-        if rows:
-            yield pa.Table.from_pylist(rows, schema=RENDERED)
-
-
-def _render(
-    record: Any, renderer: Renderer, roots: Pictures, place: Mapping[str, Any]
-) -> dict[str, Any]:
-    given = record.get("id") if isinstance(record, dict) else None
-    try:
-        if isinstance(record, Unreadable):
-            raise BadRecord(record.reason, record.detail)
-        row = renderer.render(record, roots)
-    except BadRecord as bad:
-        return {
-            "given_id": json.dumps(given, default=str)[:1000],
-            "reason": bad.reason,
-            "detail": bad.detail.encode("utf-8", "backslashreplace").decode()[:500],
-            "bytes": 0,
-        }
-    row["id"] = row["id"] or f"{Path(place['file']).name}:{place['line']}"
-    weight = sum(map(len, row["pictures"])) + 8 * row["length"] + len(row["turns"])
-    return row | {"given_id": json.dumps(given, default=str)[:1000], "bytes": weight}
-
-
 def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
     """Stage body; inputs `data` (records and pictures) and `base` (processor).
 
@@ -184,7 +53,8 @@ def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
     data = ctx.inputs["data"]
     try:
         manifest = prepare_data(data, ctx.inputs["base"], config, ctx.out, ctx.progress)
-    except TooManyBadRecords:
+    except TooManyBadRecords as error:
+        ctx.track.metrics({f"quarantined.{r}": n for r, n in error.counts["quarantined"].items()})
         ctx.track.artifact(ctx.out / "quarantine.jsonl")
         raise
     ctx.track.artifact(ctx.out / "manifest.json")

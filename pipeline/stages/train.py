@@ -246,7 +246,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             "data_workers": run.data_workers,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.num_workers,
+            num_workers=run.num_workers,  # type: ignore[arg-type]  # typed as that of Train v1
             use_gpu=run.gpus_per_worker > 0,
             resources_per_worker={"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker},
         ),

@@ -245,6 +245,18 @@ def test_the_language_model_alone_does_not_take_over_such_a_cache():
         model.model.language_model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
+def test_another_plan_does_not_take_over_a_conversation():
+    model = attached()
+    inputs = batch([row(3, 0, 5)])
+    cache = model(**inputs, use_cache=True).past_key_values
+    step = {"input_ids": torch.tensor([[5]]), "past_key_values": cache}
+    adsc.attach(model, "1:1/2,5:1/4")
+    with pytest.raises(adsc.CacheError, match=r"plan '2:1/2,4:1/4' dropped tokens.*'1:1/2,5:1/4'"):
+        model(**step)
+    adsc.attach(model, STAGES)
+    assert model(**step).logits.shape == (1, 1, 100)
+
+
 def test_a_mask_that_does_not_cover_the_conversation_is_refused():
     model = attached()
     cache = model(**batch([row(3, 0, 5)]), use_cache=True).past_key_values

@@ -44,7 +44,7 @@ def trained(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training stage's output folder."""
     folder = tmp_path_factory.mktemp("trained")
     train(CONFIG, sources(small), Plain(folder))
-    return folder / "step-0006"
+    return folder / f"step-{CONFIG.steps:07d}"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_merged_checkpoint_carries_plan_weights_and_probe(merged: Path, trained:
 def test_a_merge_that_is_not_the_same_model_is_not_published(
     small: Small, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = {"base": (small.base, {}), "data": (small.prepared, {}), "trained": (trained, {})}
+    inputs = {"base": (small.base, {}), "data": (small.prepared, DATA), "trained": (trained, {})}
     monkeypatch.setattr("pipeline.stages.merge.merge_trained", lambda model, folder: model)
     with pytest.raises(MergeMismatch, match="logits of the merged model differ by"):
         merge(stage_context("merge", tmp_path / "out", inputs), MergeConfig(plan=PLAN))

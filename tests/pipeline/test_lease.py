@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.lease import LOST_LEASE_EXIT, Holder, Lease, acquire, alive
 from pipeline.store import Store, open_store
+from tests.faults.proxy import Proxy
 
 KEY = "stage/lease.json"
 HOLD = """
@@ -142,3 +143,21 @@ def test_alive_tells_held_from_abandoned(store: Store) -> None:
     store.create("dead/lease.json", store.read(KEY) or b"")
     assert alive(store, [KEY, "dead/lease.json", "none/lease.json"]) == {KEY}
     lease.release()
+
+
+def test_a_store_that_refuses_writes_is_no_lost_lease(
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = Proxy(s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    lost = threading.Event()
+    store = open_store(f"s3://lab/{uuid.uuid4().hex}")
+    lease = Lease(store, KEY, "first", 4.0, on_lost=lost.set)
+    assert lease.take()
+    proxy.refused = {"PUT"}
+    assert not lost.wait(6)
+    assert proxy.refusals > 2
+    proxy.refused = {"PUT", "GET"}
+    assert lost.wait(15)
+    proxy.close()

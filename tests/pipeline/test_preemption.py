@@ -1,6 +1,7 @@
 """A spot machine is taken away: Ray drains its node, the loop saves, fewer workers go on."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.driver import free_port
 from pipeline.stages.train import train_stage
 from pipeline.training import train
 from tests.pipeline.contexts import stage_context
@@ -37,15 +39,24 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_fewer_workers_go_on(
         [*map(str, command), str(tmp_path)], capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads((tmp_path / "said.json").read_text())
     # Written when the notice came, between two regular checkpoints, and gone on from.
     (early,) = [step for step in said["checkpoints"] if step % EVERY]
     assert said["drained_after"] < early < STEPS
+    registered = (tmp_path / "run" / "checkpoint_manager_snapshot.json").read_text()
+    assert f"step-{early:07d}" in registered
     assert said["outputs"]["steps"] == STEPS
+    workers = {
+        step: json.loads((tmp_path / "run" / f"step-{step:07d}" / "state.json").read_text())[
+            "workers"
+        ]
+        for step in said["checkpoints"]
+    }
+    assert workers[early] == 2 and workers[STEPS] == 1
     train(LONG, sources(small), Plain(tmp_path / "plain"))
     found = load_file(tmp_path / "stage" / "trained" / "adapter" / "adapter_model.safetensors")
-    # Two workers up to there, one afterwards. Measured: 2e-5 after 400 steps.
-    assert worst_difference(found, trained(tmp_path / "plain", STEPS)) < 1e-3
+    # Two workers up to there, one afterwards. Measured: 7e-7 in weights up to 0.3.
+    assert worst_difference(found, trained(tmp_path / "plain", STEPS)) < 1e-4
 
 
 def preempted(base: str, prepared: str, folder: str) -> None:
@@ -53,7 +64,11 @@ def preempted(base: str, prepared: str, folder: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    port = free_port(None)
+    # Ray Train asks this cluster about its workers, and no other Ray on the machine.
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     spot = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
@@ -84,7 +99,7 @@ def preempted(base: str, prepared: str, folder: str) -> None:
     cluster.remove_node(spot, allow_graceful=False)
     thread.join()
     said = {"checkpoints": steps(), "drained_after": drained_after, "outputs": outputs}
-    print(json.dumps(said))  # noqa: T201
+    (place / "said.json").write_text(json.dumps(said))
     ray.shutdown()
     cluster.shutdown()
 

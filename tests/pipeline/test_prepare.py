@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pipeline.stages.prepare import (
     _write_split,
     prepare,
 )
+from pipeline.store import StoreError, open_store
 from tests.pipeline.contexts import stage_context
 from tests.small import Small
 
@@ -225,3 +227,45 @@ def test_a_killed_worker_loses_and_repeats_nothing(damaged: Path, small: Small) 
     lines = (ctx.out / "quarantine.jsonl").read_text().splitlines()
     assert counts["in"] == 25 * 13 == counts["out"] + len(lines)
     assert len(lines) == sum(counts["quarantined"].values())
+
+
+class Refuses:
+    """Pictures in a store that refuses: no fault of any record."""
+
+    def read(self, name: str, limits: PictureLimits) -> bytes:
+        raise StoreError(f"can't use s3://bucket for {name}: access is denied")
+
+
+def test_a_store_that_refuses_is_an_error_not_a_bad_record(small: Small, tmp_path: Path) -> None:
+    inputs = {"data": (small.pictures, {}), "base": (small.base, {})}
+    ctx = stage_context("prepare", tmp_path / "out", inputs)
+    work, tasks = _plan("train", ctx.inputs["data"], ctx.inputs["base"], CONFIG, "vicuna_short")
+    work = replace(work, roots={"train": Refuses()})
+    writer = ShardWriter(ctx.out, 1000, 1 << 30, 64)
+    with (
+        (ctx.out / "quarantine.jsonl").open("w") as quarantine,
+        pytest.raises(StoreError, match="access is denied") as caught,
+    ):
+        _write_split(tasks, work, writer, {"train": set()}, quarantine, lambda *_: None)
+    assert str(caught.value).startswith("can't use s3://bucket")
+
+
+def test_pictures_in_a_bucket_and_in_a_tar_file_give_the_same_shards(
+    small: Small, tmp_path: Path
+) -> None:
+    records = json.loads((small.pictures / "train.json").read_text())
+    (tmp_path / "data").mkdir()
+    gone = [
+        {"id": name, "image": name, "conversations": records[0]["conversations"]}
+        for name in ("gone.png", "../train.json")
+    ]
+    (tmp_path / "data" / "train.json").write_text(json.dumps(records + gone))
+    open_store("s3://lab/prepare").upload(small.pictures / "images", "images")
+    with tarfile.open(tmp_path / "data" / "0.tar", "w") as tar:
+        tar.add(small.pictures / "images", "images")
+    for number, images in enumerate(("s3://lab/prepare/images", "*.tar")):
+        inputs = {"data": (tmp_path / "data", {}), "base": (small.base, {})}
+        ctx = stage_context("prepare", tmp_path / str(number), inputs)
+        config = CONFIG.model_copy(update={"images": images, "max_quarantined": 0.1})
+        assert prepare(ctx, config)["quarantined"] == {"missing_picture": 1, "path": 1}
+        assert pq.read_table(ctx.out / "train").equals(pq.read_table(small.prepared / "train"))

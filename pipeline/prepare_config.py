@@ -1,0 +1,51 @@
+"""Config of data preparation, apart from the stage: whoever names it loads nothing else."""
+
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.mixture import Source
+from pipeline.pictures import PictureLimits
+
+
+class PrepareConfig(Config):
+    """What is read, how it is rendered, and how much may be bad."""
+
+    splits: dict[str, str | dict[str, Source]] = {"train": "train.json", "test": "test.json"}
+    """Name of a split -> its records: a file, glob or folder (JSON list, JSON Lines, Parquet,
+    `datasets`) in the data folder, or named sources to mix. A record of an earlier split is a leak
+    in a later one."""
+    images: str = "images"
+    """Root of the pictures: a folder, a tar file or a glob of them, or s3://bucket/prefix; relative
+    to the data folder. No picture path leads out of it."""
+    template: str = "vicuna_v1"
+    """Conversation template: a name from pipeline/templates.py, `tokenizer` for the checkpoint's
+    own, or `auto` for the checkpoint's own where it marks the end of answers, else vicuna_v1."""
+    context: int = Field(2048, gt=0)
+    """Longest rendered conversation in tokens, vision tokens included; longer ones are set
+    aside."""
+    min_side: int = Field(14, gt=0)
+    """Shortest allowed side of a picture, pixels."""
+    max_pixels: int = Field(50_000_000, gt=0)
+    """Largest allowed area of a picture, pixels."""
+    max_picture_bytes: int = Field(64 << 20, gt=0)
+    """Largest allowed encoded picture, bytes."""
+    max_quarantined: float = Field(0.01, ge=0, le=1)
+    """Share of records that may be set aside before the stage fails."""
+    rows_per_shard: int = Field(5000, gt=0)
+    """Most records in one Parquet file."""
+    bytes_per_shard: int = Field(256 << 20, gt=0)
+    """Most bytes of rows in one Parquet file; a single larger row still gets one."""
+    rows_per_group: int = Field(64, gt=0)
+    """Records in one row group of a Parquet file: the least that a reader fetches at once."""
+    seed: int = Field(0, ge=0)
+    """Seed of which records a mixture takes."""
+
+    def limits(self) -> PictureLimits:
+        return PictureLimits(
+            min_side=self.min_side, max_pixels=self.max_pixels, max_bytes=self.max_picture_bytes
+        )
+
+    def sources(self, split: str) -> dict[str, Source]:
+        """The named sources of a split; a plain one is named like the split."""
+        found = self.splits[split]
+        return {split: Source(data=found)} if isinstance(found, str) else found

@@ -1,0 +1,133 @@
+"""What a worker does in data preparation: chunks of files in, rows of shards or reasons out.
+
+It knows nothing of Ray and of other chunks: duplicates, counts and files are the stage's
+(stages/prepare.py).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.conversations import BadRecord, picture_sources
+from pipeline.pictures import FetchedPictures, Pictures, StorePictures
+from pipeline.prepare_config import PrepareConfig
+from pipeline.rendering import Renderer
+from pipeline.shards import SCHEMA
+from pipeline.sources import Chunk, Unreadable, read_chunk
+from pipeline.stage import Input
+
+RENDERED = pa.schema(
+    [
+        pa.field("position", pa.int64()),
+        pa.field("source", pa.string()),
+        pa.field("file", pa.string()),
+        pa.field("line", pa.int64()),
+        pa.field("index", pa.int64()),
+        pa.field("given_id", pa.string()),  # as JSON
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("key", pa.binary()),
+        pa.field("bytes", pa.int64()),
+        *SCHEMA,
+    ]
+)
+TASK = pa.schema(
+    [
+        *((name, pa.string()) for name in ("source", "file", "kind")),
+        *((name, pa.int64()) for name in ("start", "end", "first", "line", "count", "position")),
+        ("chosen", pa.list_(pa.int32())),
+    ]
+)
+YIELD_ROWS, YIELD_BYTES = 128, 16 << 20  # what a worker holds before it hands rows on
+FETCHERS = 16  # pictures of a bucket that a worker fetches at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a worker needs beside its chunk: the same for all of a split."""
+
+    base: Input
+    data: Input
+    config: PrepareConfig
+    template: str
+    roots: Mapping[str, Pictures]
+    """Pictures by source."""
+
+
+def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
+    """Ray Data's function: chunks of files to rows, or to the reason why not; in order."""
+    config = work.config
+    renderer = Renderer.load(work.base.folder, work.template, config.context, config.limits())
+    for task in tasks.to_pylist():
+        chosen, position = task.pop("chosen"), task.pop("position")
+        source = task.pop("source")
+        chunk = Chunk(**task)
+        wanted = None if chosen is None else set(chosen)
+        rows: list[dict[str, Any]] = []
+        held = 0
+        found = enumerate(read_chunk(chunk, work.data.folder / chunk.file))
+        taken = (item for item in found if wanted is None or item[0] in wanted)
+        for number, (line, record), roots in _with_pictures(taken, work.roots[source], config):
+            place = {
+                "position": position,
+                "source": source,
+                "file": chunk.file,
+                "line": line,
+                "index": chunk.first + number,
+            }
+            rows.append(place | _render(record, renderer, roots, place))
+            position += 1
+            held += rows[-1]["bytes"]
+            if len(rows) == YIELD_ROWS or held > YIELD_BYTES:
+                yield pa.Table.from_pylist(rows, schema=RENDERED)
+                rows, held = [], 0
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=RENDERED)
+
+
+def _with_pictures(
+    items: Iterator[tuple[int, tuple[int, Any]]], roots: Pictures, config: PrepareConfig
+) -> Iterator[tuple[int, tuple[int, Any], Pictures]]:
+    """Each item with where its pictures are; those of a bucket are fetched some records ahead."""
+    if not isinstance(roots, StorePictures):
+        yield from ((number, item, roots) for number, item in items)
+        return
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        while window := list(islice(items, FETCHERS)):
+            names = [name for _, (_, record) in window for name in _picture_names(record)]
+            fetched = FetchedPictures(roots, names, config.limits(), pool)
+            yield from ((number, item, fetched) for number, item in window)
+
+
+def _picture_names(record: Any) -> list[str]:
+    try:
+        sources = picture_sources(record) if isinstance(record, dict) else []
+    except BadRecord:  # found again when it is rendered
+        return []
+    return [source for source in sources if isinstance(source, str)]
+
+
+def _render(
+    record: Any, renderer: Renderer, roots: Pictures, place: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = record.get("id") if isinstance(record, dict) else None
+    try:
+        if isinstance(record, Unreadable):
+            raise BadRecord(record.reason, record.detail)
+        row = renderer.render(record, roots)
+    except BadRecord as bad:
+        return {
+            "given_id": json.dumps(given, default=str)[:1000],
+            "reason": bad.reason,
+            "detail": bad.detail.encode("utf-8", "backslashreplace").decode()[:500],
+            "bytes": 0,
+        }
+    row["id"] = row["id"] or f"{Path(place['file']).name}:{place['line']}"
+    weight = sum(map(len, row["pictures"])) + 8 * row["length"] + len(row["turns"])
+    return row | {"given_id": json.dumps(given, default=str)[:1000], "bytes": weight}
