@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, prepare_cli
+from workflows import dry_run, jobs, prepare_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,8 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     from pipeline.failure import RunFailed
+    from pipeline.jobs import JobFailed
 
-    return (ValueError, RunFailed)
+    return (ValueError, RunFailed, JobFailed)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -141,26 +142,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     run = _command(
         commands, "run", "run a workflow; finished stages are not repeated", RUN_EXAMPLES
     )
-    _add_workflow(run)
+    _add_run_options(run)
     dry_run.add_options(run)
-    run.add_argument("--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)")
     run.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
-    run.add_argument(
-        "--workers",
-        type=_workers,
-        default=1,
-        help="Ray Train workers of a training stage; 2-8 takes as many as the cluster has",
-    )
-    run.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
-    run.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
-    run.add_argument(
-        "--data-workers", type=int, default=0, metavar="N",
-        help="processes that make batches for each training worker (default: a thread of its own)",
-    )  # fmt: skip
     run.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
-    run.add_argument(
-        "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
-    )
     run.set_defaults(run=_run)
 
     ls = _command(commands, "ls", "workflows, or the stages of one with their state", LS_EXAMPLES)
@@ -195,6 +180,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
+    jobs.add_commands(commands, _add_run_options)
     add_commands(commands)
     return parser, dict(commands.choices)
 
@@ -227,6 +213,29 @@ def _add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> No
     )
 
 
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What `run` takes, here or on a cluster."""
+    _add_workflow(parser)
+    parser.add_argument(
+        "--mlflow", metavar="URI", help="MLflow server, or off (default: SQLite in the root)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_workers,
+        default=1,
+        help="Ray Train workers of a training stage; 2-8 takes as many as the cluster has",
+    )
+    parser.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
+    parser.add_argument(
+        "--data-workers", type=int, default=0, metavar="N",
+        help="processes that make batches for each training worker (default: a thread of its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
+    )
+
+
 def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
     """The workflow of that name with `KEY=VALUE` changes.
 
@@ -254,7 +263,9 @@ def _context(options: argparse.Namespace) -> RunContext:
     return RunContext(
         root=options.root,
         workflow=options.workflow,
-        tracking_uri=tracking or default_uri(place or Path(DEFAULT_ROOT)),
+        tracking_uri=None
+        if tracking == "off"
+        else tracking or default_uri(place or Path(DEFAULT_ROOT)),
         num_workers=options.workers,
         cpus_per_worker=options.cpus,
         gpus_per_worker=options.gpus,
@@ -325,6 +336,8 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
     uri = redact(context.tracking_uri or "")
     served = uri.startswith("http")
     lines = [uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"]
+    if not uri:
+        lines = []
     if "report" in found:
         lines.append(f"{found['report'].uri}/report.html")
     if "export" in found and "evaluate" in found:
