@@ -193,7 +193,7 @@ def adsc(cluster: Cluster, *words: str, **more: str) -> subprocess.CompletedProc
         env={**cluster.environment, **more},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
 
 
@@ -218,7 +218,7 @@ def keys(root: str, pattern: str) -> list[str]:
     return [it.key for it in open_store(root).list("") if re.search(pattern, it.key)]
 
 
-def until(condition: Any, seconds: float = 240) -> None:
+def until(condition: Any, seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
