@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -185,8 +187,8 @@ def connected(address: str | None) -> Iterator[Any]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # else it tells of each package
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # else they tell of the upload
     # Ray prefers this variable to the address that it is given.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address.rstrip("/")
@@ -228,34 +230,44 @@ def ours(client: Any, family: str = PREFIX) -> list[Any]:
 
 def start(client: Any, submission: Submission) -> tuple[str, bool]:
     """Submit, unless the same work already runs there: the job's id, and whether it is new."""
-    modules = [str(package_folder(name)) for name in MODULES]
     deadline = time.monotonic() + _START_SECONDS
-    while True:
-        before = ours(client, submission.family)
-        for job in before:
-            if job.status not in ENDED:
-                return job.submission_id, False
-        numbers = [int(job.submission_id.rpartition("-")[2]) for job in before]
-        name = f"{submission.family}-{max(numbers, default=0) + 1}"
-        try:
-            client.submit_job(
-                entrypoint=submission.entrypoint,
-                submission_id=name,
-                metadata=dict(submission.metadata),
-                runtime_env={
-                    "py_modules": modules,
-                    "excludes": ["**/__pycache__/**", "*.pyc"],
-                    "env_vars": dict(submission.environment),
-                },
-            )
-        except RuntimeError as error:
-            # Somebody submitted the same just now, or the head has only just started.
-            passing = any(text in str(error) for text in ("already", "No available agent"))
-            if not passing or time.monotonic() > deadline:
-                raise JobError(f"the job server refused {name}: {last_line(error)}") from None
-            time.sleep(0.5)
-        else:
-            return name, True
+    with _shipped() as code:
+        while True:
+            before = ours(client, submission.family)
+            for job in before:
+                if job.status not in ENDED:
+                    return job.submission_id, False
+            numbers = [int(job.submission_id.rpartition("-")[2]) for job in before]
+            name = f"{submission.family}-{max(numbers, default=0) + 1}"
+            try:
+                client.submit_job(
+                    entrypoint=submission.entrypoint,
+                    submission_id=name,
+                    metadata=dict(submission.metadata),
+                    runtime_env={
+                        "working_dir": str(code),
+                        "env_vars": dict(submission.environment),
+                    },
+                )
+            except RuntimeError as error:
+                # Somebody submitted the same just now, or the head has only just started.
+                passing = any(text in str(error) for text in ("already", "No available agent"))
+                if not passing or time.monotonic() > deadline:
+                    raise JobError(f"the job server refused {name}: {last_line(error)}") from None
+                time.sleep(0.5)
+            else:
+                return name, True
+
+
+@contextlib.contextmanager
+def _shipped() -> Iterator[Path]:
+    """A folder with the packages alone. As a job's working directory it comes before whatever the
+    machine has installed, on all nodes; what else lies beside the packages here stays here."""
+    with tempfile.TemporaryDirectory(prefix="adsc-code-") as folder:
+        for name in MODULES:
+            ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(package_folder(name), Path(folder) / name, ignore=ignore)
+        yield Path(folder)
 
 
 def package_folder(name: str) -> Path:

@@ -8,7 +8,6 @@ installed or repaired here.
 
 from __future__ import annotations
 
-import platform
 import uuid
 from collections.abc import Mapping
 from importlib import metadata
@@ -26,8 +25,8 @@ class PreflightError(ValueError):
 
 
 def versions() -> dict[str, str]:
-    """Versions of this process's Python and packages, without a build's suffix such as +cpu."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    """Versions of the packages here, without a build's suffix such as +cpu."""
+    found = {}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name).partition("+")[0]

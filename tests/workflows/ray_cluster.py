@@ -31,6 +31,8 @@ class Cluster:
     token: str
     environment: dict[str, str]
     """A client's environment: the token's file, nothing that gives access to the store."""
+    metrics: str
+    """The head's metrics page."""
     folder: Path
     """Ray's own files, logs among them."""
     head: subprocess.Popen[bytes]
@@ -56,7 +58,7 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
     folder = Path(tempfile.mkdtemp(prefix="adsc-ray-", dir="/tmp"))
     token = secrets.token_hex(24)
     (folder / "token").write_text(token)
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, metrics = free_ports(4)
     address = f"http://127.0.0.1:{dashboard}"
     outside = {
         name: value
@@ -66,16 +68,24 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
     outside |= {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     # Ray Train asks the dashboard about its workers, and must not ask another Ray of this machine.
     inside = {**outside, **nodes_only, "RAY_API_SERVER_ADDRESS": address}
-    inside |= {"RAY_num_workers_soft_limit": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    inside |= {
+        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_num_workers_soft_limit": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     head = [
         "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-        f"--ray-client-server-port={client}", f"--temp-dir={folder}/ray",
+        f"--ray-client-server-port={client}",
+        f"--metrics-export-port={metrics}",
     ]  # fmt: skip
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         processes: list[subprocess.Popen[bytes]] = []
         nodes = [("head", head)]
-        nodes += [(f"worker-{n}", [f"--address=127.0.0.1:{gcs}"]) for n in range(workers)]
+        nodes += [
+            (f"worker-{n}", [f"--address=127.0.0.1:{gcs}", "--metrics-export-port=0"])
+            for n in range(workers)
+        ]
         for name, words in nodes:
             processes.append(_start(name, words, inside, folder))
             stack.callback(kill, processes[-1])
@@ -84,6 +94,7 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
             address=address,
             token=token,
             environment=outside,
+            metrics=f"http://127.0.0.1:{metrics}/metrics",
             folder=folder,
             head=processes[0],
         )
@@ -92,12 +103,12 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
 def _start(
     name: str, words: list[str], environment: dict[str, str], folder: Path
 ) -> subprocess.Popen[bytes]:
-    listen, grpc, runtime, metrics = free_ports(4)
+    listen, grpc, runtime = free_ports(3)
     command = [
         str(Path(sys.executable).parent / "ray"), "start", *words, "--block", "--num-cpus=2",
         "--node-ip-address=127.0.0.1", "--object-store-memory=100000000",
         f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
-        f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}",
+        f"--runtime-env-agent-port={runtime}",
     ]  # fmt: skip
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import pytest
 
 from pipeline import jobs, preflight
 from pipeline import record as records
+from pipeline.gauges import GAUGES, STATES
 from pipeline.graph import fingerprints
 from pipeline.jobs import JobError, Submission, plan_submission
 from pipeline.record import Record
 from pipeline.store import open_store
+from tests.infra.test_monitoring import BUILT_IN
 from tests.small import Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
 from workflows.cli import load_workflow, main
@@ -123,6 +126,7 @@ def client() -> Iterator[Any]:
         started({}, mode="disabled", workers=0) as cluster,
         jobs.connected(cluster.address) as client,
     ):
+        client.metrics = cluster.metrics
         yield client
 
 
@@ -148,7 +152,7 @@ def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> No
         time.sleep(0.2)
     # The code that is installed here was shipped, and comes before what the machine has.
     shipped = client.get_job_logs(ids[0][0]).strip().splitlines()[-1]
-    assert "py_modules" in shipped and not shipped.startswith(str(Path(jobs.__file__).parent))
+    assert "working_dir" in shipped and not shipped.startswith(str(Path(jobs.__file__).parent))
     assert main(["cancel", "--address", client.get_address(), ids[0][0]]) == 0
     assert client.get_job_status(ids[0][0]) == "STOPPED"
     again, new = jobs.start(client, work)
@@ -172,6 +176,37 @@ def test_following_passes_everything_on_once_and_tells_of_failures(
     assert "knows no job 'adsc-none-1'" in capsys.readouterr().err
     assert main(["status", "--address", address, "--json"]) == 0
     assert name in {row["job"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_gauges_are_on_the_nodes_metrics_page(client: Any) -> None:
+    """All of them, and those of Ray's own that the dashboard draws on any machine."""
+    values = {name.removeprefix("adsc_"): 0.5 for name in GAUGES}
+    code = (
+        "import ray, time; from pipeline import gauges; ray.init(address='auto')\n"
+        f"gauges.training('train-1', 3, 8, {values!r})\n"
+        "gauges.stage_states('demo', {'train-1': 'running', 'merge': 'to run', 'x': '?'})\n"
+        "time.sleep(120)"
+    )
+    name, _ = jobs.start(client, a_job(code))
+    wanted = {f"ray_{gauge}" for gauge in GAUGES} | BUILT_IN - {"ray_node_gpus_utilization"}
+    page = ""
+
+    def there() -> bool:
+        nonlocal page
+        with urllib.request.urlopen(client.metrics, timeout=10) as answer:
+            page = answer.read().decode()
+        return wanted <= set(re.findall(r"^(ray_\w+)\{", page, re.M))
+
+    until(there)
+    client.stop_job(name)
+    lines = [line for line in page.splitlines() if line.startswith("ray_adsc_")]
+    states = {
+        re.search(r'stage="([^"]+)"', line)[1]: float(line.split()[-1])
+        for line in lines
+        if line.startswith("ray_adsc_stage_state")
+    }
+    assert states == {"train-1": STATES.index("running"), "merge": STATES.index("to run")}
+    assert {float(line.split()[-1]) for line in lines if "steps_" in line} == {3.0, 8.0}
 
 
 SMALL = (
