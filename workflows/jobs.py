@@ -86,14 +86,19 @@ def _submit(options: argparse.Namespace) -> int:
     from pipeline.jobs import connected, plan_submission, start
     from workflows.cli import load_workflow
 
-    words = [f"--workers={options.workers}", f"--cpus={options.cpus}", f"--gpus={options.gpus}"]
+    workers = options.workers if isinstance(options.workers, tuple) else (options.workers,)
+    words = [
+        f"--workers={'-'.join(map(str, workers))}",
+        f"--cpus={options.cpus}",
+        f"--gpus={options.gpus}",
+    ]
     submission = plan_submission(
         load_workflow(options.workflow, options.changes),
         options.changes,
         options.root,
         shared_root=options.shared_root,
         mlflow=options.mlflow or os.environ.get("MLFLOW_TRACKING_URI"),
-        options=[*words, f"--lease={options.lease}"],
+        options=[*words, f"--data-workers={options.data_workers}", f"--lease={options.lease}"],
         python=options.python,
         any_versions=options.any_versions,
     )

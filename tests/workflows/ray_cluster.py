@@ -122,7 +122,7 @@ def _wait_for(
     """Until the dashboard knows so many nodes."""
     import requests
 
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
