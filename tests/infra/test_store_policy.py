@@ -206,4 +206,5 @@ def test_other_buckets_are_out_of_reach(as_node: Guarded) -> None:
     with pytest.raises(StoreError, match="access is denied"):
         open_store("s3://other/runs").create("record.json", b"{}")
     with pytest.raises(ClientError, match="AccessDenied"):
-        boto3.client("s3").put_bucket_policy(Bucket=BUCKET, Policy="{}")
+        # Of a session of its own: the default one keeps the credentials that it saw first.
+        boto3.Session().client("s3").put_bucket_policy(Bucket=BUCKET, Policy="{}")
