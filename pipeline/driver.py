@@ -46,9 +46,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
     """Ray for the length of a `with`; where this process has a Ray already, that one, untouched."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Left unset, Ray itself and its clients take different modes, and refuse each other.
-    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if token else "disabled")
+    set_auth_mode()
     import ray
 
     if ray.is_initialized():
@@ -112,6 +110,14 @@ def _start_ray(tries: int = 3, **options: Any) -> None:
                     f"Ray did not start here in {tries} tries ({str(error).splitlines()[0]}): this "
                     "machine may be too busy; run the same command again"
                 ) from error
+
+
+def set_auth_mode() -> None:
+    """Choose Ray's authentication before Ray is imported, unless the user has: by token where there
+    is one. Left unset, Ray itself and its clients take different modes, and refuse each other."""
+    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    there = bool(token) or Path("~/.ray/auth_token").expanduser().is_file()
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if there else "disabled")
 
 
 class _Shutdown:
@@ -218,7 +224,10 @@ def _tell(console: Console, text: str | None) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files differ from it; None outside of git."""
+    """The commit of this code, with `-dirty` if files differ from it; None outside of git. Of code
+    that was shipped to a cluster, where there is no git, ADSC_COMMIT names the commit."""
+    if commit := os.environ.get("ADSC_COMMIT"):
+        return commit
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         # An environment inside somebody else's repository must not lend its commit.
@@ -227,7 +236,7 @@ def git_commit() -> str | None:
             capture_output=True,
             check=True,
         )
-        commit = subprocess.run(
+        head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )
         changed = subprocess.run(
@@ -238,4 +247,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

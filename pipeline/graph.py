@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from pipeline import gauges
 from pipeline import record as records
 from pipeline.attempt import execute
 from pipeline.driver import cancelling, git_commit, ray_for, tracked
@@ -176,12 +177,15 @@ def _submit(
     done: dict[str, Record] = {}
     failures: dict[str, StageFailed] = {}
     skipped: list[str] = []
+    states = dict.fromkeys(found, "cached") | dict.fromkeys(refs, "to run")
     display = Display(console, {stage.name: stage.title for stage in todo})
     with display, cancelling(list(refs.values())):
         while names:
             ready, _ = ray.wait(list(names), num_returns=len(names), timeout=0.5)
             with suppress(ray.exceptions.RayError):  # the board's machine may be lost: no matter
-                display.update(ray.get(board.all.remote(), timeout=5))
+                reports = ray.get(board.all.remote(), timeout=5)
+                display.update(reports)
+                states |= {name: it.state for name, it in reports.items() if name in needs}
             for name in [names.pop(ref) for ref in list(names) if ref in ready]:
                 try:
                     done[name] = ray.get(refs[name])
@@ -194,6 +198,8 @@ def _submit(
                         home = records.folder(name, prints[name])
                         failures[name] = of_task(name, error, f"{context.root}/{home}")
                         display.end(name, f"failed: {failures[name].message}", "red")
+            states |= dict.fromkeys(done, "done") | dict.fromkeys(failures, "failed")
+            gauges.stage_states(context.workflow, states | dict.fromkeys(skipped, "not run"))
     if failures:
         raise RunFailed(failures, skipped)
     return done

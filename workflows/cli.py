@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, eval_cli, prepare_cli
+from workflows import dry_run, eval_cli, jobs, prepare_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,8 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     from pipeline.failure import RunFailed
+    from pipeline.jobs import JobFailed
 
-    return (ValueError, RunFailed)
+    return (ValueError, RunFailed, JobFailed)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -141,9 +142,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     run = _command(
         commands, "run", "run a workflow; finished stages are not repeated", RUN_EXAMPLES
     )
-    _add_workflow(run)
+    _add_run_options(run)
     dry_run.add_options(run)
-    _add_cluster(run)
+    _add_ray(run)
     run.set_defaults(run=_run)
 
     evaluation = _command(
@@ -151,7 +152,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     eval_cli.add_arguments(evaluation, _positive)
     _add_root(evaluation)
-    _add_cluster(evaluation)
+    _add_workers(evaluation)
+    _add_ray(evaluation)
     evaluation.set_defaults(run=_eval, workflow="eval")
 
     ls = _command(commands, "ls", "workflows, or the stages of one with their state", LS_EXAMPLES)
@@ -186,6 +188,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
+    jobs.add_commands(commands, _add_run_options)
     add_commands(commands)
     return parser, dict(commands.choices)
 
@@ -222,12 +225,22 @@ def _add_root(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Where and on what it runs: no part of what is computed."""
-    parser.add_argument(
-        "--mlflow", metavar="URI", help="MLflow server (default: SQLite in the root)"
-    )
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What `run` takes, here or on a cluster."""
+    _add_workflow(parser)
+    _add_workers(parser)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
+    parser.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    """On what it runs, and where it is seen: no part of what is computed."""
+    parser.add_argument(
+        "--mlflow", metavar="URI", help="MLflow server, or off (default: SQLite in the root)"
+    )
     parser.add_argument(
         "--workers",
         type=_workers,
@@ -240,7 +253,6 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
         "--data-workers", type=int, default=0, metavar="N",
         help="processes that make batches for each training worker (default: a thread of its own)",
     )  # fmt: skip
-    parser.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
     parser.add_argument(
         "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
     )
@@ -273,7 +285,9 @@ def _context(options: argparse.Namespace) -> RunContext:
     return RunContext(
         root=options.root,
         workflow=options.workflow,
-        tracking_uri=tracking or default_uri(place or Path(DEFAULT_ROOT)),
+        tracking_uri=None
+        if tracking == "off"
+        else tracking or default_uri(place or Path(DEFAULT_ROOT)),
         num_workers=options.workers,
         cpus_per_worker=options.cpus,
         gpus_per_worker=options.gpus,
@@ -352,6 +366,8 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
     uri = redact(context.tracking_uri or "")
     served = uri.startswith("http")
     lines = [uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"]
+    if not uri:
+        lines = []
     if "report" in found:
         lines.append(f"{found['report'].uri}/report.html")
     if "export" in found and "evaluate" in found:

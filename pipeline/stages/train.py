@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import gauges
 from pipeline.feed import from_ray_data, from_thread
 from pipeline.progress import ProgressHandle
 from pipeline.stage import Input, StageContext
@@ -155,6 +156,7 @@ class RayContext:
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self._tracker.metrics(metrics, step=step)
+        gauges.training(self._progress.stage, step, steps, metrics)
         self._progress(step, steps, f"steps, loss {metrics['loss']:.3f}")
 
     def close(self) -> None:

@@ -225,7 +225,7 @@ def test_silent_rows_change_no_loss(small: Small) -> None:
 def test_packed_loss_and_gradients_are_the_padded_ones(
     plan: str, attention: str, small: Small
 ) -> None:
-    """Measured: losses within 5e-7, gradients within 4e-6 of the largest."""
+    """Measured: losses within 1e-6, gradients within 4e-7 of the largest."""
     model = AutoModelForImageTextToText.from_pretrained(small.base, attn_implementation=attention)
     adsc.attach(model, adsc.PruningPlan.parse(plan))
     losses, gradients = [], []
@@ -241,7 +241,7 @@ def test_packed_loss_and_gradients_are_the_padded_ones(
         gradients.append(model.model.language_model.layers[0].mlp.up_proj.weight.grad.clone())
     assert losses[1] == pytest.approx(losses[0], abs=5e-6)
     scale = gradients[0].abs().max()
-    assert (gradients[1] - gradients[0]).abs().max() < 1e-4 * scale
+    assert (gradients[1] - gradients[0]).abs().max() < 1e-5 * scale
     # Without the position ids the rows would see each other.
     micro.pop("position_ids")
     mixed = model(**micro, num_items_in_batch=batch.supervised, use_cache=False).loss

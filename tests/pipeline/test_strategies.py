@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -161,25 +162,35 @@ def test_sigterm_under_torchrun_leaves_with_a_checkpoint(
     where = command_line(small, config, tmp_path / "run")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "pipeline.torchrun", *map(str, where)]
-    with (tmp_path / "log").open("w") as file:
-        process = subprocess.Popen(command, stderr=file, stdout=file)
-        deadline = time.monotonic() + 240
-        while "step 3 of" not in (tmp_path / "log").read_text():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) != 0
+    log = tmp_path / "log"
+    status = terminated(command, lambda: "step 3 of" in log.read_text(), log)
+    assert status != 0
     (newest,) = FolderContext(tmp_path / "run").checkpoints()
     step = json.loads((newest / "state.json").read_text())["step"]
     assert 3 <= step < 1000
     # Alone, a process tells by its status that it is to be started again.
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.torchrun", *map(str, where)])
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "run").glob(f"step-{1000:07d}")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == TRY_AGAIN
+    command = [sys.executable, "-m", "pipeline.torchrun", *map(str, where)]
+    again = tmp_path / "again"
+    assert (
+        terminated(command, lambda: f"step {step + 3} of" in again.read_text(), again) == TRY_AGAIN
+    )
+    assert "left early" in again.read_text() and f"step {step} of" not in again.read_text()
+
+
+def terminated(command: list[str], ready: Callable[[], bool], log: Path) -> int:
+    """The status of a process that gets SIGTERM once it is ready."""
+    with log.open("w") as file, subprocess.Popen(command, stderr=file, stdout=file) as process:
+        try:
+            deadline = time.monotonic() + 240
+            while not ready():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[
+                    -2000:
+                ]
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            return process.wait(120)
+        finally:
+            process.kill()
 
 
 def test_deepspeed_is_told_what_the_config_says() -> None:

@@ -12,7 +12,10 @@ import pytest
 from workflows.cli import WORKFLOWS, build_parser, load_workflow, main
 
 
-@pytest.mark.parametrize("command", ["run", "ls", "show", "prepare", "chat", "cost", "plan"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "ls", "show", "submit", "status", "logs", "cancel", "prepare", "chat", "cost", "plan"],
+)
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
