@@ -72,6 +72,7 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
         "RAY_metrics_report_interval_ms": "1000",
         "RAY_num_workers_soft_limit": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "300",  # a busy machine takes its time
     }
     head = [
         "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
