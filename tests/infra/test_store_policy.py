@@ -90,16 +90,18 @@ def guarded() -> Iterator[Guarded]:
     )  # fmt: skip
     endpoint = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(f"{endpoint}/moto-api/data.json", timeout=5).close()
-            break
-        except OSError:
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-    yield Guarded(endpoint)
-    server.terminate()
-    server.wait()
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{endpoint}/moto-api/data.json", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+        yield Guarded(endpoint)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture

@@ -72,11 +72,12 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
         "RAY_metrics_report_interval_ms": "1000",
         "RAY_num_workers_soft_limit": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "300",  # a busy machine takes its time
     }
     head = [
         "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
         f"--ray-client-server-port={client}",
-        f"--metrics-export-port={metrics}",
+        f"--metrics-export-port={metrics}", f"--temp-dir={folder}/ray",
     ]  # fmt: skip
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -90,6 +91,7 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
             processes.append(_start(name, words, inside, folder))
             stack.callback(kill, processes[-1])
             _wait_for(address, token, len(processes), processes[-1], folder / f"{name}.log")
+            _forget(gcs)
         yield Cluster(
             address=address,
             token=token,
@@ -98,6 +100,14 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
             folder=folder,
             head=processes[0],
         )
+
+
+def _forget(gcs: int) -> None:
+    """A worker writes down its cluster's address where any `ray.init` of this machine looks."""
+    noted = Path("/tmp/ray/ray_current_cluster")
+    with suppress(FileNotFoundError):
+        if noted.read_text().endswith(f":{gcs}"):
+            noted.unlink()
 
 
 def _start(

@@ -234,7 +234,7 @@ def adsc(cluster: Cluster, *words: str, **more: str) -> subprocess.CompletedProc
 
 def submit(cluster: Cluster, base: Path, root: str, *more: str) -> str:
     changes = [f"--set={change}" for change in (*SMALL, f"base.source={base}")]
-    options = ["--mlflow=off", "--workers=2", "--cpus=1.5", "--lease=6", "--python", sys.executable]
+    options = ["--mlflow=off", "--workers=2", "--cpus=1.5", "--python", sys.executable]
     done = adsc(cluster, "submit", "demo", "--root", root, *changes, *options, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()[0]
@@ -253,7 +253,7 @@ def keys(root: str, pattern: str) -> list[str]:
     return [it.key for it in open_store(root).list("") if re.search(pattern, it.key)]
 
 
-def until(condition: Any, seconds: float = 900) -> None:
+def until(condition: Any, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
