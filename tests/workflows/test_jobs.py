@@ -283,9 +283,10 @@ def test_cancelled_and_lost_jobs_go_on_on_a_cluster_with_tokens(
         assert {"pictures", "base", "prepare"} <= set(before)
         second = submit(cluster, small.base, root, "--no-follow")
         assert second == first.removesuffix("1") + "2"
-        until(lambda: {"train-1", "control-1"} & set(made(root, small.base)))
+        until(lambda: {"train-1", "control-1"} <= set(made(root, small.base)))
         log = adsc(cluster, "logs", second).stdout
-        assert log.count("node ") == 2 and "to run: train-" in log
+        assert len(re.findall(r"^node \S+ \(\w+\): ray ", log, re.M)) == 2
+        assert not set(before) & set(re.search(r"^to run: (.*)$", log, re.M)[1].split(", "))
         refused = adsc(cluster, "status", RAY_AUTH_MODE="disabled")
         assert refused.returncode == 2 and "it wants a token" in refused.stderr
         everything = [adsc(cluster, "status", job, "--json").stdout for job in (first, second)]
