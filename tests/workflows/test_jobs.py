@@ -284,7 +284,9 @@ def test_cancelled_and_lost_jobs_go_on_on_a_cluster_with_tokens(
         second = submit(cluster, small.base, root, "--no-follow")
         assert second == first.removesuffix("1") + "2"
         until(lambda: {"train-1", "control-1"} <= set(made(root, small.base)))
-        log = adsc(cluster, "logs", second).stdout
+        log = ""
+        while "to run: " not in log:
+            log = adsc(cluster, "logs", second).stdout
         assert len(re.findall(r"^node \S+ \(\w+\): ray ", log, re.M)) == 2
         assert not set(before) & set(re.search(r"^to run: (.*)$", log, re.M)[1].split(", "))
         refused = adsc(cluster, "status", RAY_AUTH_MODE="disabled")
