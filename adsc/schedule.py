@@ -143,27 +143,48 @@ def _kept(columns: Tensor, images: Images, plan: PruningPlan) -> Tensor:
 
 def _compact(keep: Tensor, before: Segment | None, lengths: list[int], left: bool) -> Segment:
     """Move kept columns together. keep: (B, S) bool; lengths: how many each row keeps."""
-    if before is not None:
-        keep = keep.gather(1, before.columns)
-        if before.valid is not None and not is_captured():
-            keep = keep & before.valid
-    rows, width = keep.shape
+    keep = _within(keep, before)
     size = max(1, *lengths)
     ragged = min(lengths) < size
     slot = keep.cumsum(1) - 1
     if ragged and left:
         slot = slot + (size - keep.sum(1, keepdim=True))
+    segment, slot = _moved(keep, slot, size, before)
+    if ragged:
+        valid = torch.zeros_like(keep[:, :1]).expand(len(keep), size + 1)
+        segment = replace(segment, valid=valid.scatter(1, slot, keep)[:, :size])
+    return segment
+
+
+def substituted(keep: Tensor, before: Segment | None, stand_in: Segment) -> Segment:
+    """A segment with other columns than `stand_in`, as many in each row and in the same slots."""
+    keep = _within(keep, before)
+    slot = keep.cumsum(1) - 1
+    if stand_in.valid is not None:
+        slot = slot + stand_in.valid.int().argmax(1, keepdim=True)
+    segment, _ = _moved(keep, slot, stand_in.columns.shape[1], before)
+    return replace(segment, valid=stand_in.valid)
+
+
+def _within(keep: Tensor, before: Segment | None) -> Tensor:
+    """(B, S) bool -> (B, Q): of the columns that the segment before has."""
+    if before is None:
+        return keep
+    keep = keep.gather(1, before.columns)
+    return keep if before.valid is None or is_captured() else keep & before.valid
+
+
+def _moved(
+    keep: Tensor, slot: Tensor, size: int, before: Segment | None
+) -> tuple[Segment, Tensor]:
+    """The segment in which what is kept goes to its slot, and these slots; nothing pads in it."""
+    rows, width = keep.shape
     slot = torch.where(keep, slot, size)  # what is dropped goes to one slot too many, cut off below
     place = torch.arange(width, device=keep.device).expand(rows, width)
     local = place.new_zeros(rows, size + 1).scatter_(1, slot, place)[:, :size]
-    valid = None
-    if ragged:
-        valid = (
-            torch.zeros_like(keep[:, :1]).expand(rows, size + 1).scatter(1, slot, keep)[:, :size]
-        )
     columns = local if before is None else before.columns.gather(1, local)
     offset = torch.arange(0, rows * width, width, device=keep.device).unsqueeze(1)
-    return Segment(columns, (local + offset).flatten(), valid)
+    return Segment(columns, (local + offset).flatten(), None), slot
 
 
 def _keep_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
