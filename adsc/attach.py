@@ -12,24 +12,32 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from adsc.drop import EnterLayer, EnterModel, EnterVision, LeaveModel, LeaveVision
+from adsc.drop import (
+    EnterDecoder,
+    EnterLayer,
+    EnterModel,
+    EnterVision,
+    LeaveModel,
+    LeaveVision,
+)
 from adsc.families import Family, find_family
+from adsc.method import Method, MethodHook, from_dict
 from adsc.plan import PlanError, PruningPlan, as_plan
 
 CONFIG_FIELD = "adsc"  # where the plan stands in a checkpoint's config.json
-_HOOKS = (EnterModel, EnterLayer, EnterVision, LeaveModel, LeaveVision)
+_HOOKS = (EnterModel, EnterDecoder, EnterLayer, EnterVision, LeaveModel, LeaveVision, MethodHook)
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, plan: PruningPlan | str | Iterable[tuple[int, float]]) -> M:
-    """Make a model drop vision tokens by a plan, in place.
+def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, float]]) -> M:
+    """Make a model drop vision tokens by a plan or a method, in place.
 
     Attaching again replaces the plan; an empty plan installs no hook at all. The plan is saved with
     the model's config.
 
     Args:
         model: a multimodal transformers model, also inside PEFT, DDP or torch.compile.
-        plan: a plan, its text form, or pairs (layer, keep).
+        plan: a plan, its text form, pairs (layer, keep), or a method from `adsc.peers.make`.
 
     Returns:
         The same model.
@@ -38,7 +46,7 @@ def attach(model: M, plan: PruningPlan | str | Iterable[tuple[int, float]]) -> M
         UnsupportedModel: the architecture is not one of those that are known.
         PlanError: the plan does not fit the model.
     """
-    plan = as_plan(plan)
+    plan = plan if isinstance(plan, Method) else as_plan(plan)
     base = base_model(model)
     family, inner = find_family(base)
     decoder = family.decoder(inner)
@@ -64,10 +72,16 @@ def attach(model: M, plan: PruningPlan | str | Iterable[tuple[int, float]]) -> M
     for number, layer in enumerate(layers):
         hook = EnterLayer(number, drops[number], number in at)
         layer.register_forward_pre_hook(hook, with_kwargs=True)
+    if isinstance(plan, Method):
+        if at[0] == 0:
+            decoder.register_forward_pre_hook(EnterDecoder(), with_kwargs=True)
+        plan.install(inner)
     return model
 
 
-def _check_family(family: Family, config: Any, plan: PruningPlan) -> None:
+def _check_family(family: Family, config: Any, plan: PruningPlan | Method) -> None:
+    if isinstance(plan, Method):
+        plan.check_family(family)
     first = family.first_layer(config)
     if plan.stages and plan.stages[0][0] < first:
         raise PlanError(
@@ -95,15 +109,15 @@ def detach(model: M) -> M:
     return model
 
 
-def plan_of(model: nn.Module) -> PruningPlan | None:
-    """The plan that a model runs with; None if it has none."""
+def plan_of(model: nn.Module) -> PruningPlan | Method | None:
+    """The plan or method that a model runs with; None if it has none."""
     base = base_model(model)
     for hook in base._forward_pre_hooks.values():
         if isinstance(hook, EnterModel):
             return hook.plan
     data = getattr(base.config, CONFIG_FIELD, None)
-    if data is not None and not PruningPlan.from_dict(data).stages:
-        return PruningPlan.from_dict(data)
+    if data is not None and not from_dict(data).stages:
+        return from_dict(data)
     return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from adsc.choice import Choice, Scene
 from adsc.families import Family, VisionTokenError
 from adsc.held import CacheError, Held, held_by
+from adsc.method import Method
 from adsc.plan import PruningPlan
 from adsc.schedule import Segment, is_captured, survivors
 
@@ -39,7 +42,7 @@ class Call:
     """The schedule of one forward call.
 
     Args:
-        plan: the plan of the model.
+        plan: the plan or method of the model.
         family: what there is to know of the model.
         decoder: the text model: its config says how to build masks, its `rotary_emb` turns.
         rows: B.
@@ -52,9 +55,10 @@ class Call:
         blocks: (B, S) block in which a column attends both ways, -1 for none; None if causal.
         samples: (B, S) number of the packed sample of each column; None if nothing is packed.
         sliding: for each layer whether it attends to a sliding window.
+        choice: what a method has chosen so far; None for a plan, or if the call drops nothing.
     """
 
-    plan: PruningPlan
+    plan: PruningPlan | Method
     family: Family
     decoder: Any
     rows: int
@@ -67,6 +71,7 @@ class Call:
     blocks: Tensor | None
     samples: Tensor | None
     sliding: tuple[bool, ...]
+    choice: Choice | None
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -84,6 +89,50 @@ class Call:
         """(B, S', D) -> (B, Q, D): the hidden states that are left after drop number `drop`."""
         index = self.segments[drop].take.to(hidden.device)
         return hidden.flatten(0, 1).index_select(0, index).unflatten(0, (self.rows, -1))
+
+    def choose(
+        self, drop: int, number: int, layer: nn.Module | None, hidden: Tensor, how: dict[str, Any]
+    ) -> Tensor:
+        """(B, Q, D): a layer's input with what a method merges at its drop, nothing cut from it yet.
+
+        Args:
+            drop: the drop that happens here.
+            number: of the layer.
+            layer: None at the input of the decoder, where drops before layer 0 are chosen.
+            hidden: (B, Q, D).
+            how: the other arguments of the layer.
+        """
+        assert self.choice is not None
+        hidden = self.choice.make(self._scene(drop - 1, number, layer, hidden, how), drop)
+        self.after = self.choice.holds()
+        return hidden
+
+    def watch(
+        self, drop: int, number: int, layer: nn.Module, hidden: Tensor, how: dict[str, Any]
+    ) -> None:
+        """Show a method the input of a layer that it watches; `drop` is the last before it."""
+        if self.choice is not None and number in self.choice.method.watches():
+            self.choice.note(self._scene(drop, number, layer, hidden, how))
+
+    def _scene(
+        self, drop: int, number: int, layer: nn.Module | None, hidden: Tensor, how: dict[str, Any]
+    ) -> Scene:
+        assert self.choice is not None
+        cache, rotary = how.get("past_key_values"), None
+        if layer is not None:
+            rotary = how["position_embeddings"]
+            if drop >= 0:
+                rotary = self.rotary(drop, number, hidden, rotary, cache)
+        return Scene(
+            choice=self.choice,
+            call=self,
+            number=number,
+            layer=layer,
+            hidden=hidden,
+            rotary=rotary,
+            cache=cache,
+            drop=drop,
+        )
 
     def mask(self, drop: int, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
         """The attention mask of a layer after drop number `drop`, as its backend takes it."""
@@ -241,7 +290,9 @@ def first_full_layer(config: Any) -> int:
     return kinds.index("full_attention") if "full_attention" in kinds else 0
 
 
-def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str, Any]) -> Call:
+def begin(
+    model: nn.Module, family: Family, plan: PruningPlan | Method, inputs: dict[str, Any]
+) -> Call:
     """Work out the schedule of a call of the inner model `model` with these inputs.
 
     Raises:
@@ -271,11 +322,16 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
     seen, square = _read_mask(inputs.get("attention_mask"), cache, past, width)
 
     segments: list[Segment] = []
-    blocks = samples = None
+    blocks = samples = choice = None
     vision = family.vision(model, inputs)
     if not vision and inputs.get("input_ids") is None and width > 1:
         _check_text(inputs)
     if vision:
+        if isinstance(plan, Method) and is_captured():
+            raise VisionTokenError(
+                f"{plan.name} chooses tokens by their content and reads where images are: run its "
+                "prefill outside of torch.compile and CUDA graphs"
+            )
         past = int(past)
         samples = _samples(inputs, cache, seen)
         new = None if seen is None else seen[:, past : past + width]
@@ -286,6 +342,9 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
             nothing = torch.empty(1, 0, dtype=torch.long, device=tokens.device)
             count = len(plan.stages)
             before = Held(0, (nothing,) * count, (False,) * count, first)
+        if isinstance(plan, Method):
+            holds = partial(_after, before, segments, seen, past, width, plan)
+            choice = Choice(plan, model, vision, new, inputs, samples, segments, holds)
     after = _after(before, segments, seen, past, width, plan) if segments else None
     return Call(
         plan=plan,
@@ -301,6 +360,7 @@ def begin(model: nn.Module, family: Family, plan: PruningPlan, inputs: dict[str,
         blocks=blocks,
         samples=samples,
         sliding=sliding_layers(decoder.config, len(decoder.layers)),
+        choice=choice,
     )
 
 
@@ -380,7 +440,7 @@ def _after(
     seen: Tensor | None,
     past: int,
     width: int,
-    plan: PruningPlan,
+    plan: PruningPlan | Method,
 ) -> Held:
     """What a cache holds after a call that drops."""
     columns, padded = [], []

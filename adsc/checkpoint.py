@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from adsc.attach import CONFIG_FIELD, attach
-from adsc.plan import PruningPlan
+from adsc.method import from_dict
 
 
 class CheckpointError(ValueError):
@@ -60,7 +60,7 @@ def attach_on_loading() -> None:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         data = getattr(model.config, CONFIG_FIELD, None)
         if data is not None:
-            attach(model, PruningPlan.from_dict(data))
+            attach(model, from_dict(data))
         return loaded
 
     wrapped = wraps(load)(from_pretrained)

@@ -61,6 +61,7 @@ class Choice:
     def __init__(
         self,
         method: Method,
+        model: nn.Module,
         vision: list[tuple[Tensor, Images]],
         valid: Tensor | None,
         inputs: dict[str, Any],
@@ -68,11 +69,12 @@ class Choice:
         segments: list[Segment],
         holds: Callable[[], Held],
     ):
-        self.method, self.segments, self.holds = method, segments, holds
+        self.method, self.model, self.segments, self.holds = method, model, segments, holds
         self.valid = valid
         self.image = torch.stack([columns for columns, _ in vision]).any(0)  # (B, S)
         self.ids = inputs.get("input_ids")
-        self.towers: list[Any] = []  # outputs of the vision tower, if the method asks for them
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        self.encoded = list(encoded.values())  # of vision towers, if they ran before the call
         self.notes: dict[int, Any] = {}
         self.chosen: list[list[Selection]] = []
         self.slots: list[Tensor] = []  # after each drop (B, S): slot of a column, or of the one
@@ -152,8 +154,9 @@ class Choice:
         for number, (spot, selection) in enumerate(self._pairs(selections)):
             if selection.merged is None:
                 continue
-            new = selection.states
-            if new is None:
+            if selection.states is not None:
+                new = selection.states()
+            else:
                 assert selection.weights is not None
                 new = selection.weights.to(hidden) @ scene.states(number, left)
             slots = scene.slot(spot.row, spot.columns.to(hidden.device)[selection.merged])

@@ -21,7 +21,9 @@ import torch
 from adsc.cost_error import CostError
 from adsc.decoder_cost import Decoder
 from adsc.geometries import geometry
+from adsc.method import Method
 from adsc.plan import as_plan
+from adsc.scoring_cost import Sizes
 from adsc.vision_cost import ImageInput, image_cost
 
 CONVENTIONS = {
@@ -64,6 +66,7 @@ class Cost:
         per_layer: one entry per decoder layer.
         vision_flops: tower and projector; 0 except in `exact`.
         logits_flops: lm_head; 0 except in `exact`.
+        scoring_flops: what a method spends on choosing and merging tokens; 0 except in `exact`.
         average_vision_tokens: mean over layers of the vision tokens of one row entering each layer.
     """
 
@@ -73,6 +76,7 @@ class Cost:
     per_layer: tuple[LayerCost, ...]
     vision_flops: int
     logits_flops: int
+    scoring_flops: int = 0
 
     @property
     def average_vision_tokens(self) -> float:
@@ -168,20 +172,33 @@ def estimate_cost(
         flops = _layer_flops(decoder, layer, convention, n, v, new_tokens)
         layers.append(LayerCost(n, v, batch_size * flops, batch_size * cached * bytes_per_token))
 
-    vision_flops = logits_flops = 0
+    vision_flops = logits_flops = scoring_flops = 0
     if convention == "exact":
         positions = {"last": 1, "kept": layers[-1].tokens}
         uncompressed = num_images * image.tokens + text_tokens
         at = positions.get(logits, uncompressed) + new_tokens
         vision_flops = 2 * batch_size * num_images * image.macs
         logits_flops = 2 * batch_size * at * decoder.hidden * decoder.vocabulary
+        if isinstance(plan, Method) and plan.stages and num_images:
+            sizes = Sizes(
+                config=config,
+                decoder=decoder,
+                rows=batch_size,
+                images=num_images,
+                text=text_tokens,
+                tokens=image.tokens,
+                counts=plan.counts(image.tokens),
+                image=ImageInput(size=image_size, images_in_row=num_images),
+            )
+            scoring_flops = 2 * plan.scoring_macs(sizes)
     return Cost(
         convention=convention,
-        flops=sum(layer.flops for layer in layers) + vision_flops + logits_flops,
+        flops=sum(layer.flops for layer in layers) + vision_flops + logits_flops + scoring_flops,
         kv_cache_bytes=sum(layer.kv_cache_bytes for layer in layers),
         per_layer=tuple(layers),
         vision_flops=vision_flops,
         logits_flops=logits_flops,
+        scoring_flops=scoring_flops,
     )
 
 

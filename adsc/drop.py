@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adsc.call import TYPES, Call, begin
 from adsc.families import GRID, SIZE, Family, VisionTokenError
 from adsc.held import CacheError, held_by, keep_record
+from adsc.method import Method
 from adsc.outputs import carry_kept
 from adsc.plan import PruningPlan
 from adsc.schedule import is_captured
@@ -38,7 +39,9 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 class EnterModel:
     """Pre-hook of the top and of the inner model: begin the call, and cut the labels to it."""
 
-    def __init__(self, family: Family, plan: PruningPlan, inner: str, names: tuple[str, ...]):
+    def __init__(
+        self, family: Family, plan: PruningPlan | Method, inner: str, names: tuple[str, ...]
+    ):
         self.family, self.plan, self.inner, self.names = family, plan, inner, names
 
     def __call__(
@@ -80,6 +83,8 @@ def _slots_of(wanted: Tensor, call: Call) -> Tensor:
     """(N,) columns whose logits are wanted -> (N,) their slots at the end of the decoder."""
     last = call.segments[-1]
     columns = last.columns if last.valid is None else last.columns.masked_fill(~last.valid, -1)
+    if call.choice is not None:  # which vision tokens stay is not known yet
+        columns = columns.masked_fill(call.choice.image.gather(1, last.columns), -1)
     found = columns.unsqueeze(-1) == (wanted % call.width).to(columns.device)
     slots = found.int().argmax(1)
     if not bool((found.any(1) & (slots == slots[:1])).all()):
@@ -131,11 +136,18 @@ class EnterLayer:
         kwargs = {name: value for name, value in kwargs.items() if name != CALL}
         if self.layer == 0 and cache is not None and (call.after or call.before is None):
             keep_record(cache, call.after)
+        hidden = args[0] if args else kwargs["hidden_states"]
         if self.drop < 0 or not call.substitutes:
+            call.watch(-1, self.layer, module, hidden, kwargs)
             return args, kwargs
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+        kwargs.pop("hidden_states", None)
         if self.drops and call.segments:
+            if call.choice is not None and self.layer:
+                hidden = call.choose(self.drop, self.layer, module, hidden, kwargs)
+                if cache is not None:
+                    keep_record(cache, call.after)
             hidden = call.take(self.drop, hidden)
+        call.watch(self.drop, self.layer, module, hidden, kwargs)
         turn = kwargs.get("position_embeddings")
         kwargs["attention_mask"] = call.mask(self.drop, self.layer, hidden, cache)
         kwargs["position_embeddings"] = call.rotary(self.drop, self.layer, hidden, turn, cache)
@@ -143,6 +155,20 @@ class EnterLayer:
         if call.segments:
             kwargs = {name: value for name, value in kwargs.items() if name not in PACKED}
         return (hidden, *args[1:]), kwargs
+
+
+class EnterDecoder:
+    """Pre-hook of the decoder, for methods that drop before layer 0: they choose here, outside of
+    what gradient checkpointing runs again, and may put new states in the place of old ones."""
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call: Call | None = kwargs.get(CALL)
+        if call is None or call.choice is None:
+            return None
+        embeds = call.choose(0, 0, None, kwargs["inputs_embeds"], kwargs)
+        return args, kwargs | {"inputs_embeds": embeds}
 
 
 class EnterVision:

@@ -10,12 +10,15 @@ from others, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from adsc.families import Family, UnsupportedModel
 from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count
 
 if TYPE_CHECKING:
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     from adsc.scoring_cost import Sizes
 
 KINDS: dict[str, type[Method]] = {}  # every method by its name
+
+
+class MethodHook:
+    """What marks a method's own hooks, so that detaching finds them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +40,13 @@ class Selection:
         keep: (m,) numbers of the tokens that stay among the image's n, ascending.
         merged: (c,) those of them that get a new state; None if none does.
         weights: (c, n') the new states as sums over the tokens that were left before the drop.
-        states: (c, D) or the new states themselves; for drops at layer 0 only.
+        states: or what makes the new states (c, D), with gradients; for drops at layer 0 only.
     """
 
     keep: Tensor
     merged: Tensor | None = None
     weights: Tensor | None = None
-    states: Tensor | None = None
+    states: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ class Method:
     name: ClassVar[str]
     refuses: ClassVar[tuple[str, ...]] = ()
     """Names of families that it can't serve."""
+    why_refused: ClassVar[str] = ""
 
     stages: tuple[tuple[int, Fraction], ...] = ()
     positions: str = "keep"
@@ -120,6 +128,17 @@ class Method:
         """Stand-ins of the right number: everything but the choice itself depends on that alone."""
         return [tuple(range(count)) for count in self.counts(num_vision_tokens)]
 
+    def check_family(self, family: Family) -> None:
+        """Raise UnsupportedModel for a family that the method can't serve."""
+        if family.name in self.refuses:
+            raise UnsupportedModel(
+                f"{self.name} does not serve {family.name}: {self.why_refused}; choose another "
+                "method or family (docs/peers.md)"
+            )
+
+    def install(self, inner: nn.Module) -> None:
+        """Register hooks of its own, each a MethodHook, on the inner model."""
+
     def watches(self) -> frozenset[int]:
         """Layers before which `note` is asked."""
         return frozenset()
@@ -160,6 +179,43 @@ class Budget:
     def after(self, layer: int) -> Fraction:
         """Tokens that each layer from `layer` on may have if those before it have all."""
         return (self.average * self.layers - layer * self.tokens) / (self.layers - layer)
+
+    def cut(self, layer: int) -> tuple[tuple[int, Fraction], ...]:
+        """The one drop before `layer` that comes closest to the average."""
+        if layer >= self.layers:
+            raise PlanError(
+                f"a drop before layer {layer}, but the decoder has layers 0..{self.layers - 1}"
+            )
+        if self.average == self.tokens:
+            return ()
+        return ((layer, self.share(self.after(layer))),)
+
+    def scaled(
+        self, layers: Sequence[int], shares: Callable[[Fraction], Sequence[Fraction]]
+    ) -> tuple[tuple[int, Fraction], ...]:
+        """The drops before `layers` whose shares, a growing function of one number in [0, 1], come
+        closest to the average."""
+        PruningPlan(tuple((layer, Fraction(1)) for layer in layers)).check_layers(self.layers)
+        if self.average == self.tokens:
+            return ()
+
+        def at(x: Fraction) -> tuple[tuple[int, Fraction], ...]:
+            each = [self.share(share * self.tokens) for share in shares(x)]
+            return tuple(zip(layers, each, strict=True))
+
+        def total(x: Fraction) -> Fraction:
+            edges = [*layers, self.layers]
+            runs = [after - before for before, after in pairwise(edges)]
+            kept = sum(run * share for run, (_, share) in zip(runs, at(x), strict=True))
+            return (layers[0] + kept) * self.tokens
+
+        low, high = Fraction(0), Fraction(1)
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (
+                (middle, high) if total(middle) < self.average * self.layers else (low, middle)
+            )
+        return at(min(low, high, key=lambda x: abs(total(x) - self.average * self.layers)))
 
     def share(self, count: int | Fraction) -> Fraction:
         """The share that leaves a whole number of tokens, at least one and at most all."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adsc.families import Image, Images, VisionTokenError
+from adsc.method import Method
 from adsc.plan import PruningPlan
 
 
@@ -38,9 +39,9 @@ class Segment:
 
 
 def survivors(
-    vision: list[tuple[Tensor, Images]], valid: Tensor | None, plan: PruningPlan
+    vision: list[tuple[Tensor, Images]], valid: Tensor | None, plan: PruningPlan | Method
 ) -> list[Segment]:
-    """The segments after each drop of the plan.
+    """The segments after each drop of the plan; for a method, stand-ins of the same shapes.
 
     Rows that keep different numbers of columns are padded again, on the side on which the batch was
     padded. Padding of the original batch goes with the first drop, as far as the longest row
@@ -83,7 +84,10 @@ def is_captured() -> bool:
 
 
 def _evenly(
-    keep: Tensor, valid: Tensor | None, vision: list[tuple[Tensor, Images]], plan: PruningPlan
+    keep: Tensor,
+    valid: Tensor | None,
+    vision: list[tuple[Tensor, Images]],
+    plan: PruningPlan | Method,
 ) -> list[Segment]:
     """The segments by shapes alone: all rows have as many images, and padding stays where it is.
 
@@ -120,7 +124,7 @@ def _evenly(
     return segments
 
 
-def _dropped(image: Image, plan: PruningPlan) -> list[int]:
+def _dropped(image: Image, plan: PruningPlan | Method) -> list[int]:
     """How many tokens of an image are gone after each drop."""
     if torch.compiler.is_compiling():
         flags = _constant_kept(plan.text, image.tokens, image.lattice)
@@ -129,7 +133,7 @@ def _dropped(image: Image, plan: PruningPlan) -> list[int]:
     return [sum(not flag for flag in one) for one in flags]
 
 
-def _kept(columns: Tensor, images: Images, plan: PruningPlan) -> Tensor:
+def _kept(columns: Tensor, images: Images, plan: PruningPlan | Method) -> Tensor:
     """(K, B, S) bool: False where a vision token of this kind is dropped by then."""
     rows, width = columns.shape
     if isinstance(images, Image):
@@ -174,9 +178,7 @@ def _within(keep: Tensor, before: Segment | None) -> Tensor:
     return keep if before.valid is None or is_captured() else keep & before.valid
 
 
-def _moved(
-    keep: Tensor, slot: Tensor, size: int, before: Segment | None
-) -> tuple[Segment, Tensor]:
+def _moved(keep: Tensor, slot: Tensor, size: int, before: Segment | None) -> tuple[Segment, Tensor]:
     """The segment in which what is kept goes to its slot, and these slots; nothing pads in it."""
     rows, width = keep.shape
     slot = torch.where(keep, slot, size)  # what is dropped goes to one slot too many, cut off below
@@ -187,7 +189,9 @@ def _moved(
     return Segment(columns, (local + offset).flatten(), None), slot
 
 
-def _keep_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
+def _keep_table(
+    images: tuple[Image, ...], plan: PruningPlan | Method, device: torch.device
+) -> Tensor:
     """(K, N) bool: which vision tokens are left after each drop."""
     if torch.compiler.is_compiling():
         sizes = [(image.tokens, image.lattice) for image in images]
@@ -209,14 +213,16 @@ def _constant_kept(
     return _flags(PruningPlan.parse(plan), tokens, lattice)
 
 
-def _make_table(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tensor:
+def _make_table(
+    images: tuple[Image, ...], plan: PruningPlan | Method, device: torch.device
+) -> Tensor:
     each = [_flags(plan, image.tokens, image.lattice) for image in images]
     stages = [[flag for one in each for flag in one[k]] for k in range(len(plan.stages))]
     return torch.tensor(stages, dtype=torch.bool, device=device)
 
 
 def _flags(
-    plan: PruningPlan, tokens: int, lattice: tuple[int, int] | None
+    plan: PruningPlan | Method, tokens: int, lattice: tuple[int, int] | None
 ) -> tuple[tuple[bool, ...], ...]:
     """For each drop, which tokens of an image are left."""
     kept = map(set, plan.kept_indices(tokens, lattice))

@@ -74,7 +74,7 @@ def image_cost(config: Any, image: ImageInput) -> ImageCost:
 def _llava(config: Any, image: ImageInput) -> ImageCost:
     """LLaVA-1.5: one tile, a projector of two matrices."""
     n, tower = _tile(config)
-    return ImageCost(tokens=n, tower_macs=tower, projector_macs=n * _llava_projector(config))
+    return ImageCost(tokens=n, tower_macs=tower, projector_macs=n * llava_projector(config))
 
 
 def _tile(config: Any) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def _tile(config: Any) -> tuple[int, int]:
     return n - (config.vision_feature_select_strategy == "default"), macs
 
 
-def _llava_projector(config: Any) -> int:
+def llava_projector(config: Any) -> int:
     """MACs for one token."""
     layers, out = config.vision_feature_layer, config.text_config.hidden_size
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
@@ -117,7 +117,7 @@ def _anyres_cost(config: Any, tiles: int, extra_tokens: int) -> ImageCost:
     return ImageCost(
         tokens=n + extra_tokens,
         tower_macs=(tiles + 1) * tower,
-        projector_macs=(tiles + 1) * n * _llava_projector(config),
+        projector_macs=(tiles + 1) * n * llava_projector(config),
     )
 
 

@@ -1,0 +1,121 @@
+"""The peers of the plan: published ways to drop vision tokens, and trivial ones, at equal budgets.
+
+`make` fits a method to a layer average, and `adsc.attach` takes it like a plan. A method is one
+file, written from its paper's formula; what differs from the paper and why stands in
+`docs/peers.md`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from adsc.attach import base_model
+from adsc.families import find_family
+from adsc.method import Budget, Method
+from adsc.peers import (
+    dart,
+    divprune,
+    fastv,
+    pool,
+    pyramiddrop,
+    random,
+    sparsevlm,
+    stride,
+    visionzip,
+)
+from adsc.plan import PlanError, PruningPlan
+from adsc.vision_cost import ImageInput, image_cost
+
+_FIT = {
+    "stride": stride.fit,
+    "random": random.Random.fit,
+    "pool": pool.Pool.fit,
+    "fastv": fastv.FastV.fit,
+    "pyramiddrop": pyramiddrop.PyramidDrop.fit,
+    "sparsevlm": sparsevlm.SparseVLM.fit,
+    "visionzip": visionzip.VisionZip.fit,
+    "dart": dart.DART.fit,
+    "divprune": divprune.DivPrune.fit,
+}
+NAMES = tuple(_FIT)
+
+
+def make(
+    name: str,
+    model: nn.Module,
+    average: float,
+    *,
+    num_vision_tokens: int | None = None,
+    tolerance: float = 0.01,
+    **options: Any,
+) -> Method | PruningPlan:
+    """A method whose true layer average is `average`.
+
+    Args:
+        name: one of NAMES.
+        model: the model it is for, also inside wrappers; it is only looked at.
+        average: vision tokens of one image that enter a decoder layer, mean over all layers.
+        num_vision_tokens: of the image that `average` is meant for; by default what one has in this
+            model, at the family's usual size where sizes differ. Images with other numbers keep
+            the same shares.
+        tolerance: how far the true average may be off, relative to `average`.
+        options: the method's own, published values by default.
+
+    Raises:
+        PlanError: an unknown name or option, a value out of range, or an average that no setting
+            reaches; the message names the nearest that one does.
+        UnsupportedModel: a family that is not known, or that the method can't serve.
+
+    >>> method = make("fastv", model, average=7)  # doctest: +SKIP
+    """
+    if name not in _FIT:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise PlanError(f"method {name!r} is unknown{hint}; choose one of {', '.join(NAMES)}")
+    fit = _FIT[name]
+    known = [option for option in inspect.signature(fit).parameters if option != "budget"]
+    if unknown := sorted(set(options) - set(known)):
+        raise PlanError(
+            f"options {', '.join(unknown)} of {name} are unknown; it has {', '.join(known)}"
+        )
+    base = base_model(model)
+    family, inner = find_family(base)
+    if num_vision_tokens is None:
+        num_vision_tokens = image_cost(base.config, ImageInput()).tokens
+    budget = Budget(
+        average=_fraction("average", average),
+        tokens=num_vision_tokens,
+        layers=len(family.decoder(inner).layers),
+        tolerance=_fraction("tolerance", tolerance),
+        first=family.first_layer(base.config),
+        axes=family.axes,
+    )
+    if not 0 < budget.average <= budget.tokens:
+        raise PlanError(
+            f"average {average} must be above 0 and at most {budget.tokens}, the vision tokens of "
+            "an image in this model (num_vision_tokens says otherwise)"
+        )
+    method = fit(budget, **options)
+    if isinstance(method, Method):
+        method.check_family(family)
+    true = method.average_tokens(budget.tokens, budget.layers)
+    if abs(true - budget.average) > budget.tolerance * budget.average:
+        raise PlanError(
+            f"{name} can't average {average:g} of {budget.tokens} vision tokens over "
+            f"{budget.layers} layers within {float(budget.tolerance):.2g} of it; the nearest it "
+            f"reaches with these options is {true:.6g} ({method}). Ask for that, widen tolerance, "
+            f"or change {', '.join(known) or 'the method'}"
+        )
+    return method
+
+
+def _fraction(name: str, value: object) -> Fraction:
+    try:
+        return Fraction(value).limit_denominator(10**6)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise PlanError(f"{name} {value!r} is not a number") from None
