@@ -93,7 +93,7 @@ class Call:
     def choose(
         self, drop: int, number: int, layer: nn.Module | None, hidden: Tensor, how: dict[str, Any]
     ) -> Tensor:
-        """(B, Q, D): a layer's input with what a method merges at its drop, nothing cut from it yet.
+        """(B, Q, D): a layer's input with what a method merges at its drop, not cut yet.
 
         Args:
             drop: the drop that happens here.

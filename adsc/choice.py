@@ -2,9 +2,9 @@
 choice.
 
 `begin` has worked out a call's schedule with stand-ins: how many tokens each row keeps, and so
-masks, padding, labels and the lengths of the cache, does not depend on which tokens they are. Here a
-stand-in is replaced by the choice, before the first layer that sees it. What a method makes of what
-it is shown is its own business (`adsc.peers`).
+masks, padding, labels and the lengths of the cache, does not depend on which tokens they are. Here
+a stand-in is replaced by the choice, before the first layer that sees it. What a method makes of
+what it is shown is its own business (`adsc.peers`).
 
 A choice belongs to its call. It is made once: a layer that is run again for gradient checkpointing
 finds it. Nothing is differentiated through it, except merged states, which are recomputed.

@@ -66,6 +66,8 @@ class Method:
     refuses: ClassVar[tuple[str, ...]] = ()
     """Names of families that it can't serve."""
     why_refused: ClassVar[str] = ""
+    hint: ClassVar[str] = ""
+    """The way out where an average is out of reach."""
 
     stages: tuple[tuple[int, Fraction], ...] = ()
     positions: str = "keep"

@@ -109,7 +109,7 @@ def make(
             f"{name} can't average {average:g} of {budget.tokens} vision tokens over "
             f"{budget.layers} layers within {float(budget.tolerance):.2g} of it; the nearest it "
             f"reaches with these options is {true:.6g} ({method}). Ask for that, widen tolerance, "
-            f"or change {', '.join(known) or 'the method'}"
+            f"or change {', '.join(known)}{getattr(method, 'hint', '')}"
         )
     return method
 

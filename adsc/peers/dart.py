@@ -9,7 +9,7 @@ budget is full. K = 2; there are no attention scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class DART(Method):
 
     def note(self, scene: Scene) -> Tensor:
         """(B, Q) L1 norm of each token's key, all heads together."""
-        return keys(scene).float().abs().sum((1, 3))
+        return keys(scene.replace(rotary=unshifted(scene))).float().abs().sum((1, 3))
 
     def choose(self, scene: Scene, stage: int) -> list[Selection]:
         norms, norm = scene.notes[scene.number - 1], scene.call.decoder.norm
@@ -78,6 +78,19 @@ class DART(Method):
     def scoring_macs(self, sizes: Sizes) -> int:
         pivots = min(self.image_pivots, sizes.counts[0]) + min(self.text_pivots, sizes.text)
         return sizes.keys(0) + sizes.all_images * pivots * sizes.tokens * sizes.decoder.hidden
+
+
+def unshifted(scene: Scene) -> Any:
+    """(cos, sin) as if nothing was padded: turning a key changes its L1 norm, so a row's pivots
+    would depend on its padding."""
+    call, width = scene.call, scene.hidden.shape[1]
+    if call.seen is None or call.family.axes > 1:
+        return scene.rotary
+    numbers = (call.seen.cumsum(1) - 1).clamp(min=0)[:, -width:].to(scene.device)
+    if call.family.rotary_by_layer_type:
+        kind = call.decoder.config.layer_types[scene.number]
+        return call.decoder.rotary_emb(scene.hidden, numbers, kind)
+    return call.decoder.rotary_emb(scene.hidden, numbers)
 
 
 def least_alike(states: Tensor, pivots: Tensor, retained: Tensor, count: int) -> Tensor:
