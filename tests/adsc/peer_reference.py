@@ -1,7 +1,7 @@
 """Slow, literal transcriptions of the peers' papers, and a forward by hand that obeys them.
 
-One row alone, eager attention, no hooks, no cache for generation, plain Python loops. Attention maps
-come from the layers' own eager forward. Nothing here uses `adsc.peers`.
+One row alone, eager attention, no hooks, no cache for generation, plain Python loops. Attention
+maps come from the layers' own eager forward. Nothing here uses `adsc.peers`.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def sparsevlm(layers: list[int], recycle: bool = True) -> Any:
         text = [c for c in range(end + 1, state.query + 1) if state.ids[c] != IMAGE]
         pointed = dict.fromkeys(text, 0.0)
         for v in first:
-            dots = {t: float(state.entered[v] @ state.entered[t]) for t in text}
+            dots = {t: (state.entered[v] @ state.entered[t]).item() for t in text}
             top = max(dots.values())
             total = sum(math.exp(d - top) for d in dots.values())
             for t in text:

@@ -44,7 +44,7 @@ def test_the_usual_budgets_of_a_7b_model_are_met(name, average, seven_b):
 
 
 def test_published_settings_are_what_they_truly_average():
-    """FastV's "192" is 216; PyramidDrop's default 270; SparseVLM's "192", counted on inputs, 203."""
+    """FastV's "192" is 216, PyramidDrop's default 270; SparseVLM's "192" is 203 on inputs."""
     fastv = FastV(stages=((2, Fraction(192, 576)),))
     assert fastv.average_tokens(576, 32) == 216
     pyramid = PyramidDrop(stages=((8, Fraction(1, 2)), (16, Fraction(1, 4)), (24, Fraction(1, 8))))
