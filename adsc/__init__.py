@@ -3,6 +3,7 @@
 Torch, transformers and peft only: nothing here knows of Ray, MLflow or object stores.
 """
 
+from adsc import peers
 from adsc.attach import attach, detach, plan_of
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
 from adsc.cost import Cost, estimate_cost
@@ -28,6 +29,7 @@ __all__ = [
     "estimate_cost",
     "from_pretrained",
     "full_length_logits",
+    "peers",
     "plan_of",
     "solve_plans",
     "static_cache",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -224,3 +226,10 @@ def test_another_image_keeps_the_same_share():
         average=Fraction(16), tokens=TOKENS, layers=LAYERS, tolerance=Fraction(1), first=0, axes=1
     )
     assert DART.fit(budget).counts(72) == [2 * count for count in DART.fit(budget).counts(36)]
+
+
+def test_the_documentation_says_what_happens():
+    text = Path(__file__).parents[2] / "docs" / "peers.md"
+    failed, tried = doctest.testfile(str(text), module_relative=False, verbose=False)
+    assert tried > 10
+    assert not failed
