@@ -208,8 +208,8 @@ class Budget:
         def total(x: Fraction) -> Fraction:
             edges = [*layers, self.layers]
             runs = [after - before for before, after in pairwise(edges)]
-            kept = sum(run * share for run, (_, share) in zip(runs, at(x), strict=True))
-            return (layers[0] + kept) * self.tokens
+            kept = (run * share for run, (_, share) in zip(runs, at(x), strict=True))
+            return sum(kept, Fraction(layers[0])) * self.tokens
 
         low, high = Fraction(0), Fraction(1)
         for _ in range(24):

@@ -127,6 +127,7 @@ def _evenly(
 def _dropped(image: Image, plan: PruningPlan | Method) -> list[int]:
     """How many tokens of an image are gone after each drop."""
     if torch.compiler.is_compiling():
+        assert isinstance(plan, PruningPlan)  # methods are refused there
         flags = _constant_kept(plan.text, image.tokens, image.lattice)
     else:
         flags = _flags(plan, image.tokens, image.lattice)
@@ -194,6 +195,7 @@ def _keep_table(
 ) -> Tensor:
     """(K, N) bool: which vision tokens are left after each drop."""
     if torch.compiler.is_compiling():
+        assert isinstance(plan, PruningPlan)
         sizes = [(image.tokens, image.lattice) for image in images]
         stages = [_constant_kept(plan.text, tokens, lattice) for tokens, lattice in sizes]
         return torch.tensor(

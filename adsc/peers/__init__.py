@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -31,7 +32,7 @@ from adsc.peers import (
 from adsc.plan import PlanError, PruningPlan
 from adsc.vision_cost import ImageInput, image_cost
 
-_FIT = {
+_FIT: dict[str, Callable[..., Method | PruningPlan]] = {
     "stride": stride.fit,
     "random": random.Random.fit,
     "pool": pool.Pool.fit,
