@@ -81,12 +81,16 @@ class DART(Method):
 
 
 def unshifted(scene: Scene) -> Any:
-    """(cos, sin) as if nothing was padded: turning a key changes its L1 norm, so a row's pivots
-    would depend on its padding."""
+    """(cos, sin) counted from 0 without padding: turning a key changes its L1 norm, so a row's
+    pivots would depend on its padding. Positions of several axes don't count padding anyway."""
     call, width = scene.call, scene.hidden.shape[1]
-    if call.seen is None or call.family.axes > 1:
+    if call.family.axes > 1 or call.samples is not None:
         return scene.rotary
-    numbers = (call.seen.cumsum(1) - 1).clamp(min=0)[:, -width:].to(scene.device)
+    if call.seen is None:
+        past = 0 if scene.cache is None else int(scene.cache.get_seq_length(scene.number))
+        numbers = torch.arange(past, past + width, device=scene.device).unsqueeze(0)
+    else:
+        numbers = (call.seen.cumsum(1) - 1).clamp(min=0)[:, -width:].to(scene.device)
     if call.family.rotary_by_layer_type:
         kind = call.decoder.config.layer_types[scene.number]
         return call.decoder.rotary_emb(scene.hidden, numbers, kind)

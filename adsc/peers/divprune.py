@@ -49,7 +49,7 @@ def most_diverse(features: Tensor, count: int) -> Tensor:
     picks = [distance.diagonal_scatter(far).amin(0).argmax()]
     nearest = distance[picks[0]]
     for _ in range(count - 1):
-        nearest = nearest.index_fill(0, torch.stack(picks), -torch.inf)
+        nearest = nearest.index_fill(0, picks[-1], -torch.inf)  # and so it stays
         picks.append(nearest.argmax())
         nearest = torch.minimum(nearest, distance[picks[-1]])
     return torch.stack(picks)

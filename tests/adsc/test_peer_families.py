@@ -25,7 +25,7 @@ OTHERS = {
     "smolvlm": ("fastv", "dart", "divprune"),
     "idefics3": ("pyramiddrop",),
     "gemma3": ("pool", "dart", "divprune"),
-    "paligemma": ("random", "divprune"),
+    "paligemma": ("random", "dart", "divprune"),
 }
 PAIRS = EVERY + [(name, family) for family, names in OTHERS.items() for name in names]
 
