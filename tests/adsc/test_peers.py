@@ -223,3 +223,21 @@ def test_detach_restores_the_model_bit_for_bit(name):
     ]
     assert not [hook for hook in hooks if type(hook).__module__.startswith("adsc")]
     assert not hasattr(model.config, "adsc")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", peers.NAMES)
+def test_flash_inputs_give_the_same(name):
+    """With the stand-in for flash kernels, which takes their very inputs."""
+    import tests.adsc.test_backends  # noqa: F401  (registers it)
+
+    model, inputs = attached(name), batch(MIXED)
+    wanted = model(**inputs)
+    model.model.language_model.set_attn_implementation("stand_in")
+    got = model(**inputs)
+    for index in range(len(MIXED)):
+        kept = wanted.kept_positions[-1][index]
+        assert torch.equal(got.kept_positions[-1][index], kept)
+        torch.testing.assert_close(
+            got.logits[index][kept >= 0], wanted.logits[index][kept >= 0], **CLOSE
+        )
