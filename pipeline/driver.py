@@ -71,6 +71,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
     try:
         cores = max(os.cpu_count() or 1, math.ceil(context.most_workers * context.cpus_per_worker))
         _start_ray(
+            context.dashboard_port,
             address="local",  # not a cluster that somebody started on this machine
             # One more than there is: stages wait for the workers that they ask for.
             num_cpus=cores + 1,
@@ -89,7 +90,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
-def _start_ray(tries: int = 3, **options: Any) -> None:
+def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
     """Start Ray here; again where it took too long, which busy machines need.
 
     Raises:
@@ -105,6 +106,10 @@ def _start_ray(tries: int = 3, **options: Any) -> None:
             if "timed out" not in str(error).lower():
                 raise
             ray.shutdown()
+            if wanted_port is None:  # what was left of that try may still hold its port
+                options["dashboard_port"] = free_port(None)
+                address = f"http://127.0.0.1:{options['dashboard_port']}"
+                os.environ["RAY_API_SERVER_ADDRESS"] = address
             if not left:
                 raise ClusterError(
                     f"Ray did not start here in {tries} tries ({str(error).splitlines()[0]}): this "

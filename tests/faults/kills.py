@@ -118,6 +118,13 @@ def held(root: Path) -> tuple[str, ...]:
     return tuple(sorted(p.parent.name.rpartition("-")[0] for p in root.glob("*/lease.json")))
 
 
+def progress(root: Path) -> set[str]:
+    """Finished stages and checkpoints."""
+    return {
+        str(path) for shape in ("record.json", "run/step-*") for path in root.glob(f"*/{shape}")
+    }
+
+
 def differences(root: Path, whole: Path) -> Iterator[str]:
     """How a finished run differs from the undisturbed one: weights, losses, answers, scores."""
     ours, theirs = made(root), made(whole)
@@ -175,23 +182,29 @@ def disturbed(
     done: list[Kill] = []
     driver, started, moved = start(root, lease), time.time(), time.time()
     every: dict[int, float] = {}
-    seen = 0
+    seen: set[str] = set()
     try:
         while True:
             wait = chance.expovariate(1 / mean) if len(done) < kills else 5.0
+            # Every other kill waits for work to be lost: else a busy machine, where starting takes
+            # longer than `mean`, is only ever killed while it starts.
+            after, before = chance.random() < 0.5 and len(done) < kills, progress(root)
+            if after:
+                while progress(root) == before and driver.poll() is None:
+                    time.sleep(0.2)
+                wait = min(wait, 20.0)
             deadline = time.time() + wait
             while time.time() < deadline and driver.poll() is None:
                 time.sleep(0.2)
             if driver.poll() == 0:
                 return done
             if driver.poll() is not None:
-                if done and not done[-1].recovered:
+                if done:
                     done[-1].recovered = f"same command (after exit {driver.returncode})"
                 driver, started = start(root, lease), time.time()
                 continue
-            finished = len(list(root.glob("*/record.json"))) + len(list(root.glob("*/run/step-*")))
-            if finished != seen:
-                seen, moved = finished, time.time()
+            if progress(root) != seen:
+                seen, moved = progress(root), time.time()
             if time.time() - moved > STUCK:
                 raise SystemExit(f"nothing happens any more; see {root}/driver.log")
             found = processes(driver)

@@ -23,13 +23,14 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def _forward(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = self._body()
                 if self.command in proxy.refused:
                     proxy.refusals += 1
                     self._answer(503, [], b"")
                     return
                 onward = http.client.HTTPConnection(host, timeout=60)
-                headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+                left = ("expect", "transfer-encoding", "content-length")
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in left}
                 onward.request(self.command, self.path, body, headers)
                 answer = onward.getresponse()
                 content = answer.read()
@@ -41,6 +42,18 @@ class Proxy:
                 length = answer.getheader("Content-Length") or str(len(content))
                 self._answer(answer.status, [*kept, ("Content-Length", length)], content)
                 onward.close()
+
+            def _body(self) -> bytes:
+                """Also of a body in chunks, as pyarrow sends it."""
+                if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                parts = []
+                while size := int(self.rfile.readline().split(b";")[0], 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                while self.rfile.readline().strip():  # trailers
+                    pass
+                return b"".join(parts)
 
             def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
                 self.send_response_only(status)
