@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,7 @@ def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
             ray.init(**options)
             return
         except Exception as error:  # Ray raises this very class
-            if "timed out" not in str(error).lower():
+            if not re.search("timed out|failed to start", str(error), re.IGNORECASE):
                 raise
             ray.shutdown()
             if wanted_port is None:  # what was left of that try may still hold its port

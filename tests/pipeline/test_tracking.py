@@ -380,7 +380,7 @@ def test_a_server_killed_in_mid_run_is_told_everything_later(
             tracker.metrics({"loss": 1 / (1 + step)}, step=step)
         tracker.artifact(tmp_path / "a.txt")
         tracker.tag("after", "the kill")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10  # a single request would take its 20 s
         assert not tracker.flush()
         server.start()
         assert tracker.flush()
