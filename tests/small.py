@@ -8,6 +8,19 @@ import pytest
 
 from tests.pipeline.contexts import stage_context
 
+SMALL_DEMO = (
+    "data.train_pictures=60",
+    "data.test_pictures=8",
+    "plan=1:1/4,2:1/2",
+    "curriculum.stages=2",
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.checkpoint_every=1",
+    "evaluate.prefill_rounds=3",
+    "export.log_model=false",
+)
+"""Changes of the workflow `demo` that make it a matter of seconds on the model of `small`."""
+
 
 class Small(NamedTuple):
     """Folders of one small world: 24 training and 6 test pictures, a model of four layers."""

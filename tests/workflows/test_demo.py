@@ -17,26 +17,14 @@ from pipeline import record as records
 from pipeline.graph import fingerprints
 from pipeline.record import Record
 from pipeline.store import open_store
-from tests.small import Small
+from tests.small import SMALL_DEMO, Small
 from workflows.cli import load_workflow
-
-SMALL = (
-    "data.train_pictures=60",
-    "data.test_pictures=8",
-    "plan=1:1/4,2:1/2",
-    "curriculum.stages=2",
-    "train.steps=6",
-    "train.batch_size=4",
-    "train.checkpoint_every=1",
-    "evaluate.prefill_rounds=3",
-    "export.log_model=false",
-)
 
 
 def command(
     name: str, root: Path | str, base: Path, *extra: str, stage: str | None = None
 ) -> list[str]:
-    changes = [f"--set={change}" for change in (*SMALL, f"base.source={base}")]
+    changes = [f"--set={change}" for change in (*SMALL_DEMO, f"base.source={base}")]
     place = ["demo", *([stage] if stage else []), "--root", str(root)]
     return [sys.executable, "-m", "workflows.cli", name, *place, *changes, *extra]
 
@@ -50,7 +38,7 @@ def run(root: Path | str, base: Path, *extra: str) -> subprocess.CompletedProces
 
 def made(root: Path | str, base: Path) -> dict[str, Record]:
     """Records of all finished stages."""
-    workflow = load_workflow("demo", [*SMALL, f"base.source={base}"])
+    workflow = load_workflow("demo", [*SMALL_DEMO, f"base.source={base}"])
     store = open_store(str(root))
     found = {
         name: records.load(store, name, fingerprint)

@@ -24,7 +24,7 @@ from pipeline.jobs import JobError, Submission, plan_submission
 from pipeline.record import Record
 from pipeline.store import open_store
 from tests.infra.test_monitoring import BUILT_IN
-from tests.small import Small
+from tests.small import SMALL_DEMO, Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
 from workflows.cli import load_workflow, main
 
@@ -209,19 +209,6 @@ def test_gauges_are_on_the_nodes_metrics_page(client: Any) -> None:
     assert {float(line.split()[-1]) for line in lines if "steps_" in line} == {3.0, 8.0}
 
 
-SMALL = (
-    "data.train_pictures=60",
-    "data.test_pictures=8",
-    "plan=1:1/4,2:1/2",
-    "curriculum.stages=2",
-    "train.steps=6",
-    "train.batch_size=4",
-    "train.checkpoint_every=1",
-    "evaluate.prefill_rounds=3",
-    "export.log_model=false",
-)
-
-
 def adsc(cluster: Cluster, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "workflows.cli", *words, "--address", cluster.address],
@@ -233,7 +220,7 @@ def adsc(cluster: Cluster, *words: str, **more: str) -> subprocess.CompletedProc
 
 
 def submit(cluster: Cluster, base: Path, root: str, *more: str) -> str:
-    changes = [f"--set={change}" for change in (*SMALL, f"base.source={base}")]
+    changes = [f"--set={change}" for change in (*SMALL_DEMO, f"base.source={base}")]
     options = ["--mlflow=off", "--workers=2", "--cpus=1.5", "--python", sys.executable]
     done = adsc(cluster, "submit", "demo", "--root", root, *changes, *options, *more)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -241,7 +228,7 @@ def submit(cluster: Cluster, base: Path, root: str, *more: str) -> str:
 
 
 def made(root: str, base: Path) -> dict[str, Record]:
-    stages = load_workflow("demo", [*SMALL, f"base.source={base}"]).stages()
+    stages = load_workflow("demo", [*SMALL_DEMO, f"base.source={base}"]).stages()
     found = {
         name: records.load(open_store(root), name, fingerprint)
         for name, fingerprint in fingerprints(stages).items()
