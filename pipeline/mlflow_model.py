@@ -15,7 +15,7 @@ import pandas as pd
 from mlflow.models import ModelSignature, set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def signature() -> ModelSignature:
@@ -68,7 +68,8 @@ class VisionLanguageModel(PythonModel):
         import torch
 
         try:
-            picture = Image.open(io.BytesIO(base64.b64decode(image, validate=True))).convert("RGB")
+            picture = Image.open(io.BytesIO(base64.b64decode(image, validate=True)))
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
         except (ValueError, OSError) as error:
             raise ValueError(f"image must be a base64 PNG or JPEG: {error}") from None
         asked = [{"type": "image"}, {"type": "text", "text": question}]

@@ -73,6 +73,13 @@ def _table(*columns: str, title: str | None = None) -> Any:
     return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
 
 
+def _count(text: str) -> int:
+    """An argparse type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def _workers(text: str) -> int | tuple[int, int]:
     """An argparse type: `4`, or `2-8` for as many as there are."""
     fewest, dash, most = text.partition("-")
@@ -250,7 +257,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
     parser.add_argument(
-        "--data-workers", type=int, default=0, metavar="N",
+        "--data-workers", type=_count, default=0, metavar="N",
         help="processes that make batches for each training worker (default: a thread of its own)",
     )  # fmt: skip
     parser.add_argument(
