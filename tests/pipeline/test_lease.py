@@ -38,6 +38,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return open_store(f"s3://lab/{uuid.uuid4().hex}")
 
 
+def lease_of(store: Store, attempt: str, seconds: float) -> Lease:
+    """A lease of this process, which is not to end where a slow machine loses it."""
+    return Lease(store, KEY, attempt, seconds, on_lost=lambda: None)
+
+
 def held_elsewhere(store: Store, seconds: float) -> subprocess.Popen[str]:
     """Another process that holds the lease."""
     process = subprocess.Popen(
@@ -48,7 +53,7 @@ def held_elsewhere(store: Store, seconds: float) -> subprocess.Popen[str]:
 
 
 def test_one_holder_at_a_time(store: Store) -> None:
-    first, second = Lease(store, KEY, "first", 10), Lease(store, KEY, "second", 10)
+    first, second = lease_of(store, "first", 10), lease_of(store, "second", 10)
     assert first.take()
     assert not second.take()
     holder = Holder.read(store, KEY)
@@ -62,21 +67,21 @@ def test_one_holder_at_a_time(store: Store) -> None:
 
 
 def test_a_waiter_is_told_who_holds_it_and_gets_it_after_the_release(store: Store) -> None:
-    first, second = Lease(store, KEY, "first", 1), Lease(store, KEY, "second", 1)
+    first, second = lease_of(store, "first", 3), lease_of(store, "second", 3)
     assert first.take()
     told: list[tuple[str, float]] = []
-    threading.Timer(2.5, first.release).start()
+    threading.Timer(4, first.release).start()
     started = time.monotonic()
     # Longer than the lease's life: a holder that is alive keeps it.
     assert acquire(second, lambda: False, lambda holder, s: told.append((holder.attempt, s)))
-    assert 2.4 < time.monotonic() - started < 5
+    assert time.monotonic() - started > 3.9
     assert {attempt for attempt, _ in told} == {"first"}
-    assert told[-1][1] > 1
+    assert told[-1][1] > 3
     second.release()
 
 
 def test_a_waiter_stops_when_the_work_is_done(store: Store) -> None:
-    first, second = Lease(store, KEY, "first", 5), Lease(store, KEY, "second", 5)
+    first, second = lease_of(store, "first", 5), lease_of(store, "second", 5)
     assert first.take()
     assert not acquire(second, lambda: True)
     first.release()
@@ -87,9 +92,9 @@ def test_a_dead_holder_is_followed_after_the_life_of_the_lease(store: Store) -> 
     process.send_signal(signal.SIGKILL)
     process.wait()
     started = time.monotonic()
-    lease = Lease(store, KEY, "next", 60)  # what counts is the life that the holder promised
+    lease = lease_of(store, "next", 60)  # what counts is the life that the holder promised
     assert acquire(lease, lambda: False)
-    assert 2.0 < time.monotonic() - started < 6
+    assert 2.0 < time.monotonic() - started < 30
     lease.release()
 
 
@@ -97,17 +102,17 @@ def test_a_holder_that_lost_its_lease_ends(store: Store) -> None:
     process = held_elsewhere(store, 2.0)
     assert store.delete(KEY)
     assert store.create(KEY, json.dumps({"attempt": "thief"}).encode())
-    assert process.wait(timeout=10) == LOST_LEASE_EXIT
+    assert process.wait(timeout=60) == LOST_LEASE_EXIT
     assert store.read(KEY) == b'{"attempt": "thief"}'
 
 
 def test_a_stopped_holder_ends_when_it_wakes_up(store: Store) -> None:
     process = held_elsewhere(store, 1.0)
     process.send_signal(signal.SIGSTOP)
-    lease = Lease(store, KEY, "next", 1.0)
+    lease = lease_of(store, "next", 60)
     assert acquire(lease, lambda: False)
     process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=10) == LOST_LEASE_EXIT
+    assert process.wait(timeout=60) == LOST_LEASE_EXIT
     assert lease.confirm()
     lease.release()
 
@@ -115,18 +120,18 @@ def test_a_stopped_holder_ends_when_it_wakes_up(store: Store) -> None:
 def test_a_holder_whose_store_is_away_gives_up_in_time(tmp_path: Path) -> None:
     lost = threading.Event()
     (tmp_path / "runs").mkdir()
-    lease = Lease(open_store(str(tmp_path / "runs")), KEY, "first", 2.0, on_lost=lost.set)
+    lease = Lease(open_store(str(tmp_path / "runs")), KEY, "first", 6.0, on_lost=lost.set)
     assert lease.take()
     (tmp_path / "runs").rename(tmp_path / "away")
     (tmp_path / "runs").write_text("a file in its place")
     started = time.monotonic()
-    assert lost.wait(5)
-    assert time.monotonic() - started < 2.0
+    assert lost.wait(60)
+    assert time.monotonic() - started < 6.0
 
 
 def test_a_refused_write_that_was_done_is_no_loss(store: Store) -> None:
     """The answer to a request can be lost, and the request be sent again: it is then refused."""
-    lease = Lease(store, KEY, "first", 60)
+    lease = lease_of(store, "first", 60)
     assert lease.take()
     stored = store.read_versioned(KEY)
     assert stored
@@ -138,7 +143,7 @@ def test_a_refused_write_that_was_done_is_no_loss(store: Store) -> None:
 
 
 def test_alive_tells_held_from_abandoned(store: Store) -> None:
-    lease = Lease(store, KEY, "first", 2)
+    lease = lease_of(store, "first", 5)
     assert lease.take()
     store.create("dead/lease.json", store.read(KEY) or b"")
     assert alive(store, [KEY, "dead/lease.json", "none/lease.json"]) == {KEY}
