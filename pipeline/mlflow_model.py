@@ -68,8 +68,8 @@ class VisionLanguageModel(PythonModel):
         import torch
 
         try:
-            picture = Image.open(io.BytesIO(base64.b64decode(image, validate=True)))
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            encoded = io.BytesIO(base64.b64decode(image, validate=True))
+            picture = ImageOps.exif_transpose(Image.open(encoded)).convert("RGB")
         except (ValueError, OSError) as error:
             raise ValueError(f"image must be a base64 PNG or JPEG: {error}") from None
         asked = [{"type": "image"}, {"type": "text", "text": question}]

