@@ -162,7 +162,7 @@ def cancelling(refs: Sequence[Any]) -> Iterator[None]:
     except KeyboardInterrupt:
         for ref in refs:
             ray.cancel(ref)
-        ray.wait(list(refs), num_returns=len(refs), timeout=10)
+        ray.wait(list(refs), num_returns=len(refs), timeout=30)
         raise
 
 

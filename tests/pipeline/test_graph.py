@@ -201,7 +201,7 @@ def test_an_interrupt_gives_the_lease_back(toys: Toys) -> None:
     toys.wait_for("double")
     toys.wait_for("square")
     driver.send_signal(signal.SIGINT)
-    driver.communicate(timeout=30)
+    driver.communicate(timeout=120)
     assert toys.holder("double", **changes) is None
     assert toys.holder("square", **changes) is None
     assert toys.record("double", **changes) is None
