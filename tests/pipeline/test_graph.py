@@ -460,6 +460,7 @@ def test_stages_are_tracked_below_their_workflow(toys: Toys, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_an_embedded_ray_beside_another_and_kill_9(toys: Toys, monkeypatch: Any) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     changes = {"double": {"seconds": 4}}

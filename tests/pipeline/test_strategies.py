@@ -104,6 +104,7 @@ def strategies(base: str, data: str, folder: str) -> None:
         run(second, name)
 
 
+@pytest.mark.slow
 def test_ddp_and_all_stages_of_zero_are_one_run(small: Small, tmp_path: Path, alone: Path) -> None:
     in_two_processes(
         "tests.pipeline.test_strategies", small.base, small.prepared / "train", tmp_path

@@ -403,6 +403,7 @@ def test_a_server_killed_in_mid_run_is_told_everything_later(
     assert not list(spool.iterdir())
 
 
+@pytest.mark.slow
 def test_runs_begun_and_ended_while_the_server_is_dead(server: Server, tmp_path: Path) -> None:
     """The parent, its stage and the stage's worker know no run, and the next run makes them."""
     spool, folder = tmp_path / "spool", tmp_path / "scratch"
@@ -444,6 +445,7 @@ def test_runs_begun_and_ended_while_the_server_is_dead(server: Server, tmp_path:
     assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_holds_nobody_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

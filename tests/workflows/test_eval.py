@@ -37,6 +37,7 @@ def test_out_holds_results_samples_and_report(evaluated: Path) -> None:
     assert (evaluated / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_json_of_prepared_data_is_what_the_task_file_gave(
     small: Small, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_the_same_command_again_only_prints(
     assert f"{PLAN} " in printed and "report: " in printed
 
 
+@pytest.mark.slow
 def test_changed_files_are_other_inputs(small: Small, tmp_path: Path) -> None:
     shutil.copytree(small.base, tmp_path / "base")
     before = content_digest(str(tmp_path / "base"))
