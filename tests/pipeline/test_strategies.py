@@ -120,6 +120,7 @@ def test_ddp_and_all_stages_of_zero_are_one_run(small: Small, tmp_path: Path, al
         assert worst_difference(result(tmp_path / name), reference) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_zero_3_on_two_workers_goes_on_with_ddp_on_one(
     small: Small, tmp_path: Path, alone: Path
 ) -> None:
