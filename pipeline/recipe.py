@@ -12,13 +12,13 @@ from adsc.curriculum import curriculum
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config, ConfigError, edit
 from pipeline.stage import Stage
-from pipeline.stages.base import BaseConfig, base, num_decoder_layers, pin_digest
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.export import ExportConfig, export
-from pipeline.stages.merge import MergeConfig, merge
-from pipeline.stages.prepare import PrepareConfig, prepare
-from pipeline.stages.report import ReportConfig, report
-from pipeline.stages.train import train_stage
+from pipeline.stages.base import BASE_VERSION, BaseConfig, base, num_decoder_layers, pin_digest
+from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.export import EXPORT_VERSION, ExportConfig, export
+from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
+from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
+from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.train import TRAIN_VERSION, train_stage
 from pipeline.templates import NAMES
 from pipeline.train_config import TrainConfig
 
@@ -107,14 +107,14 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="base",
             title="base: the checkpoint to compress",
             body=base,
-            version=1,
+            version=BASE_VERSION,
             config=pin_digest(config.base),
         ),
         Stage(
             name="prepare",
             title="prepare: real records to tokens",
             body=prepare,
-            version=3,
+            version=PREPARE_VERSION,
             config=config.prepare,
             needs={"data": data.name, "base": "base"},
         ),
@@ -153,7 +153,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="evaluate",
             title="evaluate: every arm, same questions",
             body=evaluate,
-            version=2,
+            version=EVALUATE_VERSION,
             config=config.evaluate.model_copy(update={"arms": arms, "seed": config.train.seed}),
             needs={"data": "prepare", **checkpoints, **trained},
         ),
@@ -161,7 +161,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="export",
             title="export: the compressed checkpoint",
             body=export,
-            version=1,
+            version=EXPORT_VERSION,
             config=config.export,
             needs={"merge": "merge", "evaluate": "evaluate", "data": "prepare"},
         ),
@@ -169,7 +169,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="report",
             title="report: page and figure",
             body=report,
-            version=2,
+            version=REPORT_VERSION,
             config=config.report,
             needs={"evaluate": "evaluate"},
         ),
@@ -232,7 +232,7 @@ def _train_and_merge(
                 name=f"{prefix}-{number}",
                 title=f"{prefix} {number}/{len(plans)}: LoRA with {train.plan or 'no drop'}",
                 body=train_stage,
-                version=2,
+                version=TRAIN_VERSION,
                 config=train,
                 needs=needs,
             )
@@ -242,7 +242,7 @@ def _train_and_merge(
             name=merged,
             title=f"{merged}: adapter into base",
             body=merge,
-            version=1,
+            version=MERGE_VERSION,
             config=config.merge.model_copy(update={"plan": plans[-1]}),
             needs={"base": "base", "data": "prepare", "trained": stages[-1].name},
         )

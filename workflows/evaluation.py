@@ -15,10 +15,10 @@ import adsc
 from pipeline.config import Config
 from pipeline.methods import PLAN, parse_method
 from pipeline.stage import Stage
-from pipeline.stages.base import BaseConfig, base, pin_digest, resolve
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.prepare import PrepareConfig, prepare
-from pipeline.stages.report import ReportConfig, report
+from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest, resolve
+from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
+from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
 from pipeline.store import open_store
 
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length
@@ -71,7 +71,7 @@ def evaluation_stages(
             name="evaluate",
             title="evaluate: every method, same questions",
             body=evaluate,
-            version=2,
+            version=EVALUATE_VERSION,
             config=config,
             needs={"base": "base", "data": "prepare"},
         ),
@@ -79,7 +79,7 @@ def evaluation_stages(
             name="report",
             title="report: page and figure",
             body=report,
-            version=2,
+            version=REPORT_VERSION,
             config=ReportConfig(),
             needs={"evaluate": "evaluate"},
         ),
@@ -109,7 +109,7 @@ def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
             name="base",
             title="base: the checkpoint",
             body=base,
-            version=1,
+            version=BASE_VERSION,
             config=pin_digest(BaseConfig(source=source)),
         )
     if open_store(source).read("config.json") is None:
@@ -163,7 +163,7 @@ def _data(
         name="prepare",
         title="prepare: task files to questions",
         body=prepare,
-        version=3,
+        version=PREPARE_VERSION,
         config=config,
         needs={"data": "files", "base": "base"},
     )
@@ -173,7 +173,9 @@ def _data(
 def _pinned(name: str, title: str, place: str) -> Stage:
     """A stage whose files are there; its body is never run."""
     root = open_store(place).root
-    return Stage(name=name, title=title, body=base, version=1, config=Config(), pinned=root)
+    return Stage(
+        name=name, title=title, body=base, version=BASE_VERSION, config=Config(), pinned=root
+    )
 
 
 def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:

@@ -26,10 +26,10 @@ from pipeline.config import Config
 from pipeline.conversations import parse_turns
 from pipeline.sources import iter_records
 from pipeline.stage import Input, Stage, StageContext
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.merge import MergeConfig, merge
-from pipeline.stages.prepare import PrepareConfig, prepare
-from pipeline.stages.train import train_stage
+from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
+from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
+from pipeline.stages.train import TRAIN_VERSION, train_stage
 from pipeline.store import open_store
 from pipeline.templates import TEMPLATES
 from pipeline.train_config import TrainConfig
@@ -225,7 +225,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="prepare",
             title="prepare: records to tokens",
             body=prepare,
-            version=3,
+            version=PREPARE_VERSION,
             config=config.prepare,
             needs={"data": "pictures", "base": "tower"},
         ),
@@ -241,7 +241,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="train",
             title="train: projector and decoder",
             body=train_stage,
-            version=2,
+            version=TRAIN_VERSION,
             config=config.decoder,
             needs=data,
         ),
@@ -249,7 +249,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="train-2",
             title="train-2: projector and decoder, second round",
             body=train_stage,
-            version=2,
+            version=TRAIN_VERSION,
             config=config.decoder.model_copy(
                 update={"steps": config.second_steps, "seed": config.decoder.seed + 1}
             ),
@@ -259,7 +259,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="merge",
             title="merge: one checkpoint",
             body=merge,
-            version=1,
+            version=MERGE_VERSION,
             config=MergeConfig(),
             needs={**data, "trained": "train-2"},
         ),
@@ -267,7 +267,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
             name="evaluate",
             title="evaluate: does it see?",
             body=evaluate,
-            version=2,
+            version=EVALUATE_VERSION,
             config=config.evaluate.model_copy(update={"arms": (dense,)}),
             needs={**data, "merge": "merge", "train": "train", "train-2": "train-2"},
         ),

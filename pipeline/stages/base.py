@@ -71,6 +71,10 @@ def num_decoder_layers(source: str) -> int | None:
     return int((config.get("text_config") or config)["num_hidden_layers"])
 
 
+BASE_VERSION = 1
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
 def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
     """Stage body: a copy of the checkpoint, loaded once with strict keys and a known family."""
     source = resolve(config.source)

@@ -130,6 +130,10 @@ class _Scored(NamedTuple):
     shown: dict[int, str]
 
 
+EVALUATE_VERSION = 2
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
 def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     """Stage body; inputs `base` (whose processor puts the questions), `data`, the checkpoints that
     the arms name, and training stages (for their loss curves).

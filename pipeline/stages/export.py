@@ -58,6 +58,10 @@ class ExportError(ValueError):
     """The checkpoint can't be published, or isn't what was published; all reasons at once."""
 
 
+EXPORT_VERSION = 1
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
 def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
     """Stage body; inputs `merge` and `evaluate`, and `data` for its digest.
 

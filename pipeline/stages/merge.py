@@ -39,6 +39,10 @@ class MergeMismatch(RuntimeError):
     """The merged model does not compute what the adapter model computes."""
 
 
+MERGE_VERSION = 1
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
 def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     """Stage body; inputs `base`, `data` (probe rows) and `trained`."""
     base, trained = ctx.inputs["base"].folder, ctx.inputs["trained"].folder / "trained"

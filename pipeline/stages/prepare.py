@@ -43,6 +43,10 @@ class TooManyBadRecords(ValueError):
         return self.message
 
 
+PREPARE_VERSION = 3
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
 def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
     """Stage body; inputs `data` (records and pictures) and `base` (processor).
 

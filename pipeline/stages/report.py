@@ -40,6 +40,10 @@ class ReportConfig(Config):
     """Longest side of a picture in pixels."""
 
 
+REPORT_VERSION = 2
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
 def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     """Write report.html and report.png from the evaluate stage's results.json.
 

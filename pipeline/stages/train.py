@@ -214,6 +214,10 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     return None
 
 
+TRAIN_VERSION = 2
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
 def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     """Stage body; inputs `base`, `data` and, from the second stage on, `start`.
 
