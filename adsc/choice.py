@@ -79,7 +79,7 @@ class Choice:
         self.chosen: list[list[Selection]] = []
         self.slots: list[Tensor] = []  # after each drop (B, S): slot of a column, or of the one
         # before it that is left
-        seen, self.text = self.image.cpu(), []
+        seen = self.image.cpu()
         here = torch.ones_like(seen) if valid is None else valid.cpu()
         labels = inputs.get("labels")
         answers = torch.zeros_like(seen) if labels is None else (labels.cpu() != -100) & ~seen

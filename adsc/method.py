@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from adsc.families import Family, UnsupportedModel
-from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count
+from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_entering
 
 if TYPE_CHECKING:
     from adsc.choice import Scene
@@ -112,9 +112,8 @@ class Method:
     def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
         """Vision tokens of one image that enter each decoder layer, one number a layer."""
         self.check_layers(num_layers)
-        layers = [layer for layer, _ in self.stages]
         counts = [num_vision_tokens, *self.counts(num_vision_tokens)]
-        return [counts[sum(at <= layer for at in layers)] for layer in range(num_layers)]
+        return tokens_entering([layer for layer, _ in self.stages], counts, num_layers)
 
     def average_tokens(self, num_vision_tokens: int, num_layers: int) -> float:
         """Mean over layers of the vision tokens entering each layer: the budget that counts."""

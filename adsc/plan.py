@@ -173,9 +173,8 @@ class PruningPlan:
     def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
         """Vision tokens of one image that enter each decoder layer, one number a layer."""
         self.check_layers(num_layers)
-        layers = [layer for layer, _ in self.stages]
         counts = [num_vision_tokens, *self.tokens_after_drops(num_vision_tokens)]
-        return [counts[sum(at <= layer for at in layers)] for layer in range(num_layers)]
+        return tokens_entering([layer for layer, _ in self.stages], counts, num_layers)
 
     def average_tokens(self, num_vision_tokens: int, num_layers: int) -> float:
         """Mean over layers of the vision tokens entering each layer."""
@@ -250,6 +249,11 @@ def _dither_rank(height: int, width: int) -> tuple[int, ...]:
     cells = [bayer(height - 1 - y, width - 1 - x) for y in range(height) for x in range(width)]
     order = {value: rank for rank, value in enumerate(sorted(cells))}
     return tuple(order[value] for value in cells)
+
+
+def tokens_entering(layers: Sequence[int], counts: Sequence[int], num_layers: int) -> list[int]:
+    """Tokens that enter each layer: counts[0] at first, counts[i + 1] from layers[i] on."""
+    return [counts[sum(at <= layer for at in layers)] for layer in range(num_layers)]
 
 
 def as_plan(plan: PruningPlan | str | Iterable[tuple[int, float]]) -> PruningPlan:

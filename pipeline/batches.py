@@ -99,6 +99,11 @@ class StepLoader:
     def _batches(self) -> "GlobalBatches":
         return GlobalBatches(self._prepared, self.config)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.config.steps_for(len(self._prepared))
+
     def __call__(self, step: int) -> StepBatch:
         data, config = self._prepared, self.config
         rows = self._batches.rows(step)

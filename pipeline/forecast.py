@@ -25,7 +25,7 @@ from adsc.plan import PruningPlan
 from pipeline.adapters import prepare_trainable
 from pipeline.batches import RowShape
 from pipeline.stages.base import resolve
-from pipeline.throughput import TrainingCost
+from pipeline.throughput import PEAKS, TrainingCost
 from pipeline.train_config import LoraSettings, TrainConfig
 
 USABLE = 0.92
@@ -40,13 +40,13 @@ class Hardware(NamedTuple):
 
 
 HARDWARE = {
-    "a100-40gb": Hardware(40, 312e12),
-    "a100-80gb": Hardware(80, 312e12),
-    "h100": Hardware(80, 989e12),
-    "h200": Hardware(141, 989e12),
-    "l40s": Hardware(48, 362e12),
+    "a100-40gb": Hardware(40, PEAKS["A100"]),
+    "a100-80gb": Hardware(80, PEAKS["A100"]),
+    "h100": Hardware(80, PEAKS["H100"]),
+    "h200": Hardware(141, PEAKS["H200"]),
+    "l40s": Hardware(48, PEAKS["L40S"]),
 }
-"""Vendors' data sheets; dense bf16, SXM where there is a choice."""
+"""Memory by the vendors' data sheets, SXM where there is a choice."""
 
 
 class Assumptions(NamedTuple):
@@ -160,11 +160,10 @@ def memory_bytes(
         model: the base's transformers config.
         config: the training stage.
     """
-    stage = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}[config.strategy]
 
     def share(least: int) -> int:
         """Over how many GPUs ZeRO splits what it splits from stage `least` on."""
-        return assumed.workers if stage >= least else 1
+        return assumed.workers if config.zero_stage >= least else 1
 
     sizes = [(p.numel(), p.requires_grad) for p in trainable.parameters()]
     trained = sum(size for size, moves in sizes if moves)

@@ -3,8 +3,6 @@
 The methods themselves are adsc's. A peer is fitted to the model that it is attached to.
 """
 
-import importlib
-import importlib.util
 from typing import Any, Self
 
 import yaml
@@ -90,17 +88,8 @@ def parse_method(text: str) -> MethodConfig:
 
 
 def build_method(config: MethodConfig, model: Any) -> Any:
-    """What adsc.attach takes, fitted to the model.
-
-    Raises:
-        MethodError: a peer, where this installation has none.
-    """
-    if config.method is None:
-        return adsc.PruningPlan.parse(config.plan)
-    if importlib.util.find_spec("adsc.peers") is None:
-        raise MethodError(
-            f"{config.method.name!r} is a peer, and this version of adsc has none; evaluate plans"
-        )
-    peers = importlib.import_module("adsc.peers")
+    """What adsc.attach takes, fitted to the model."""
     peer = config.method
-    return peers.make(peer.name, model, average=peer.average, **peer.options)
+    if peer is None:
+        return adsc.PruningPlan.parse(config.plan)
+    return adsc.peers.make(peer.name, model, average=peer.average, **peer.options)

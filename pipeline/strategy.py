@@ -152,7 +152,7 @@ class Zero:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.stage = int(config.strategy.removeprefix("zero"))
+        self.stage = config.zero_stage
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         try:

@@ -145,6 +145,11 @@ class TrainConfig(Config):
         }
         return cls(**recipe | changes)
 
+    @property
+    def zero_stage(self) -> int:
+        """1 to 3 under ZeRO, 0 under DDP."""
+        return 0 if self.strategy == "ddp" else int(self.strategy.removeprefix("zero"))
+
     def rows_of(self, rows: int) -> int:
         """How many of a split's rows the stage draws from."""
         return max(1, round(rows * self.data_share))

@@ -26,7 +26,6 @@ from pipeline.adapters import prepare_trainable, read_trained, trained_parts
 from pipeline.batches import StepBatch, StepLoader, check_packing
 from pipeline.checkpoints import Snapshot, read_moments, read_state
 from pipeline.movement import check_moved, checksums
-from pipeline.prepared import PreparedData
 from pipeline.schedule import rate_factor
 from pipeline.strategy import Strategy, strategy_for
 from pipeline.throughput import Throughput, cost_of
@@ -103,7 +102,6 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
         MovementError: a parameter moved that should not, or did not move and should.
         ValueError: nothing to train, or a start or checkpoint that doesn't fit.
     """
-    steps = config.steps or config.steps_for(len(PreparedData(sources.data)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     strategy = strategy_for(config, device)
     _prepare(config, sources, strategy, device)
@@ -116,6 +114,7 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
         pictures_everywhere=context.world_size > 1
         and (bool(config.tune) or config.strategy == "zero3"),
     )
+    steps = config.steps or load.steps
     if sources.start is not None:
         _start_from(sources.start, config, strategy)
     run = _Run(config, steps, context, strategy, load, device, checksums(strategy.parts()))
