@@ -92,4 +92,5 @@ def build_method(config: MethodConfig, model: Any) -> Any:
     peer = config.method
     if peer is None:
         return adsc.PruningPlan.parse(config.plan)
-    return adsc.peers.make(peer.name, model, average=peer.average, **peer.options)
+    options: dict[str, Any] = dict(peer.options)  # the peer checks names and values
+    return adsc.peers.make(peer.name, model, average=peer.average, **options)

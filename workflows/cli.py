@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, eval_cli, jobs, prepare_cli
+from workflows import dry_run, eval_cli, jobs, prepare_cli, terminal
+from workflows.terminal import add_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,20 +58,6 @@ SHOW_EXAMPLES = """examples:
   adsc show demo export --path        (where its files are)
   adsc show demo --config             (every key that --set takes)
 """
-
-
-def _console() -> Console:
-    """A terminal's own width; elsewhere (a job's log, a pipe) wide enough for every table."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def _table(*columns: str, title: str | None = None) -> Any:
-    from rich.table import Table
-
-    return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
 
 
 def _count(text: str) -> int:
@@ -146,7 +133,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         epilog="Start with `adsc run demo`.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    run = _command(
+    run = add_command(
         commands, "run", "run a workflow; finished stages are not repeated", RUN_EXAMPLES
     )
     _add_run_options(run)
@@ -154,7 +141,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_ray(run)
     run.set_defaults(run=_run)
 
-    evaluation = _command(
+    evaluation = add_command(
         commands, "eval", "score a checkpoint with several methods on questions", eval_cli.EXAMPLES
     )
     eval_cli.add_arguments(evaluation, _positive)
@@ -163,12 +150,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_ray(evaluation)
     evaluation.set_defaults(run=_eval, workflow="eval")
 
-    ls = _command(commands, "ls", "workflows, or the stages of one with their state", LS_EXAMPLES)
+    ls = add_command(
+        commands, "ls", "workflows, or the stages of one with their state", LS_EXAMPLES
+    )
     _add_workflow(ls, optional=True)
     ls.add_argument("--json", action="store_true", help="one JSON list")
     ls.set_defaults(run=_ls)
 
-    show = _command(commands, "show", "the record of a finished stage", SHOW_EXAMPLES)
+    show = add_command(commands, "show", "the record of a finished stage", SHOW_EXAMPLES)
     _add_workflow(show)
     show.add_argument("stage", nargs="?", help="name of a stage; without it the config is shown")
     show.add_argument("--path", action="store_true", help="print only where the stage's files are")
@@ -176,7 +165,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     show.set_defaults(run=_show)
 
     prepare_cli.add_arguments(
-        _command(
+        add_command(
             commands,
             "prepare",
             "records and pictures to validated, tokenised Parquet shards",
@@ -184,7 +173,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         )
     )
 
-    chat = _command(
+    chat = add_command(
         commands,
         "chat",
         "ask an exported checkpoint about a picture",
@@ -198,17 +187,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     jobs.add_commands(commands, _add_run_options)
     add_commands(commands)
     return parser, dict(commands.choices)
-
-
-def _command(commands: Any, name: str, help_text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
 
 
 def _add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> None:
@@ -313,7 +291,7 @@ def _run(options: argparse.Namespace) -> int:
     workflow = load_workflow(options.workflow, options.changes)
     stages = workflow.stages()
     store = open_store(options.root)
-    console = _console()
+    console = terminal.console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
     if options.dry_run:
         return dry_run.show(console, workflow.config, options)
@@ -330,12 +308,12 @@ def _eval(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     # What is printed as JSON goes to a program: people read progress on the other stream.
-    console = Console(stderr=True, width=200) if options.json else _console()
+    console = Console(stderr=True, width=200) if options.json else terminal.console()
     return eval_cli.run(options, _context(options), console)
 
 
 def _print_states(console: Console, states: Sequence[Any], titles: dict[str, str]) -> None:
-    table = _table("stage", "what", "state")
+    table = terminal.table("stage", "what", "state")
     for state in states:
         title = titles[state.name].partition(": ")[2] or titles[state.name]
         table.add_row(state.name, title, state.state)
@@ -346,7 +324,7 @@ def _print_results(console: Console, found: dict[str, Record]) -> None:
     if "evaluate" not in found:
         return
     outputs = found["evaluate"].outputs
-    table = _table(
+    table = terminal.table(
         "arm", "plan", "accuracy", "of control", "vision tokens", "GFLOPs", "KV KiB", "prefill ms",
         title="Accuracy and cost of one question",
     )  # fmt: skip
@@ -394,9 +372,9 @@ def _ls(options: argparse.Namespace) -> int:
     from pipeline.stage import RunContext
     from pipeline.store import open_store
 
-    console = _console()
+    console = terminal.console()
     if options.workflow is None:
-        table = _table("workflow", "what")
+        table = terminal.table("workflow", "what")
         rows = [(name, load_workflow(name).title) for name in WORKFLOWS]
         if options.json:
             print(json.dumps([{"name": name, "title": title} for name, title in rows]))
@@ -410,7 +388,7 @@ def _ls(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([state._asdict() for state in states]))
         return 0
-    table = _table("name", "state", "path")
+    table = terminal.table("name", "state", "path")
     for state in states:
         table.add_row(*state)
     console.print(table, soft_wrap=True)

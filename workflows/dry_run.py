@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from workflows import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +80,7 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
 def _show_costs(console: Console, model: Any, plans: Sequence[str]) -> None:
     import adsc
 
-    table = _table(
+    table = terminal.table(
         "plan of", "plan", "tokens per layer", "average", "GFLOPs", "KV KiB",
         title="One picture with 101 text tokens",
     )  # fmt: skip
@@ -112,7 +112,7 @@ def _runs(tokens: Sequence[int]) -> str:
 def _show_forecast(
     console: Console, rows: Sequence[StageForecast], records: int | None, assumed: Assumptions
 ) -> None:
-    table = _table(
+    table = terminal.table(
         "stage", "plan", "steps", "PFLOPs", "GPU-hours", "hours", "GiB per GPU",
         *(["price"] if assumed.price else []),
         title=f"Training on {assumed.workers} x {assumed.gpu}",
@@ -144,7 +144,3 @@ def _show_forecast(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _table(*columns: str, title: str) -> Table:
-    return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))

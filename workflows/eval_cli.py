@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflows import terminal
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -88,14 +90,12 @@ def run(options: argparse.Namespace, context: RunContext, console: Console) -> i
 
 def print_table(results: dict[str, Any], console: Console) -> None:
     """A row a method: scores with intervals, costs and times."""
-    from rich.table import Table
-
     title = f"{results['num_questions']} questions, {results['device']}, {results['dtype']}"
     columns = (
         "method", "right, % [95 %]", f"of {results['control_arm']}", "vision tokens", "GFLOPs",
         "KV KiB", "prefill ms", "decode tokens/s", "peak MiB",
     )  # fmt: skip
-    table = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = terminal.table(*columns, title=title)
     for arm in results["arms"]:
         share, peak, kept = arm["accuracy"], arm["peak_memory_bytes"], arm["retention"]
         mean, low, high = (100 * share[name] for name in ("mean", "low", "high"))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
+from workflows.terminal import add_command
+
 SUBMIT_EXAMPLES = """examples:
   adsc submit demo --address http://head:8265 --root s3://bucket/adsc --mlflow http://mlflow:5000
   adsc submit demo --address http://head:8265 --root s3://bucket/adsc --mlflow off --no-follow
@@ -40,13 +42,7 @@ def add_commands(
     """Add `submit`, `status`, `logs` and `cancel`; `add_run_options` adds what `run` takes too."""
 
     def command(name: str, help_text: str, examples: str) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = subparsers.add_parser(
-            name,
-            help=help_text,
-            description=help_text[0].upper() + help_text[1:] + ".",
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = add_command(subparsers, name, help_text, examples)
         parser.add_argument(
             "--address",
             default=os.environ.get("RAY_API_SERVER_ADDRESS"),

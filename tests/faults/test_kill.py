@@ -13,15 +13,6 @@ from tests.small import Small
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    run = Disturbed(tmp_path_factory.mktemp("undisturbed"), small.base, small.prepared)
-    run.start()
-    status, said = run.end()
-    assert status == 0, said
-    return results(run.record())
-
-
 @pytest.mark.parametrize(
     ("victim", "survives"),
     [

@@ -50,15 +50,6 @@ def fill(place: Path) -> Path:
             return filler
 
 
-@pytest.fixture(scope="module")
-def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    run = Disturbed(tmp_path_factory.mktemp("undisturbed"), small.base, small.prepared)
-    run.start()
-    status, said = run.end()
-    assert status == 0, said
-    return results(run.record())
-
-
 def test_training_goes_on_when_a_full_disk_has_room_again(
     undisturbed: dict[str, str], small: Small, small_disk: Path
 ) -> None:
