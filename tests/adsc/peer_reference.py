@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tests.adsc import tiny
 from tests.adsc.tiny import IMAGE, PAD
 
 SIDE, TOKENS, LAYERS = 6, 36, 6
@@ -69,43 +71,11 @@ def llava(tower: str = "clip", attention: str = "sdpa", **more: Any) -> Any:
     return model
 
 
-def row(*parts: int, seed: int = 0) -> list[int]:
-    """Ids of a row: 0 is an image, a number that many words."""
-    draw = torch.Generator().manual_seed(seed + sum(parts))
-    ids: list[int] = []
-    for part in parts:
-        words = torch.randint(3, IMAGE, (part,), generator=draw).tolist()
-        ids += words if part else [IMAGE] * TOKENS
-    return ids
-
-
-def pixels(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, 48, 48, generator=torch.Generator().manual_seed(seed))
-
-
-def batch(rows: list[list[int]], side: str = "left", seed: int = 1) -> dict[str, Tensor]:
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for one in rows:
-        gap = [PAD] * (width - len(one))
-        ids.append(gap + one if side == "left" else one + gap)
-        mask.append([0] * len(gap) + [1] * len(one))
-        if side == "right":
-            mask[-1].reverse()
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    images = sum(one.count(IMAGE) // TOKENS for one in rows)
-    return inputs | ({"pixel_values": pixels(images, seed)} if images else {})
-
-
-def alone(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    seen = inputs["attention_mask"][index].bool()
-    counts = [int((ids == IMAGE).sum()) // TOKENS for ids in inputs["input_ids"]]
-    single = {"input_ids": inputs["input_ids"][index : index + 1, seen]}
-    single["attention_mask"] = torch.ones_like(single["input_ids"])
-    if counts[index]:
-        start = sum(counts[:index])
-        single["pixel_values"] = inputs["pixel_values"][start : start + counts[index]]
-    return single
+# As in tests/adsc/tiny.py, with this model's larger pictures.
+row = partial(tiny.row, tokens=TOKENS)
+pixels = partial(tiny.pixels, tokens=TOKENS)
+batch = partial(tiny.batch, tokens=TOKENS)
+alone = partial(tiny.alone, tokens=TOKENS)
 
 
 @dataclass

@@ -6,6 +6,7 @@ attention, and drops by index lists that it works out itself from the definition
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,22 +94,25 @@ def processor() -> LlavaProcessor:
     )
 
 
-def row(*parts: int, seed: int = 0) -> list[int]:
+def row(*parts: int, seed: int = 0, tokens: int = TOKENS) -> list[int]:
     """Ids of a row: 0 is an image, a number that many words; row(3, 0, 2) has 3, an image, 2."""
     draw = torch.Generator().manual_seed(seed + sum(parts))
     ids: list[int] = []
     for part in parts:
         words = torch.randint(3, IMAGE, (part,), generator=draw).tolist()
-        ids += words if part else [IMAGE] * TOKENS
+        ids += words if part else [IMAGE] * tokens
     return ids
 
 
-def pixels(count: int, seed: int = 1) -> Tensor:
-    """(count, 3, 32, 32)"""
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+def pixels(count: int, seed: int = 1, tokens: int = TOKENS) -> Tensor:
+    """(count, 3, side, side), in patches of 8: 32 a side for 16 tokens."""
+    side = 8 * math.isqrt(tokens)
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def batch(rows: list[list[int]], side: str = "left", seed: int = 1) -> dict[str, Tensor]:
+def batch(
+    rows: list[list[int]], side: str = "left", seed: int = 1, tokens: int = TOKENS
+) -> dict[str, Tensor]:
     """Pad rows to the longest and draw a picture for each image."""
     width = max(map(len, rows))
     ids, mask = [], []
@@ -118,14 +122,14 @@ def batch(rows: list[list[int]], side: str = "left", seed: int = 1) -> dict[str,
         ids.append(gap + one if side == "left" else one + gap)
         mask.append([0] * len(gap) + seen if side == "left" else seen + [0] * len(gap))
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    images = sum(one.count(IMAGE) // TOKENS for one in rows)
-    return inputs | ({"pixel_values": pixels(images, seed)} if images else {})
+    images = sum(one.count(IMAGE) // tokens for one in rows)
+    return inputs | ({"pixel_values": pixels(images, seed, tokens)} if images else {})
 
 
-def alone(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+def alone(inputs: dict[str, Tensor], index: int, tokens: int = TOKENS) -> dict[str, Tensor]:
     """Row `index` of a batch without its padding, with its own pictures."""
     seen = inputs["attention_mask"][index].bool()
-    counts = [int((ids == IMAGE).sum()) // TOKENS for ids in inputs["input_ids"]]
+    counts = [int((ids == IMAGE).sum()) // tokens for ids in inputs["input_ids"]]
     single = {"input_ids": inputs["input_ids"][index : index + 1, seen]}
     single["attention_mask"] = torch.ones_like(single["input_ids"])
     if counts[index]:
