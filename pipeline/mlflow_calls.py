@@ -94,6 +94,7 @@ class Run:
         self.closed = handle.run_id is None and not handle.token
         self.kept: Callable[[Path], Path] = Path
         self._search = replay
+        self._away = False
         self._causes: set[str] = set()
 
     def deliver(self, items: Sequence[Item]) -> int:
@@ -114,16 +115,19 @@ class Run:
                     raise Away("its run is not made yet")
                 getattr(self, f"_{kind}")(client, self.run_id, some)
         except failures() as error:
-            cause, refused = brief(error), _refused(error)
+            cause = brief(error)
+            if not _refused(error):
+                # Once an absence: a server that dies says something else than one that is gone.
+                if not self._away:
+                    self._report(f"tracking waits: {self.handle.tracking_uri}: {cause}")
+                self._away = self._search = True
+                raise Away(cause) from error
             if cause not in self._causes:
                 self._causes.add(cause)
-                what = f"{kind} not tracked" if refused else "tracking waits"
-                self._report(f"{what}: {self.handle.tracking_uri}: {cause}")
-            if not refused:
-                self._search = True
-                raise Away(cause) from error
+                self._report(f"{kind} not tracked: {self.handle.tracking_uri}: {cause}")
             if kind == "create":
                 self.closed = True
+        self._away = False
         return len(some)
 
     def _find(self, client: MlflowClient, token: str | None = None) -> str | None:
