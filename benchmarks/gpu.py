@@ -29,7 +29,7 @@ from benchmarks import agreement, capture, decode, prefill, train
 from benchmarks.agreement import failed
 from benchmarks.measure import Row, report, synchronize, table, tables
 from benchmarks.models import DTYPES
-from pipeline.throughput import peak_flops
+from pipeline.training.throughput import peak_flops
 
 LIMIT = 600  # seconds of a part
 

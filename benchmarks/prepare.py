@@ -133,7 +133,7 @@ def _start(work: Any) -> None:
 
 
 def _render(task: dict[str, Any]) -> list[pa.Table]:
-    from pipeline.prepare_worker import TASK, render_chunks
+    from pipeline.data.worker import TASK, render_chunks
 
     return list(render_chunks(pa.Table.from_pylist([task], schema=TASK), _WORK))
 
@@ -141,7 +141,7 @@ def _render(task: dict[str, Any]) -> list[pa.Table]:
 def measure_speed(model: Path, folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import ray
 
-    from pipeline.shards import SCHEMA, ShardWriter
+    from pipeline.data.shards import SCHEMA, ShardWriter
     from pipeline.stages import prepare as stage
     from workflows.prepare_cli import _input
 

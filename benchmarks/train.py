@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.measure import Case, Row, report, speedup, take_turns
 from benchmarks.models import build, llava_config, parsed, parser, plans, prompts, twin
-from pipeline.throughput import peak_flops
+from pipeline.training.throughput import peak_flops
 
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 _ATEN = torch.ops.aten
@@ -275,9 +275,9 @@ def make_world(folder: Path, tiny: bool) -> None:
 
 def run_arm(arm: int, folder: Path, rounds: int, turn: int) -> None:
     """Train in this process, which is a plain one or a Ray Train worker."""
-    from pipeline.torchrun import FolderContext
-    from pipeline.train_config import LoraSettings, TrainConfig
-    from pipeline.training import Sources, train
+    from pipeline.training.config import LoraSettings, TrainConfig
+    from pipeline.training.loop import Sources, train
+    from pipeline.training.torchrun import FolderContext
 
     torch.set_num_threads(1)
     config = TrainConfig(
@@ -294,7 +294,7 @@ def run_arm(arm: int, folder: Path, rounds: int, turn: int) -> None:
         from pipeline.record import Record
         from pipeline.stage import Input
         from pipeline.stages.train import RayContext
-        from pipeline.tracking import RunHandle
+        from pipeline.tracking.tracker import RunHandle
 
         inputs = {
             name: Input(

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline import failure, spool
+from pipeline import failure
 from pipeline import record as records
 from pipeline.identity import body_name, canonical
 from pipeline.lease import Holder, Lease, acquire
@@ -25,9 +25,10 @@ from pipeline.progress import ProgressHandle, Report
 from pipeline.record import Record, Source
 from pipeline.stage import Input, Inputs, RunContext, Stage, StageContext
 from pipeline.store import Store, StoreAway, open_store
+from pipeline.tracking import spool
 
 if TYPE_CHECKING:
-    from pipeline.tracking import Tracker
+    from pipeline.tracking.tracker import Tracker
 
 Result = TypeVar("Result")
 
@@ -176,7 +177,7 @@ def _folder(store: Store, target: str) -> Iterator[Path]:
 def _tracker(
     context: RunContext, stage: Stage, store: Store, tags: Mapping[str, str]
 ) -> Iterator[Tracker]:
-    from pipeline import tracking
+    from pipeline.tracking import tracker as tracking
 
     if context.tracking_uri is None:
         yield tracking.Tracker(tracking.RunHandle("", None))

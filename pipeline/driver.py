@@ -21,11 +21,11 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import spool
 from pipeline.progress import PLAIN
 from pipeline.redact import redact
 from pipeline.stage import RunContext, Stage
 from pipeline.store import open_store
+from pipeline.tracking import spool
 
 # Set before Ray is imported; what the user has set stays.
 _ENVIRONMENT = {
@@ -173,7 +173,7 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
     if context.tracking_uri is None or context.parent_run_id is not None:
         yield context
         return
-    from pipeline import tracking
+    from pipeline.tracking import tracker as tracking
 
     store = open_store(context.root)
     place = spool.folder(store.root, store.local("tracking"), context.cache)
@@ -219,7 +219,7 @@ def settle(root: str, tracking_uri: str | None, cache: str) -> str | None:
     place = spool.folder(store.root, store.local("tracking"), cache)
     if not any(place.glob("*.jsonl")):
         return None
-    from pipeline import tracking
+    from pipeline.tracking import tracker as tracking
 
     return tracking.reconcile(place, tracking_uri or "")
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipeline import gauges
 from pipeline import record as records
 from pipeline.attempt import execute
 from pipeline.driver import cancelling, git_commit, ray_for, tracked
@@ -25,6 +24,7 @@ from pipeline.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.record import Record
 from pipeline.stage import RunContext, Stage
 from pipeline.store import Store, open_store
+from pipeline.tracking import gauges
 
 
 class GraphError(ValueError):

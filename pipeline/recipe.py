@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from adsc.curriculum import curriculum
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config, ConfigError, edit
+from pipeline.data.templates import NAMES
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE_VERSION, BaseConfig, base, num_decoder_layers, pin_digest
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
@@ -19,8 +20,7 @@ from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
 from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
 from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
 from pipeline.stages.train import TRAIN_VERSION, train_stage
-from pipeline.templates import NAMES
-from pipeline.train_config import TrainConfig
+from pipeline.training.config import TrainConfig
 
 
 class CurriculumConfig(Config):

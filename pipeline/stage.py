@@ -21,7 +21,7 @@ from pipeline.record import Record
 from pipeline.store import Store, open_store
 
 if TYPE_CHECKING:
-    from pipeline.tracking import Tracker
+    from pipeline.tracking.tracker import Tracker
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 

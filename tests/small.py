@@ -32,10 +32,10 @@ class Small(NamedTuple):
 
 @pytest.fixture(scope="session")
 def small(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
-    from pipeline.conversations import parse_turns
-    from pipeline.sources import iter_records
+    from pipeline.data.conversations import parse_turns
+    from pipeline.data.sources import iter_records
+    from pipeline.data.templates import TEMPLATES
     from pipeline.stages.prepare import PrepareConfig, prepare
-    from pipeline.templates import TEMPLATES
     from workflows.fashion import FashionConfig, compose_fashion
     from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
 

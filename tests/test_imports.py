@@ -15,8 +15,8 @@ FORBIDDEN = {
 ONE_FILE = {
     "boto3": {"pipeline/store.py"},
     "botocore": {"pipeline/store.py"},
-    "deepspeed": {"pipeline/strategy.py"},
-    "mlflow": {"pipeline/mlflow_calls.py", "pipeline/mlflow_model.py"},
+    "deepspeed": {"pipeline/training/strategy.py"},
+    "mlflow": {"pipeline/tracking/mlflow_calls.py", "pipeline/tracking/mlflow_model.py"},
 }
 
 

@@ -263,7 +263,7 @@ def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
 def _context(options: argparse.Namespace) -> RunContext:
     from pipeline.stage import RunContext
     from pipeline.store import open_store
-    from pipeline.tracking import default_uri
+    from pipeline.tracking.tracker import default_uri
 
     place = open_store(options.root).local("")
     tracking = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
@@ -465,7 +465,7 @@ def _chat(options: argparse.Namespace) -> int:
     from transformers import AutoProcessor
 
     import adsc
-    from pipeline.evaluation import Question, generate_answers
+    from pipeline.evaluation.generation import Question, generate_answers
 
     picture = _read_file(options.image)
     with _local_folder(options.checkpoint) as folder:

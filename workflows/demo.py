@@ -11,7 +11,7 @@ from pipeline.stages.base import BaseConfig
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
-from pipeline.train_config import LoraSettings, TrainConfig
+from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.fashion import FashionConfig, compose_fashion
 

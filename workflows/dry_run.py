@@ -1,6 +1,6 @@
 """`adsc run --dry-run`: what a compression costs at run time, and what its training takes.
 
-The forecast's assumptions are printed with it; see pipeline/forecast.py for its formulas.
+The forecast's assumptions are printed with it; see pipeline/training/forecast.py for its formulas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from workflows import terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.forecast import Assumptions, StageForecast
+    from pipeline.training.forecast import Assumptions, StageForecast
 
 
 def add_options(run: argparse.ArgumentParser) -> None:
@@ -34,8 +34,8 @@ def add_options(run: argparse.ArgumentParser) -> None:
 
 def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     """Print both tables; 1 where a training stage can't fit into a GPU's memory."""
-    from pipeline.forecast import USABLE, Assumptions, forecast, model_config
     from pipeline.recipe import CompressConfig, training_configs, training_plans
+    from pipeline.training.forecast import USABLE, Assumptions, forecast, model_config
 
     if not isinstance(config, CompressConfig):
         return 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import adsc
 from pipeline.config import Config
-from pipeline.methods import PLAN, parse_method
+from pipeline.evaluation.methods import PLAN, parse_method
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest, resolve
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate

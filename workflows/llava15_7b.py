@@ -22,14 +22,14 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.config import Config
+from pipeline.data.sources import Unreadable, iter_records
 from pipeline.recipe import CompressConfig, CurriculumConfig, compress
-from pipeline.sources import Unreadable, iter_records
 from pipeline.stage import Stage, StageContext
 from pipeline.stages.base import BaseConfig
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
-from pipeline.train_config import TrainConfig
+from pipeline.training.config import TrainConfig
 from pipeline.workflow import Workflow
 
 PLANS = {192: "4:1/2,10:1/2,17:1/2", 128: "2:1/2,4:1/2,9:1/2", 64: "2:1/4,5:1/4,13:1/4"}

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.evaluation import Questions
+from pipeline.evaluation.generation import Questions
 
 FUNCTIONS = "questions"
 ROWS = 256  # questions of a row group

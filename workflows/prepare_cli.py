@@ -205,8 +205,8 @@ def _beside(out: Path) -> Iterator[Path]:
 
 
 def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
-    from pipeline.mixture import Source
-    from pipeline.sources import find_files
+    from pipeline.data.mixture import Source
+    from pipeline.data.sources import find_files
     from pipeline.stages.prepare import PrepareConfig
 
     places = [Path(place).absolute() for place in options.data]

@@ -23,16 +23,16 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from pipeline import graph
 from pipeline import record as records
 from pipeline.config import Config
-from pipeline.conversations import parse_turns
-from pipeline.sources import iter_records
+from pipeline.data.conversations import parse_turns
+from pipeline.data.sources import iter_records
+from pipeline.data.templates import TEMPLATES
 from pipeline.stage import Input, Stage, StageContext
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
 from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
 from pipeline.stages.train import TRAIN_VERSION, train_stage
 from pipeline.store import open_store
-from pipeline.templates import TEMPLATES
-from pipeline.train_config import TrainConfig
+from pipeline.training.config import TrainConfig
 from pipeline.workflow import Workflow
 from workflows.fashion import (
     CLASSES,

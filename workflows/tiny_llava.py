@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from pipeline.config import Config
-from pipeline.templates import TEMPLATES
+from pipeline.data.templates import TEMPLATES
 
 IMAGE_TOKEN = "<image>"
 

@@ -1,8 +1,8 @@
 """Stage `evaluate`: every arm answers the same questions; scores, intervals, costs and times.
 
 An arm is a checkpoint and a method (a plan, a peer, or none). Ray actors answer, in shards that a
-killed run keeps (pipeline/answers.py); every single answer goes to samples.parquet, the summary to
-results.json, which the report reads. `adsc eval` runs this stage too.
+killed run keeps (pipeline/evaluation/answers.py); every single answer goes to samples.parquet, the
+summary to results.json, which the report reads. `adsc eval` runs this stage too.
 """
 
 import json
@@ -14,7 +14,10 @@ import numpy as np
 from pydantic import Field, model_validator
 from transformers import AutoProcessor
 
-from pipeline.answers import (
+from pipeline.config import Config
+from pipeline.data.prepared import PreparedData
+from pipeline.data.templates import find_template
+from pipeline.evaluation.answers import (
     Job,
     Shard,
     answer_all,
@@ -25,14 +28,11 @@ from pipeline.answers import (
     unfinished,
     write_samples,
 )
-from pipeline.config import Config
-from pipeline.evaluation import Asked, Questions, majority_answers, share_right
-from pipeline.intervals import Bootstrap
-from pipeline.methods import MethodConfig
-from pipeline.prepared import PreparedData
+from pipeline.evaluation.generation import Asked, Questions, majority_answers, share_right
+from pipeline.evaluation.intervals import Bootstrap
+from pipeline.evaluation.methods import MethodConfig
 from pipeline.stage import Input, StageContext
 from pipeline.store import open_store
-from pipeline.templates import find_template
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

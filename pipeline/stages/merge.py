@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
-from pipeline.adapters import load_trained, merge_trained
-from pipeline.batches import collate
 from pipeline.config import Config
-from pipeline.prepared import PreparedData
+from pipeline.data.prepared import PreparedData
+from pipeline.data.templates import find_template
 from pipeline.stage import StageContext
-from pipeline.templates import find_template
+from pipeline.training.adapters import load_trained, merge_trained
+from pipeline.training.batches import collate
 
 
 class MergeConfig(Config):

@@ -18,14 +18,14 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
-from pipeline.conversations import REASONS
-from pipeline.mixture import choose, sizes
-from pipeline.pictures import open_pictures
-from pipeline.prepare_config import PrepareConfig
-from pipeline.prepare_worker import TASK, YIELD_BYTES, Work, render_chunks
-from pipeline.rendering import Renderer
-from pipeline.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
-from pipeline.sources import Chunk, SourceError, find_files, index_file
+from pipeline.data.config import PrepareConfig
+from pipeline.data.conversations import REASONS
+from pipeline.data.mixture import choose, sizes
+from pipeline.data.pictures import open_pictures
+from pipeline.data.rendering import Renderer
+from pipeline.data.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
+from pipeline.data.sources import Chunk, SourceError, find_files, index_file
+from pipeline.data.worker import TASK, YIELD_BYTES, Work, render_chunks
 from pipeline.stage import Input, StageContext
 
 STORE_BYTES = 256 << 20  # of Ray's object store beside what its cores have in hand

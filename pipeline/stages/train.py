@@ -1,7 +1,7 @@
 """Stage `train`: one training stage of a curriculum as one Ray Train run.
 
-The loop itself stands in pipeline/training.py and knows nothing of Ray. All attempts of a stage
-share one Ray Train folder, so an attempt after a crash resumes from the last checkpoint.
+The loop itself stands in pipeline/training/loop.py and knows nothing of Ray. All attempts of a
+stage share one Ray Train folder, so an attempt after a crash resumes from the last checkpoint.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import gauges
-from pipeline.feed import from_ray_data, from_thread
 from pipeline.progress import ProgressHandle
 from pipeline.stage import Input, StageContext
-from pipeline.tracking import RunHandle
-from pipeline.train_config import MOMENTS, TrainConfig
+from pipeline.tracking import gauges
+from pipeline.tracking.tracker import RunHandle
+from pipeline.training.config import MOMENTS, TrainConfig
+from pipeline.training.feed import from_ray_data, from_thread
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class TrainingRefused(ValueError):
 
 @dataclass(frozen=True)
 class Anywhere:
-    """A pipeline.batches.StepLoader for machines that may not have this one's folders."""
+    """A pipeline.training.batches.StepLoader for machines that may not have this one's folders."""
 
     load: Any
     inputs: dict[str, Input]
@@ -59,7 +59,7 @@ class Anywhere:
 
 
 class RayContext:
-    """pipeline.training.TrainContext inside a Ray Train worker."""
+    """pipeline.training.loop.TrainContext inside a Ray Train worker."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     import torch
     from ray.train.torch import get_device
 
-    from pipeline.training import Sources, train
+    from pipeline.training.loop import Sources, train
 
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())

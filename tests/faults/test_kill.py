@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking import default_uri
+from pipeline.tracking.tracker import default_uri
 from tests.faults.training import EVERY, Disturbed, results, steps_taken_again
 from tests.small import Small
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.tracking import default_uri
+from pipeline.tracking.tracker import default_uri
 from tests.faults.training import EVERY, Disturbed, results, steps_taken_again
 from tests.small import Small
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import default_uri
+from pipeline.tracking.tracker import default_uri
 from tests.faults.training import Disturbed, results, steps_taken_again
 from tests.small import Small
 

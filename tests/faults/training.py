@@ -32,7 +32,7 @@ from pipeline.stages.base import BaseConfig
 from pipeline.stages.prepare import PrepareConfig, prepare
 from pipeline.stages.train import train_stage
 from pipeline.store import open_store
-from pipeline.train_config import LoraSettings, TrainConfig
+from pipeline.training.config import LoraSettings, TrainConfig
 from tests.faults.kills import VICTIMS, processes
 
 EVERY = 4  # steps between two checkpoints

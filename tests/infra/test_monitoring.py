@@ -5,7 +5,7 @@ from typing import Any
 import promql_parser
 import pytest
 
-from pipeline.gauges import GAUGES, STATES
+from pipeline.tracking.gauges import GAUGES, STATES
 from tests.infra.documents import INFRA, files, pod_templates, read_json, read_yaml
 
 BUILT_IN = {

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.progress import ProgressHandle
 from pipeline.record import Record
 from pipeline.stage import Input, Inputs, RunContext, StageContext
-from pipeline.tracking import RunHandle, Tracker
+from pipeline.tracking.tracker import RunHandle, Tracker
 
 
 def stage_context(

@@ -14,10 +14,16 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import adsc
-from pipeline.batches import GlobalBatches, StepLoader, check_packing, rank_plans, with_pictures
-from pipeline.prepared import PreparedData, RowGroup, Shuffle
+from pipeline.data.prepared import PreparedData, RowGroup, Shuffle
 from pipeline.stages.prepare import SCHEMA
-from pipeline.train_config import TrainConfig
+from pipeline.training.batches import (
+    GlobalBatches,
+    StepLoader,
+    check_packing,
+    rank_plans,
+    with_pictures,
+)
+from pipeline.training.config import TrainConfig
 from tests.small import Small
 
 PICTURE = 3000  # bytes
@@ -171,7 +177,7 @@ def padding(loader: StepLoader) -> float:
 
 
 def test_padding_falls_from_mode_to_mode(many: Path, small: Small, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.batches.picture_inputs", lambda encoded, processor: {})
+    monkeypatch.setattr("pipeline.training.batches.picture_inputs", lambda encoded, processor: {})
     made = {
         name: padding(
             StepLoader(data=many, processor=small.base, config=CONFIG.model_copy(update=mode))

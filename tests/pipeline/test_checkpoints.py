@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.checkpoints import read_moments
-from pipeline.prepared import PreparedData
-from pipeline.torchrun import FolderContext
-from pipeline.train_config import LoraSettings, TrainConfig
-from pipeline.training import train
+from pipeline.data.prepared import PreparedData
+from pipeline.training.checkpoints import read_moments
+from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.loop import train
+from pipeline.training.torchrun import FolderContext
 from tests.pipeline.test_training import CONFIG, Plain, sources, trained, worst_difference
 from tests.small import Small
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.conversations import (
+from pipeline.data.conversations import (
     BadRecord,
     check_markers,
     parse_turns,

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.answers import AnswersFailed
-from pipeline.evaluation import (
+from pipeline.data.prepared import PreparedData
+from pipeline.evaluation.answers import AnswersFailed
+from pipeline.evaluation.generation import (
     GenerationError,
     Questions,
     build_inputs,
@@ -23,14 +24,13 @@ from pipeline.evaluation import (
     generate_batch,
     majority_answers,
 )
-from pipeline.methods import MethodError, parse_method
-from pipeline.prepared import PreparedData
-from pipeline.speed import measure
+from pipeline.evaluation.methods import MethodError, parse_method
+from pipeline.evaluation.speed import measure
 from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
 from pipeline.stages.prepare import SCHEMA
 from pipeline.stages.results import Results
-from pipeline.training import train
+from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context
 from tests.pipeline.test_training import CONFIG, Plain, sources
 from tests.small import Small

@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adsc
-from pipeline import tracking
 from pipeline.stages.card import Card, write_card
 from pipeline.stages.export import (
     ExportConfig,
@@ -31,6 +30,7 @@ from pipeline.stages.export import (
     verify_folder,
     write_manifest,
 )
+from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
 from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
@@ -335,7 +335,7 @@ def test_the_mlflow_model_answers_as_the_checkpoint_does(
 def answer(folder: Path, image: str) -> str:
     from transformers import AutoProcessor
 
-    from pipeline.evaluation import Question, generate_answers
+    from pipeline.evaluation.generation import Question, generate_answers
 
     model = adsc.from_pretrained(folder).eval()
     question = Question("1", "any", "what is it?", "", (base64.b64decode(image),))
@@ -345,7 +345,7 @@ def answer(folder: Path, image: str) -> str:
 def test_a_picture_that_is_none_is_a_clear_error(copy: Path) -> None:
     from mlflow.pyfunc import PythonModelContext
 
-    from pipeline.mlflow_model import VisionLanguageModel
+    from pipeline.tracking.mlflow_model import VisionLanguageModel
 
     model = VisionLanguageModel()
     model.load_context(PythonModelContext({"checkpoint": str(copy)}, None))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.batches import StepBatch, StepLoader
-from pipeline.feed import from_ray_data, from_thread
-from pipeline.train_config import TrainConfig
+from pipeline.training.batches import StepBatch, StepLoader
+from pipeline.training.config import TrainConfig
+from pipeline.training.feed import from_ray_data, from_thread
 from tests.small import Small
 
 STEPS = range(3, 9)

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaModel
 
 from adsc.decoder_cost import Decoder
 from adsc.geometries import geometry
-from pipeline.forecast import Assumptions, StageForecast, forecast, layer_bytes
-from pipeline.train_config import LoraSettings, TrainConfig
+from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.forecast import Assumptions, StageForecast, forecast, layer_bytes
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

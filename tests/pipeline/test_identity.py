@@ -19,7 +19,7 @@ from pipeline.config import OPERATIONAL, Config
 from pipeline.graph import GraphError, fingerprints, lint
 from pipeline.identity import IdentityError, body_name, canonical, digest
 from pipeline.stage import Stage
-from pipeline.train_config import OffloadSettings, TrainConfig
+from pipeline.training.config import OffloadSettings, TrainConfig
 from tests.pipeline import toy
 
 

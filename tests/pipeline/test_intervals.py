@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.intervals import Bootstrap
+from pipeline.evaluation.intervals import Bootstrap
 
 
 def test_bootstrap_resamples_pictures_not_questions() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.conversations import BadRecord
-from pipeline.pictures import PictureLimits, check_picture, decode_picture, open_pictures
+from pipeline.data.conversations import BadRecord
+from pipeline.data.pictures import PictureLimits, check_picture, decode_picture, open_pictures
 
 LIMITS = PictureLimits(min_side=14, max_pixels=10_000, max_bytes=50_000)
 

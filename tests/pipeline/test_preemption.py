@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.driver import free_port
 from pipeline.stages.train import train_stage
-from pipeline.training import train
+from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context
 from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
 from tests.small import Small

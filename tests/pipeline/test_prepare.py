@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoProcessor
 
-from pipeline.mixture import Source
-from pipeline.pictures import FolderPictures, PictureLimits
-from pipeline.shards import ShardWriter
+from pipeline.data.mixture import Source
+from pipeline.data.pictures import FolderPictures, PictureLimits
+from pipeline.data.shards import ShardWriter
 from pipeline.stages.prepare import (
     PrepareConfig,
     TooManyBadRecords,

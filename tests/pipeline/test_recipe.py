@@ -6,7 +6,7 @@ import pytest
 
 from adsc.plan import PlanError
 from pipeline.config import ConfigError
-from pipeline.train_config import TrainConfig
+from pipeline.training.config import TrainConfig
 from workflows.demo import demo
 
 TARGET = "2:1/4,4:1/4"

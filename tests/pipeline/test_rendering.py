@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from pipeline.conversations import IGNORED, BadRecord
-from pipeline.pictures import PictureLimits, open_pictures
-from pipeline.rendering import ProcessorError, Renderer, load_processor
-from pipeline.templates import TEMPLATES, OwnTemplate, TemplateError, find_template, place_marker
+from pipeline.data.conversations import IGNORED, BadRecord
+from pipeline.data.pictures import PictureLimits, open_pictures
+from pipeline.data.rendering import ProcessorError, Renderer, load_processor
+from pipeline.data.templates import (
+    TEMPLATES,
+    OwnTemplate,
+    TemplateError,
+    find_template,
+    place_marker,
+)
 from tests.small import Small
 
 PROMPTS = Path(__file__).parent / "prompts"

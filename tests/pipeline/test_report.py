@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from adsc import PruningPlan
-from pipeline import tracking
 from pipeline.stages.report import ReportConfig, finding, remarks, render, report
 from pipeline.stages.results import Results, ResultsError
+from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
 
 KINDS = {"what": 0.11, "where": 0.12, "count": 0.38, "any": 0.62}

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import sources
-from pipeline.sources import (
+from pipeline.data import sources
+from pipeline.data.sources import (
     SourceError,
     Unreadable,
     find_files,

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.strategy import Zero
-from pipeline.torchrun import TRY_AGAIN, FolderContext
-from pipeline.train_config import OffloadSettings, TrainConfig
-from pipeline.training import Sources, train
+from pipeline.training.config import OffloadSettings, TrainConfig
+from pipeline.training.loop import Sources, train
+from pipeline.training.strategy import Zero
+from pipeline.training.torchrun import TRY_AGAIN, FolderContext
 from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
 from tests.small import Small
 
@@ -42,7 +42,7 @@ def in_two_processes(script: str, *arguments: object) -> None:
 
 
 def command_line(small: Small, config: TrainConfig, folder: Path) -> list[object]:
-    """What pipeline.torchrun takes."""
+    """What pipeline.training.torchrun takes."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.json"
     file.write_text(config.model_dump_json())
@@ -74,7 +74,7 @@ def test_torchrun_with_two_workers_equals_one_process(
     small: Small, tmp_path: Path, alone: Path
 ) -> None:
     config = EXACT.model_copy(update={"keep_checkpoints": 1})
-    in_two_processes("pipeline.torchrun", *command_line(small, config, tmp_path))
+    in_two_processes("pipeline.training.torchrun", *command_line(small, config, tmp_path))
     # Measured: weights and moments 2e-6 after six steps of AdamW at 1e-2.
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=2e-5)
     assert worst_difference(result(tmp_path), result(alone)) < 2e-4
@@ -163,7 +163,7 @@ def test_sigterm_under_torchrun_leaves_with_a_checkpoint(
     config = EXACT.model_copy(update={"checkpoint_every": 1000, "steps": 4000})
     where = command_line(small, config, tmp_path / "run")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "pipeline.torchrun", *map(str, where)]
+    command += ["--nproc-per-node", "2", "-m", "pipeline.training.torchrun", *map(str, where)]
     log = tmp_path / "log"
     status = terminated(command, lambda: "step 3 of" in log.read_text(), log)
     assert status != 0
@@ -171,7 +171,7 @@ def test_sigterm_under_torchrun_leaves_with_a_checkpoint(
     step = json.loads((newest / "state.json").read_text())["step"]
     assert 3 <= step < 1000
     # Alone, a process tells by its status that it is to be started again.
-    command = [sys.executable, "-m", "pipeline.torchrun", *map(str, where)]
+    command = [sys.executable, "-m", "pipeline.training.torchrun", *map(str, where)]
     again = tmp_path / "again"
     assert (
         terminated(command, lambda: f"step {step + 3} of" in again.read_text(), again) == TRY_AGAIN

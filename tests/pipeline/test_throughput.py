@@ -12,9 +12,9 @@ import adsc
 from adsc.cost_error import CostError
 from adsc.geometries import geometry
 from benchmarks.models import batch, build, llava_config, vision_tokens
-from pipeline.batches import RowShape, StepBatch
-from pipeline.throughput import Throughput, TrainingCost, peak_flops
-from pipeline.train_config import DECODER_LINEARS
+from pipeline.training.batches import RowShape, StepBatch
+from pipeline.training.config import DECODER_LINEARS
+from pipeline.training.throughput import Throughput, TrainingCost, peak_flops
 
 CPU = torch.device("cpu")
 CONFIG = llava_config("tiny")  # 12 layers, 36 vision tokens
@@ -114,7 +114,7 @@ def step_batch(rows: list[RowShape], padding: int) -> StepBatch:
 
 def test_rates_are_of_the_steps_since_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("pipeline.throughput.time.monotonic", lambda: now)
+    monkeypatch.setattr("pipeline.training.throughput.time.monotonic", lambda: now)
     cost = TrainingCost(trained(), CONFIG, adsc.PruningPlan.parse(PLAN))
     measured = Throughput(cost, CPU, world_size=2)
     rows = [RowShape(20, 36, 1), RowShape(50, 0, 0)]

@@ -22,9 +22,9 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline import tracking
 from pipeline.redact import HIDDEN, flatten, redact
-from pipeline.tracking import RunHandle, TrackingError
+from pipeline.tracking import tracker as tracking
+from pipeline.tracking.tracker import RunHandle, TrackingError
 
 EXPERIMENT = "adsc"
 
@@ -227,7 +227,7 @@ def test_relative_database_is_the_same_for_all_workers(
 
 def test_two_drivers_may_prepare_one_database_at_once(tmp_path: Path) -> None:
     address = tracking.default_uri(tmp_path)
-    code = f"from pipeline.tracking import prepare; prepare({address!r}, 'adsc')"
+    code = f"from pipeline.tracking.tracker import prepare; prepare({address!r}, 'adsc')"
     racers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [racer.wait(60) for racer in racers] == [0, 0]
 
@@ -295,7 +295,7 @@ def test_artifacts_on_s3_and_an_endpoint_that_dies(
 
 def test_an_untracked_run_does_not_even_load_mlflow() -> None:
     code = (
-        "import sys; from pipeline.tracking import RunHandle, Tracker\n"
+        "import sys; from pipeline.tracking.tracker import RunHandle, Tracker\n"
         "t = Tracker(RunHandle('', None)); t.params({'a': 1}); t.metrics({'m': 1}); t.note('x')\n"
         "t.dataset('/x', 'd', '1'); t.artifact('/absent'); t.finish('FINISHED')\n"
         "assert t.model('/absent', 'm') is None and t.problems == []\n"
@@ -368,7 +368,7 @@ def test_a_server_killed_in_mid_run_is_told_everything_later(
     (tmp_path / "a.txt").write_text("a")
     tags, spool = {"adsc.record": "killed"}, tmp_path / "spool"
     with (
-        caplog.at_level(logging.WARNING, "pipeline.tracking"),
+        caplog.at_level(logging.WARNING, "pipeline.tracking.tracker"),
         tracking.stage_run(server.uri, EXPERIMENT, None, "train", tags, spool) as tracker,
     ):
         tracker.params({"lr": 0.1})
@@ -396,7 +396,7 @@ def test_a_server_killed_in_mid_run_is_told_everything_later(
     assert re.search(
         r"MLflow was away for \d+ s; (100[234]) items spooled, \1 sent later$", said
     ), said
-    ours = [record for record in caplog.records if record.name == "pipeline.tracking"]
+    ours = [record for record in caplog.records if record.name == "pipeline.tracking.tracker"]
     assert len(ours) == 2  # that it is away, and the sum at the end
     assert run.data.tags["after"] == "the kill"
     assert [a.path for a in MlflowClient(server.uri).list_artifacts(run.info.run_id)] == ["a.txt"]
@@ -477,7 +477,7 @@ def test_a_server_that_hangs_holds_nobody_up(
 
 OWNER = """
 import sys, time
-from pipeline import tracking
+from pipeline.tracking import tracker as tracking
 tracking.WAIT_SECONDS = 60.0
 run = tracking._open_run(sys.argv[1], "adsc", "demo", {}, sys.argv[2])
 run.metrics({"loss": 1.0}, 1)

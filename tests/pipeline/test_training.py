@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from pipeline.adapters import merge_trained
-from pipeline.movement import MovementError
-from pipeline.schedule import rate_factor
-from pipeline.torchrun import FolderContext
-from pipeline.train_config import LoraSettings, TrainConfig
-from pipeline.training import Diverged, Sources, train
+from pipeline.training.adapters import merge_trained
+from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.loop import Diverged, Sources, train
+from pipeline.training.movement import MovementError
+from pipeline.training.schedule import rate_factor
+from pipeline.training.torchrun import FolderContext
 from tests.small import Small
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)

@@ -18,11 +18,11 @@ import pytest
 
 from pipeline import jobs, preflight
 from pipeline import record as records
-from pipeline.gauges import GAUGES, STATES
 from pipeline.graph import fingerprints
 from pipeline.jobs import JobError, Submission, plan_submission
 from pipeline.record import Record
 from pipeline.store import open_store
+from pipeline.tracking.gauges import GAUGES, STATES
 from tests.infra.test_monitoring import BUILT_IN
 from tests.small import SMALL_DEMO, Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
@@ -183,7 +183,7 @@ def test_gauges_are_on_the_nodes_metrics_page(client: Any) -> None:
     rates = GAUGES.keys() - {"adsc_stage_state"}
     values = {name.removeprefix("adsc_"): 0.5 for name in sorted(rates)}
     code = (
-        "import ray, time; from pipeline import gauges; ray.init(address='auto')\n"
+        "import ray, time; from pipeline.tracking import gauges; ray.init(address='auto')\n"
         f"gauges.training('train-1', 3, 8, {values!r})\n"
         "gauges.stage_states('demo', {'train-1': 'running', 'merge': 'to run', 'x': '?'})\n"
         "time.sleep(120)"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adsc.plan import PruningPlan
-from pipeline.train_config import TrainConfig
+from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context
 from workflows.cli import load_workflow, main
 from workflows.llava15_7b import PLANS, HoldOutConfig, hold_out

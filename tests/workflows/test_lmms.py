@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.evaluation import Questions, generate_answers, score
+from pipeline.evaluation.generation import Questions, generate_answers, score
 from tests.small import Small
 from workflows.lmms_task import write_task
 

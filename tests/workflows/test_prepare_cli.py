@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.batches import PreparedData
+from pipeline.training.batches import PreparedData
 from tests.small import Small
 from workflows.cli import main
 

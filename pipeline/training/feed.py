@@ -6,7 +6,7 @@ on any machine of the cluster, through Ray Data.
 What streams through Ray Data is the numbers of one rank's *steps*, not rows. Ray Train's own splits
 of a data set (`streaming_split(equal=True)`) drop the rows that don't divide evenly, give ranks
 rows by their number, and keep no position in a checkpoint; a step's number decides all of that by
-itself (pipeline/batches.py), so a stream that starts at step s is a resumed one.
+itself (pipeline/training/batches.py), so a stream that starts at step s is a resumed one.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipeline.batches import StepBatch
+    from pipeline.training.batches import StepBatch
 
 Batch = TypeVar("Batch")
 AHEAD = 2

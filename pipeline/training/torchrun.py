@@ -1,6 +1,7 @@
 """One training stage without Ray: as a plain process, or under torchrun on one or many machines.
 
-    torchrun --nproc-per-node 2 -m pipeline.torchrun CONFIG.json --base DIR --data DIR --out DIR
+    torchrun --nproc-per-node 2 -m pipeline.training.torchrun CONFIG.json \\
+        --base DIR --data DIR --out DIR
 
 CONFIG.json holds fields of TrainConfig; what it leaves out keeps its default. Checkpoints lie in
 OUT, a folder that all machines share; the same command goes on from the newest. The losses are
@@ -27,10 +28,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from pipeline.batches import StepBatch
-from pipeline.feed import from_thread
-from pipeline.train_config import TrainConfig
-from pipeline.training import Sources, train
+from pipeline.training.batches import StepBatch
+from pipeline.training.config import TrainConfig
+from pipeline.training.feed import from_thread
+from pipeline.training.loop import Sources, train
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ TRY_AGAIN = 75
 
 
 class FolderContext:
-    """pipeline.training.TrainContext with checkpoints in a folder.
+    """pipeline.training.loop.TrainContext with checkpoints in a folder.
 
     Args:
         folder: one folder for each checkpoint comes here.
@@ -115,7 +116,9 @@ class FolderContext:
 
 
 def _arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="pipeline.torchrun", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="pipeline.training.torchrun", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("config", type=Path, help="JSON with fields of TrainConfig")
     parser.add_argument("--base", type=Path, required=True, help="the checkpoint to train")
     parser.add_argument("--data", type=Path, required=True, help="one split of prepared data")

@@ -22,11 +22,11 @@ import adsc
 from adsc.decoder_cost import Decoder
 from adsc.geometries import HUB_IDS, geometry
 from adsc.plan import PruningPlan
-from pipeline.adapters import prepare_trainable
-from pipeline.batches import RowShape
 from pipeline.stages.base import resolve
-from pipeline.throughput import PEAKS, TrainingCost
-from pipeline.train_config import LoraSettings, TrainConfig
+from pipeline.training.adapters import prepare_trainable
+from pipeline.training.batches import RowShape
+from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.throughput import PEAKS, TrainingCost
 
 USABLE = 0.92
 """Share of a GPU's memory that a training can have: the rest is the context and fragments."""

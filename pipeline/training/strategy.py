@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.train_config import TrainConfig
+from pipeline.training.config import TrainConfig
 
 Tensors = dict[str, torch.Tensor]
 

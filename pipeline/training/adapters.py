@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.train_config import LoraSettings
+from pipeline.training.config import LoraSettings
 
 BASE = "base_model.model."
 """What PEFT puts before the names of a model's parameters."""

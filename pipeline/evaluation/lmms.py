@@ -23,11 +23,11 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.conversations import MARKER
-from pipeline.evaluation import GenerationError, encode, generate_tokens, to_device
-from pipeline.methods import build_method, parse_method
+from pipeline.data.conversations import MARKER
+from pipeline.evaluation.generation import GenerationError, encode, generate_tokens, to_device
+from pipeline.evaluation.methods import build_method, parse_method
 
-MANIFEST = ModelManifest(model_id="adsc", simple_class_path="pipeline.lmms.Adsc")
+MANIFEST = ModelManifest(model_id="adsc", simple_class_path="pipeline.evaluation.lmms.Adsc")
 GREEDY = {"temperature": (0, 0.0, None), "num_beams": (1, None), "do_sample": (False, None)}
 """Arguments of generation, and the values of them that mean greedy decoding."""
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.conversations import BadRecord
+from pipeline.data.conversations import BadRecord
 from pipeline.store import Store, StoreError, open_store
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")

@@ -2,8 +2,8 @@
 
 The rows of optimizer step s follow from (seed, s) and the config alone, never from the number of
 workers: a resumed run needs no saved data position, and another number of workers sees the same
-global batches. A picture is decoded here, once. Reading shards is pipeline/prepared.py's, carrying
-batches to the trainer pipeline/feed.py's.
+global batches. A picture is decoded here, once. Reading shards is pipeline/data/prepared.py's,
+carrying batches to the trainer pipeline/training/feed.py's.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from transformers import AutoProcessor
 
-from pipeline.conversations import IGNORED
-from pipeline.pictures import decode_picture
-from pipeline.prepared import PreparedData, Shuffle
-from pipeline.train_config import TrainConfig
+from pipeline.data.conversations import IGNORED
+from pipeline.data.pictures import decode_picture
+from pipeline.data.prepared import PreparedData, Shuffle
+from pipeline.training.config import TrainConfig
 
 PACKED = ("eager", "sdpa", "flash_attention_2")
 """Attention backends that tell rows of a packed micro-batch apart; flex_attention does, too, but

@@ -3,8 +3,8 @@
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.mixture import Source
-from pipeline.pictures import PictureLimits
+from pipeline.data.mixture import Source
+from pipeline.data.pictures import PictureLimits
 
 
 class PrepareConfig(Config):
@@ -18,8 +18,9 @@ class PrepareConfig(Config):
     """Root of the pictures: a folder, a tar file or a glob of them, or s3://bucket/prefix; relative
     to the data folder. No picture path leads out of it."""
     template: str = "vicuna_v1"
-    """Conversation template: a name from pipeline/templates.py, `tokenizer` for the checkpoint's
-    own, or `auto` for the checkpoint's own where it marks the end of answers, else vicuna_v1."""
+    """Conversation template: a name from pipeline/data/templates.py, `tokenizer` for the
+    checkpoint's own, or `auto` for the checkpoint's own where it marks the end of answers, else
+    vicuna_v1."""
     context: int = Field(2048, gt=0)
     """Longest rendered conversation in tokens, vision tokens included; longer ones are set
     aside."""

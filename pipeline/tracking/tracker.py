@@ -1,14 +1,14 @@
-"""What people browse of a workflow, in MLflow (whose client `pipeline.mlflow_calls` holds).
+"""What people browse of a workflow, in MLflow (its client is in pipeline/tracking/mlflow_calls.py).
 
 A workflow is a parent run, a stage a child run; `adsc.record` on a stage's run names its record in
 the store. Every call names its run: there is no active run, so stages that share a process can't
 write into each other's.
 
 The truth is in the store, so tracking never fails a stage, and nobody waits for it: a call writes
-into a journal (pipeline.spool), and a thread sends that. While the server is away or hangs it tries
-again; what is left at the end is sent by the next run (`reconcile`). Run, params, metrics, tags,
-artifacts and the end can be sent twice and are there once. Only `prepare`, which runs while the
-user still looks, raises. The model registry and autologging are deliberately left to MLflow itself.
+into a journal (pipeline/tracking/spool.py), and a thread sends that. While the server is away or
+hangs it tries again; what is left at the end is sent by the next run (`reconcile`). Run, params,
+metrics, tags, artifacts and the end can be sent twice and are there once. Only `prepare`, which
+runs while the user still looks, raises. Autologging is deliberately left to MLflow itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.mlflow_calls import (
+from pipeline.redact import HIDDEN, flatten, leaves, redact
+from pipeline.tracking.mlflow_calls import (
     TOKEN,
     NoAnswer,
     Run,
@@ -38,9 +39,8 @@ from pipeline.mlflow_calls import (
     log_model,
     prepare,
 )
-from pipeline.redact import HIDDEN, flatten, leaves, redact
-from pipeline.spool import Away, Item, Journal, Sender, abandoned
-from pipeline.system_metrics import sampled
+from pipeline.tracking.spool import Away, Item, Journal, Sender, abandoned
+from pipeline.tracking.system_metrics import sampled
 
 __all__ = [
     "NoAnswer",
@@ -190,7 +190,8 @@ class Tracker:
 
     def model(self, folder: Path | str, name: str) -> str | None:
         """Log an exported checkpoint as a model that MLflow can serve (see
-        `pipeline.mlflow_model`). The one call that waits, and that is not made up for later.
+        pipeline/tracking/mlflow_model.py). The one call that waits, and that is not made up for
+        later.
 
         Returns its address, `models:/m-...`, or None when that failed.
         """

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.adapters import Trained
-from pipeline.train_config import MOMENTS
+from pipeline.training.adapters import Trained
+from pipeline.training.config import MOMENTS
 
 FORMAT = 2
 

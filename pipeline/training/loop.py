@@ -4,7 +4,7 @@ One call trains one stage of a curriculum: load the base, attach the stage's pla
 the adapter, take optimizer steps, checkpoint on the way, and check at the end that exactly the
 declared parameters moved. The loss of a step is the mean over all supervised tokens of the global
 batch, so it depends neither on the number of workers, nor on micro-batches, nor on the strategy
-(pipeline/strategy.py) by which workers share the model.
+(pipeline/training/strategy.py) by which workers share the model.
 """
 
 import statistics
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 import adsc
-from pipeline.adapters import prepare_trainable, read_trained, trained_parts
-from pipeline.batches import StepBatch, StepLoader, check_packing
-from pipeline.checkpoints import Snapshot, read_moments, read_state
-from pipeline.movement import check_moved, checksums
-from pipeline.schedule import rate_factor
-from pipeline.strategy import Strategy, strategy_for
-from pipeline.throughput import Throughput, cost_of
-from pipeline.train_config import MOMENTS, TrainConfig
+from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
+from pipeline.training.batches import StepBatch, StepLoader, check_packing
+from pipeline.training.checkpoints import Snapshot, read_moments, read_state
+from pipeline.training.config import MOMENTS, TrainConfig
+from pipeline.training.movement import check_moved, checksums
+from pipeline.training.schedule import rate_factor
+from pipeline.training.strategy import Strategy, strategy_for
+from pipeline.training.throughput import Throughput, cost_of
 
 NORMS = 50
 """Gradient norms that a new one is compared with."""
@@ -51,7 +51,7 @@ class TrainContext(Protocol):
         """The newest checkpoint folder of this stage, if there is one."""
 
     def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
-        """load(step) for each step in order, made ahead: see pipeline/feed.py."""
+        """load(step) for each step in order, made ahead: see pipeline/training/feed.py."""
 
     def report(
         self,

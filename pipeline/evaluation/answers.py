@@ -19,9 +19,9 @@ import torch
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.evaluation import Questions, build_inputs, generate_batch, score, to_device
-from pipeline.methods import MethodConfig, build_method
-from pipeline.speed import measure
+from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, score, to_device
+from pipeline.evaluation.methods import MethodConfig, build_method
+from pipeline.evaluation.speed import measure
 from pipeline.stage import Input
 from pipeline.store import Store, open_store
 
@@ -144,8 +144,8 @@ class Worker:
         return failures
 
     def measure(self, checkpoint: str, split: str, arms: Sequence[str], **sizes: int) -> Any:
-        """pipeline.speed.measure of these arms' methods on the first questions of a split; and the
-        shape of these prompts."""
+        """pipeline.evaluation.speed.measure of these arms' methods on the first questions of a
+        split; and the shape of these prompts."""
         model = self._model(checkpoint)
         questions = self._questions(split)
         numbers = range(min(sizes.pop("batch"), len(questions)))

@@ -33,7 +33,7 @@ from adsc.plan import PruningPlan
 from adsc.vision_cost import ImageInput, image_cost
 
 if TYPE_CHECKING:
-    from pipeline.batches import RowShape, StepBatch
+    from pipeline.training.batches import RowShape, StepBatch
 
 # Dense bf16 rates of data sheets, FLOP/s, by a part of the device's name; the first that fits.
 PEAKS = {

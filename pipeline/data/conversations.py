@@ -9,7 +9,7 @@ here knows of Ray, of files (sources.py), of pixels (pictures.py) or of tokens (
 import re
 from typing import Any
 
-from pipeline.templates import MARKER, ROLES
+from pipeline.data.templates import MARKER, ROLES
 
 __all__ = ["IGNORED", "MARKER", "REASONS", "BadRecord", "parse_turns", "picture_sources"]
 

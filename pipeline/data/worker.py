@@ -14,12 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.conversations import BadRecord, picture_sources
-from pipeline.pictures import FetchedPictures, Pictures, StorePictures
-from pipeline.prepare_config import PrepareConfig
-from pipeline.rendering import Renderer
-from pipeline.shards import SCHEMA
-from pipeline.sources import Chunk, Unreadable, read_chunk
+from pipeline.data.config import PrepareConfig
+from pipeline.data.conversations import BadRecord, picture_sources
+from pipeline.data.pictures import FetchedPictures, Pictures, StorePictures
+from pipeline.data.rendering import Renderer
+from pipeline.data.shards import SCHEMA
+from pipeline.data.sources import Chunk, Unreadable, read_chunk
 from pipeline.stage import Input
 
 RENDERED = pa.schema(

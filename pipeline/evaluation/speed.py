@@ -17,7 +17,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import adsc
-from pipeline.evaluation import generate_tokens
+from pipeline.evaluation.generation import generate_tokens
 
 
 def measure(

@@ -3,8 +3,8 @@
 One question is one prompt: its pictures, its text, the checkpoint's chat template; earlier turns of
 the conversation are not shown. Pictures stay on the disk until their batch is due. Which questions
 share a batch follows from the question list alone, never from how many workers there are. Spreading
-the work over machines is pipeline/answers.py's; an error in generation is an error, and never
-becomes an empty answer.
+the work over machines is pipeline/evaluation/answers.py's; an error in generation is an error, and
+never becomes an empty answer.
 """
 
 import json
@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pipeline.conversations import MARKER
-from pipeline.pictures import decode_picture
-from pipeline.prepared import PreparedData
+from pipeline.data.conversations import MARKER
+from pipeline.data.pictures import decode_picture
+from pipeline.data.prepared import PreparedData
 
 CACHE_BYTES = 64 * 2**20
 """Most bytes of row groups that a reader of questions holds; one row group at least."""

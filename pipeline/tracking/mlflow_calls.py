@@ -1,7 +1,7 @@
 """MLflow's client, as tracking uses it: every call, and what each can raise.
 
 The only file besides `mlflow_model` that imports MLflow, and lazily. It neither waits nor tries
-again: `pipeline.tracking` says what to send, `pipeline.spool` when.
+again: `pipeline.tracking.tracker` says what to send, `pipeline.tracking.spool` when.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.redact import redact
-from pipeline.spool import Away, Item
+from pipeline.tracking.spool import Away, Item
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from pipeline.tracking import RunHandle
+    from pipeline.tracking.tracker import RunHandle
 
 MODEL_PACKAGES = ("torch", "transformers", "peft", "pillow", "safetensors")
 
@@ -282,7 +282,7 @@ def log_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str
     from mlflow.pyfunc import save_model
 
     import adsc
-    from pipeline import mlflow_model
+    from pipeline.tracking import mlflow_model
 
     experiment = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment, name, source_run_id=run_id)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.conversations import (
+from pipeline.data.conversations import (
     IGNORED,
     MARKER,
     BadRecord,
@@ -25,8 +25,8 @@ from pipeline.conversations import (
     question_kinds,
     record_id,
 )
-from pipeline.pictures import PictureLimits, Pictures, check_picture
-from pipeline.templates import OwnTemplate, Segments, Template, find_template
+from pipeline.data.pictures import PictureLimits, Pictures, check_picture
+from pipeline.data.templates import OwnTemplate, Segments, Template, find_template
 
 
 class ProcessorError(ValueError):
