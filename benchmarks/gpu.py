@@ -94,10 +94,12 @@ def families(options: argparse.Namespace) -> list[Row]:
         ]
 
 
-def caches(options: argparse.Namespace) -> list[Row]:
-    """Static, offloaded and compiled caches generate what the default one does."""
-    with agreement.no_tf32():
-        return agreement.cache_checks(options.device)
+def _caches(kind: str) -> Callable[[argparse.Namespace], list[Row]]:
+    def checks(options: argparse.Namespace) -> list[Row]:
+        with agreement.no_tf32():
+            return agreement.cache_checks(options.device, kind)
+
+    return checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,13 @@ PARTS = {
     ),
     "flex": Part(run=flex, about="the same for flex_attention", settings={}),
     "families": Part(run=families, about="every family on the device = on a CPU", settings={}),
-    "caches": Part(run=caches, about="static, offloaded, compiled = default cache", settings={}),
+    "static-caches": Part(
+        run=_caches("static"), about="static, compiled = default cache", settings={}
+    ),
+    "offloaded-caches": Part(run=_caches("offloaded"), about="the same for offloaded", settings={}),
+    "offloaded-static-caches": Part(
+        run=_caches("offloaded_static"), about="the same for both at once", settings={}
+    ),
     "synchronisations": Part(
         run=capture.synchronisation_rows, about="how often the host waits", settings={}
     ),
@@ -147,11 +155,14 @@ PARTS = {
     "prefill-8": Part(
         run=_prefill, about="the same, goal: 0.92 of the bound", settings={"batch": 8}
     ),
+    "prefill-32": Part(run=_prefill, about="the same", settings={"batch": 32}),
     "empty-plan-1": Part(
         run=_empty_plan, about="overhead without a drop", settings={"batch": 1, "rounds": 41}
     ),
     "empty-plan-8": Part(run=_empty_plan, about="the same", settings={"batch": 8, "rounds": 21}),
-    "decode-1": Part(run=_decode, about="default cache", settings={"batch": 1} | _STEPS),
+    "decode-1": Part(
+        run=_decode, about="default cache", settings={"batch": 1} | _STEPS | {"rounds": 3}
+    ),
     "decode-32": Part(run=_decode, about="default cache", settings={"batch": 32} | _STEPS),
     "static-decode-1": Part(
         run=capture.static_decode_rows, about="compiled", settings={"batch": 1} | _STEPS
@@ -165,9 +176,13 @@ PARTS = {
         about="torch.compile of prefill, no recompiles; 12 of the layers",
         settings={"batch": 8, "layers": 12},
     ),
-    "train-4": Part(run=train.measure, about="LoRA step", settings={"batch": 4, "rank": 64}),
-    "train-16": Part(
-        run=_checkpointed, about="with checkpointing", settings={"batch": 16, "rank": 64}
+    "train-4": Part(
+        run=train.measure, about="LoRA step", settings={"batch": 4, "rank": 64, "rounds": 7}
+    ),
+    "train-32": Part(
+        run=_checkpointed,
+        about="with checkpointing",
+        settings={"batch": 32, "rank": 64, "rounds": 5},
     ),
 }
 

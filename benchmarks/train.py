@@ -91,12 +91,12 @@ class Training:
         kept: dict[int, tuple[int, Tensor]] = {}
 
         def keep(tensor: Tensor) -> Tensor:
+            # Detached: a node that holds its own output is never freed. Held, so that no address
+            # is used again.
+            tensor = tensor.detach()
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = (
-                    storage.nbytes(),
-                    tensor,
-                )  # alive, so no address is reused
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
