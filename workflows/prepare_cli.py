@@ -30,19 +30,19 @@ EXAMPLES = """examples:
       --model CHECKPOINT --out prepared
   adsc prepare 'data/train-*.parquet' --model CHECKPOINT --out prepared --max-quarantined 0.05
 
-DATA is a JSON list, JSON Lines, Parquet, a folder that Hugging Face `datasets` saved, or a quoted
-glob. OUT gets Parquet shards, manifest.json and quarantine.jsonl (id, source line, reason). More
-bad records than --max-quarantined: exit code 2, no OUT, and the list of them in
-OUT.quarantine.jsonl. docs/data.md explains every reason.
+DATA is a JSON list, JSON Lines, Parquet, a folder that Hugging Face `datasets` saved, a quoted
+glob, or such a file's address (s3://, gs://, https://). OUT gets Parquet shards, manifest.json and
+quarantine.jsonl (id, source line, reason). More bad records than --max-quarantined: exit code 2, no
+OUT, and the list of them in OUT.quarantine.jsonl. docs/data.md explains every reason.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `adsc prepare`."""
-    parser.add_argument("data", nargs="+", metavar="DATA", help="file, glob or folder of records")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="file, glob, folder or address")
     parser.add_argument(
         "--images",
-        help="root of the pictures: a folder, tar file, glob of tar files or s3://bucket/prefix "
+        help="root of the pictures: a folder, tar file or glob of tar files, or an address of one "
         "(default: the folder `images` beside DATA)",
     )
     parser.add_argument(
@@ -206,24 +206,25 @@ def _beside(out: Path) -> Iterator[Path]:
 
 def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
     from pipeline.data.mixture import Source
+    from pipeline.data.remote import is_remote
     from pipeline.data.sources import find_files
     from pipeline.stages.prepare import PrepareConfig
 
-    places = [Path(place).absolute() for place in options.data]
+    places = [p if is_remote(p) else str(Path(p).absolute()) for p in options.data]
     for place in places:
-        find_files(place, "train")
-    images = options.images or str(places[0].parent / "images")
-    if "://" not in images:
+        find_files(place, Path(), "train")
+    images = options.images or f"{places[0].rpartition('/')[0]}/images"
+    if not is_remote(images):
         images = str(Path(images).absolute())
         if options.images and not Path(images).exists() and "*" not in images:
             raise ValueError(f"there is no folder or tar file {images!r} for --images")
     weights = _weights(options.weights, len(places))
     sources: dict[str, Source] = {}
     for place, weight in zip(places, weights, strict=True):
-        name = place.name
+        name = place.rstrip("/").rpartition("/")[2]
         while name in sources:
             name += "'"
-        sources[name] = Source(data=str(place), weight=weight, cap=options.cap)
+        sources[name] = Source(data=place, weight=weight, cap=options.cap)
     return PrepareConfig(
         splits={"train": sources},
         images=images,

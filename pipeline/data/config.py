@@ -15,8 +15,9 @@ class PrepareConfig(Config):
     `datasets`) in the data folder, or named sources to mix. A record of an earlier split is a leak
     in a later one."""
     images: str = "images"
-    """Root of the pictures: a folder, a tar file or a glob of them, or s3://bucket/prefix; relative
-    to the data folder. No picture path leads out of it."""
+    """Root of the pictures: a folder, a tar file or a glob of them, relative to the data folder; or
+    the address of one, such as s3://bucket/prefix or gs://bucket/part-*.tar. No picture path leads
+    out of it."""
     template: str = "vicuna_v1"
     """Conversation template: a name from pipeline/data/templates.py, `tokenizer` for the
     checkpoint's own, or `auto` for the checkpoint's own where it marks the end of answers, else

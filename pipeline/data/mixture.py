@@ -17,7 +17,8 @@ class Source(Config):
     """One source of records in a mixture."""
 
     data: str
-    """File, glob or folder of records: relative to the data folder, or absolute."""
+    """File, glob or folder of records: relative to the data folder, or absolute; or the address of
+    a file or glob, such as gs://bucket/part-*.parquet."""
     images: str | None = None
     """Root of its pictures; null takes `prepare.images`."""
     weight: float | None = Field(None, gt=0)

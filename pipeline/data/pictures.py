@@ -1,4 +1,4 @@
-"""Pictures by name: from a folder, from tar files, or from S3; and how a picture is decoded.
+"""Pictures by name: from a folder, tar files or an address; and how a picture is decoded.
 
 `decode_picture` is the one way in which preparation, training and evaluation look at a picture. A
 name never leads out of its root: `..`, absolute paths and links to elsewhere are refused, in tar
@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import IO, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.data import remote
 from pipeline.data.conversations import BadRecord
 from pipeline.store import Store, StoreError, open_store
 
@@ -48,34 +49,44 @@ class PictureLimits:
 class Pictures(Protocol):
     """A root of pictures."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether reading waits for a network: then several are read at a time."""
+
     def read(self, name: str, limits: PictureLimits) -> bytes:
         """The encoded picture. Raises BadRecord: path, missing_picture, picture_size."""
 
 
 def open_pictures(place: str, folder: Path) -> Pictures:
-    """The pictures at a folder, a tar file, a glob of tar files, or s3://bucket/prefix.
+    """The pictures at a folder, a tar file, a glob of tar files, or such an address.
 
-    Relative places count from `folder`.
+    Relative places count from `folder`. An address that ends with `.tar` names tar files.
 
     Raises:
         ValueError: there is nothing there, or it can't be used.
     """
-    if "://" in place:
-        return StorePictures(open_store(place))
+    if remote.is_remote(place):
+        if place.endswith(".tar"):
+            return TarPictures.index(remote.find(place))
+        if place.startswith("s3://"):
+            return StorePictures(open_store(place))
+        return RemotePictures(place.rstrip("/"))
     path = folder / place
     if path.is_file():
-        return TarPictures.index([path])
-    if any(character in path.name for character in "*?["):
-        return TarPictures.index(sorted(path.parent.glob(path.name)))
+        return TarPictures.index([str(path)])
+    if remote.GLOB.intersection(path.name):
+        return TarPictures.index(sorted(map(str, path.parent.glob(path.name))))
     if path.is_dir():
         entries = sorted(path.iterdir())
         if entries and all(entry.suffix == ".tar" for entry in entries):
-            return TarPictures.index(entries)
+            return TarPictures.index(list(map(str, entries)))
     return FolderPictures(path)
 
 
 class FetchedPictures:
     """Pictures that several threads fetch ahead, for roots whose answers take long."""
+
+    waits = False
 
     def __init__(
         self, pictures: Pictures, names: Iterable[str], limits: PictureLimits, pool: Executor
@@ -91,6 +102,7 @@ class FolderPictures:
     """Picture files below a folder; one that does not exist is a folder without pictures."""
 
     root: Path
+    waits: ClassVar[bool] = False
 
     def read(self, name: str, limits: PictureLimits) -> bytes:
         try:
@@ -115,6 +127,7 @@ class StorePictures:
     """Pictures in a bucket. A bucket that does not answer is an error, never a bad record."""
 
     store: Store
+    waits: ClassVar[bool] = True
 
     def read(self, name: str, limits: PictureLimits) -> bytes:
         _check_name(name)
@@ -125,6 +138,23 @@ class StorePictures:
         encoded = self.store.read(key)
         if encoded is None:
             raise BadRecord("missing_picture", f"{name!r} does not exist")
+        _check_bytes(name, len(encoded), limits)
+        return encoded
+
+
+@dataclass(frozen=True)
+class RemotePictures:
+    """Picture files below an address; one that does not answer is an error, never a bad record."""
+
+    root: str
+    waits: ClassVar[bool] = True
+
+    def read(self, name: str, limits: PictureLimits) -> bytes:
+        _check_name(name)
+        try:
+            encoded = remote.read(f"{self.root}/{_normal(name)}")
+        except FileNotFoundError:
+            raise BadRecord("missing_picture", f"{name!r} does not exist") from None
         _check_bytes(name, len(encoded), limits)
         return encoded
 
@@ -141,8 +171,12 @@ class TarPictures:
     places: np.ndarray
     """File number, offset and size of each member, shape (members, 3)."""
 
+    @property
+    def waits(self) -> bool:
+        return remote.is_remote(self.files[0])
+
     @classmethod
-    def index(cls, files: Sequence[Path]) -> "TarPictures":
+    def index(cls, files: Sequence[str]) -> "TarPictures":
         """Read the members' headers of all files; of two with one name the later counts."""
         if not files:
             raise ValueError("no tar file matches the glob of the pictures")
@@ -157,7 +191,7 @@ class TarPictures:
         table = np.frombuffer(bytes(places), "<i8").reshape(-1, 3)
         order = np.lexsort((np.arange(len(found)), found[:, 1], found[:, 0]))
         top = tops.pop() if len(tops) == 1 else ""
-        return cls(tuple(map(str, files)), top, found[order], table[order])
+        return cls(tuple(files), top, found[order], table[order])
 
     def read(self, name: str, limits: PictureLimits) -> bytes:
         _check_name(name)
@@ -171,6 +205,8 @@ class TarPictures:
         if size == _GONE:
             raise BadRecord("path", f"{name!r} is a link or special file in the tar file")
         _check_bytes(name, size, limits)
+        if self.waits:
+            return remote.read(self.files[number], offset, offset + size)
         with Path(self.files[number]).open("rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -187,12 +223,12 @@ class TarPictures:
         return found
 
 
-def _members(path: Path) -> list[tuple[str, int, int]]:
+def _members(path: str) -> list[tuple[str, int, int]]:
     """(name, offset, size) of the members; those that lead elsewhere have the size _GONE, those
     with `..` or an absolute path are left out."""
     found = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with _open_tar(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header
                 name = _normal(member.name)
@@ -202,10 +238,14 @@ def _members(path: Path) -> list[tuple[str, int, int]]:
                 found.append((name, member.offset_data, member.size if plain else _GONE))
     except (tarfile.TarError, OSError) as error:
         raise ValueError(
-            f"can't read the tar file {path.name}: {error}; compressed ones can't be read by "
-            "offset: decompress them"
+            f"can't read the tar file {PurePosixPath(path).name}: {error}; compressed ones can't "
+            "be read by offset: decompress them"
         ) from None
     return found
+
+
+def _open_tar(path: str) -> IO[bytes]:
+    return remote.open_file(path) if remote.is_remote(path) else Path(path).open("rb")
 
 
 def _name_key(name: str) -> bytes:

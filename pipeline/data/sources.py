@@ -1,5 +1,7 @@
 """Where records come from: JSON lists, JSON Lines, Parquet and Hugging Face `datasets` folders.
 
+A place is a path or an address; what lies at an address is read from a copy on each machine.
+
 A file is first cut into chunks without its records being kept (`index_file`), then any process
 reads any chunk (`read_chunk`): memory does not depend on a file's size. Nothing here judges a
 record, except whether it can be read at all; and nothing is unpickled.
@@ -14,6 +16,8 @@ from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipeline.data.remote import find, is_remote, local_copy
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 4 << 20
@@ -61,12 +65,27 @@ class Chunk:
     count: int
 
 
-def find_files(place: Path, split: str) -> list[Path]:
-    """The files behind a file's path, a glob, or a folder that `datasets` made.
+def find_files(place: str, folder: Path, split: str) -> list[str]:
+    """The files behind a file's path, a glob, a folder that `datasets` made, or an address.
+
+    Args:
+        place: relative ones count from `folder`.
+        split: whose files are taken of a folder.
 
     Raises:
         SourceError: there is none.
     """
+    if is_remote(place):
+        return find(place)
+    return [str(path) for path in _local_files(folder / place, split)]
+
+
+def locate(file: str, folder: Path) -> Path:
+    """Where a file that `find_files` found can be read on this machine."""
+    return local_copy(file) if is_remote(file) else folder / file
+
+
+def _local_files(place: Path, split: str) -> list[Path]:
     if place.is_file():
         return [place]
     if place.is_dir():

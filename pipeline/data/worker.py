@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from pipeline.data.config import PrepareConfig
 from pipeline.data.conversations import BadRecord, picture_sources
-from pipeline.data.pictures import FetchedPictures, Pictures, StorePictures
+from pipeline.data.pictures import FetchedPictures, Pictures
 from pipeline.data.rendering import Renderer
 from pipeline.data.shards import SCHEMA
-from pipeline.data.sources import Chunk, Unreadable, read_chunk
+from pipeline.data.sources import Chunk, Unreadable, locate, read_chunk
 from pipeline.stage import Input
 
 RENDERED = pa.schema(
@@ -71,7 +71,7 @@ def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
         wanted = None if chosen is None else set(chosen)
         rows: list[dict[str, Any]] = []
         held = 0
-        found = enumerate(read_chunk(chunk, work.data.folder / chunk.file))
+        found = enumerate(read_chunk(chunk, locate(chunk.file, work.data.folder)))
         taken = (item for item in found if wanted is None or item[0] in wanted)
         for number, (line, record), roots in _with_pictures(taken, work.roots[source], config):
             place = {
@@ -94,8 +94,8 @@ def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
 def _with_pictures(
     items: Iterator[tuple[int, tuple[int, Any]]], roots: Pictures, config: PrepareConfig
 ) -> Iterator[tuple[int, tuple[int, Any], Pictures]]:
-    """Each item with where its pictures are; those of a bucket are fetched some records ahead."""
-    if not isinstance(roots, StorePictures):
+    """Each item with where its pictures are; where reading waits, some are fetched ahead."""
+    if not roots.waits:
         yield from ((number, item, roots) for number, item in items)
         return
     with ThreadPoolExecutor(FETCHERS) as pool:

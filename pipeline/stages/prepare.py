@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +25,7 @@ from pipeline.data.mixture import choose, sizes
 from pipeline.data.pictures import open_pictures
 from pipeline.data.rendering import Renderer
 from pipeline.data.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
-from pipeline.data.sources import Chunk, SourceError, find_files, index_file
+from pipeline.data.sources import Chunk, SourceError, find_files, index_file, locate
 from pipeline.data.worker import TASK, YIELD_BYTES, Work, render_chunks
 from pipeline.stage import Input, StageContext
 
@@ -163,10 +164,14 @@ def _plan(
     sources = config.sources(split)
     chunks: dict[str, list[Chunk]] = {}
     for name, source in sources.items():
-        files = find_files(data.folder / source.data, split)
-        chunks[name] = [chunk for file in files for chunk in index_file(file)]
+        files = find_files(source.data, data.folder, split)
+        chunks[name] = [
+            replace(chunk, file=file)
+            for file in files
+            for chunk in index_file(locate(file, data.folder))
+        ]
         if not chunks[name]:
-            raise SourceError(f"{', '.join(file.name for file in files)} is empty: no record in it")
+            raise SourceError(f"{', '.join(files)} is empty: no record in it")
     available = {name: sum(chunk.count for chunk in found) for name, found in chunks.items()}
     taken = sizes(sources, available)
     tasks: list[dict[str, Any]] = []
@@ -176,9 +181,8 @@ def _plan(
         start = 0
         for chunk in found:
             task = vars(chunk) | {"source": name, "position": position, "chosen": None}
-            file = Path(chunk.file)
-            if file.is_relative_to(data.folder):  # another machine may keep its copy elsewhere
-                task["file"] = str(file.relative_to(data.folder))
+            if Path(chunk.file).is_relative_to(data.folder):  # elsewhere on another machine
+                task["file"] = str(Path(chunk.file).relative_to(data.folder))
             count = chunk.count
             if chosen is not None:
                 low, high = np.searchsorted(chosen, [start, start + chunk.count])

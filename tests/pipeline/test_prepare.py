@@ -3,10 +3,15 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import tarfile
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +21,7 @@ from transformers import AutoProcessor
 from pipeline.data.mixture import Source
 from pipeline.data.pictures import FolderPictures, PictureLimits
 from pipeline.data.shards import ShardWriter
+from pipeline.data.sources import find_files
 from pipeline.stages.prepare import (
     PrepareConfig,
     TooManyBadRecords,
@@ -198,6 +204,8 @@ def test_the_manifest_tells_what_is_in_the_shards(small: Small, tmp_path: Path) 
 class DiesOnce:
     """Pictures whose reader's process is killed once, in the middle."""
 
+    waits = False
+
     def __init__(self, root: Path, name: str) -> None:
         self.pictures, self.name = FolderPictures(root), name
         self.flag = root / "died"
@@ -232,6 +240,8 @@ def test_a_killed_worker_loses_and_repeats_nothing(damaged: Path, small: Small) 
 class Refuses:
     """Pictures in a store that refuses: no fault of any record."""
 
+    waits = False
+
     def read(self, name: str, limits: PictureLimits) -> bytes:
         raise StoreError(f"can't use s3://bucket for {name}: access is denied")
 
@@ -250,8 +260,18 @@ def test_a_store_that_refuses_is_an_error_not_a_bad_record(small: Small, tmp_pat
     assert str(caught.value).startswith("can't use s3://bucket")
 
 
-def test_pictures_in_a_bucket_and_in_a_tar_file_give_the_same_shards(
-    small: Small, tmp_path: Path
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of a web server for `tmp_path`."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_buckets_tar_files_and_web_servers_give_the_same_shards(
+    small: Small, tmp_path: Path, served: str
 ) -> None:
     records = json.loads((small.pictures / "train.json").read_text())
     (tmp_path / "data").mkdir()
@@ -263,9 +283,34 @@ def test_pictures_in_a_bucket_and_in_a_tar_file_give_the_same_shards(
     open_store("s3://lab/prepare").upload(small.pictures / "images", "images")
     with tarfile.open(tmp_path / "data" / "0.tar", "w") as tar:
         tar.add(small.pictures / "images", "images")
-    for number, images in enumerate(("s3://lab/prepare/images", "*.tar")):
+    shutil.copytree(small.pictures / "images", tmp_path / "data" / "images")
+    open_store("s3://lab/prepare").upload(tmp_path / "data", "data")
+    for number, (place, images) in enumerate(
+        (
+            ("train.json", "s3://lab/prepare/images"),
+            ("train.json", "*.tar"),
+            ("s3://lab/prepare/data/train.json", "s3://lab/prepare/data/*.tar"),
+            (f"{served}/data/train.json", f"{served}/data/images"),
+        )
+    ):
         inputs = {"data": (tmp_path / "data", {}), "base": (small.base, {})}
         ctx = stage_context("prepare", tmp_path / str(number), inputs)
-        config = CONFIG.model_copy(update={"images": images, "max_quarantined": 0.1})
-        assert prepare(ctx, config)["quarantined"] == {"missing_picture": 1, "path": 1}
+        told = {"images": images, "max_quarantined": 0.1, "splits": {"train": place}}
+        assert prepare(ctx, CONFIG.model_copy(update=told))["quarantined"] == {
+            "missing_picture": 1,
+            "path": 1,
+        }
         assert pq.read_table(ctx.out / "train").equals(pq.read_table(small.prepared / "train"))
+
+
+def test_addresses_that_cannot_be_read(tmp_path: Path, served: str) -> None:
+    for place, why in {
+        f"{served}/none.json": "there is no file http://",
+        "s3://lab/none-*.json": "there is no file s3://lab/none",
+        "s3://no-such-bucket-at-all/a.json": "s3://no-such-bucket-at-all/a.json",
+        "nothing://a/b.json": "can't read nothing:// addresses",
+        "ftp://ada:lovelace@host/a.json": "ftp://host/a.json carries credentials",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(why)) as caught:
+            find_files(place, tmp_path, "train")
+        assert "lovelace" not in str(caught.value)
