@@ -1,4 +1,4 @@
-"""A spot machine is taken away: Ray drains its node, the loop saves, fewer workers go on."""
+"""Machines come and go: of one that is drained fewer workers go on, one that joins is used."""
 
 import json
 import os
@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -28,30 +30,22 @@ LONG = CONFIG.model_copy(
         "keep_checkpoints": 1000,
     }
 )
+# Ray Train looks once a minute whether it could have more workers.
+JOINED = LONG.model_copy(update={"steps": 3000, "checkpoint_every": 100})
 
 
 @pytest.mark.slow
 def test_a_drained_node_is_left_with_a_checkpoint_and_fewer_workers_go_on(
     small: Small, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tests.pipeline.test_preemption", small.base, small.prepared]
-    done = subprocess.run(
-        [*map(str, command), str(tmp_path)], capture_output=True, text=True, timeout=1500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads((tmp_path / "said.json").read_text())
+    said = run_apart("drained", small, tmp_path)
     # Written when the notice came, between two regular checkpoints, and gone on from.
     (early,) = [step for step in said["checkpoints"] if step % EVERY]
-    assert said["drained_after"] < early < STEPS
+    assert said["begun_at"] < early < STEPS
     registered = (tmp_path / "run" / "checkpoint_manager_snapshot.json").read_text()
     assert f"step-{early:07d}" in registered
     assert said["outputs"]["steps"] == STEPS
-    workers = {
-        step: json.loads((tmp_path / "run" / f"step-{step:07d}" / "state.json").read_text())[
-            "workers"
-        ]
-        for step in said["checkpoints"]
-    }
+    workers = workers_of(tmp_path, said["checkpoints"])
     assert workers[early] == 2 and workers[STEPS] == 1
     train(LONG, sources(small), Plain(tmp_path / "plain"))
     found = load_file(tmp_path / "stage" / "trained" / "adapter" / "adapter_model.safetensors")
@@ -59,8 +53,39 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_fewer_workers_go_on(
     assert worst_difference(found, trained(tmp_path / "plain", STEPS)) < 1e-4
 
 
-def preempted(base: str, prepared: str, folder: str) -> None:
-    """A cluster of two nodes with a worker each, of which one is drained and then gone."""
+@pytest.mark.slow
+def test_a_node_that_joins_is_used(small: Small, tmp_path: Path) -> None:
+    said = run_apart("grows", small, tmp_path)
+    workers = workers_of(tmp_path, said["checkpoints"])
+    before = max(step for step, count in workers.items() if count == 1)
+    assert before < said["outputs"]["steps"] == JOINED.steps
+    assert {count for step, count in workers.items() if step > before} == {2}
+    train(JOINED, sources(small), Plain(tmp_path / "plain"))
+    found = load_file(tmp_path / "stage" / "trained" / "adapter" / "adapter_model.safetensors")
+    assert worst_difference(found, trained(tmp_path / "plain", JOINED.steps)) < 1e-4
+
+
+def run_apart(case: str, small: Small, folder: Path) -> Any:
+    """What a case said, which ran in a process of its own."""
+    command = [sys.executable, "-m", "tests.pipeline.test_preemption", case]
+    done = subprocess.run(
+        [*command, str(small.base), str(small.prepared), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "said.json").read_text())
+
+
+def workers_of(folder: Path, steps: list[int]) -> dict[int, int]:
+    """Of each checkpoint, how many workers wrote it."""
+    states = {step: folder / "run" / f"step-{step:07d}" / "state.json" for step in steps}
+    return {step: json.loads(path.read_text())["workers"] for step, path in states.items()}
+
+
+def main(case: str, base: str, prepared: str, folder: str) -> None:
+    """A case on a cluster of one or two nodes with a core each; what it says goes into a file."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -69,7 +94,7 @@ def preempted(base: str, prepared: str, folder: str) -> None:
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    spot = cluster.add_node(num_cpus=1)
+    spot = cluster.add_node(num_cpus=1) if case == "drained" else None
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     place = Path(folder)
@@ -77,7 +102,8 @@ def preempted(base: str, prepared: str, folder: str) -> None:
     ctx = stage_context("train-1", place / "stage", inputs)
     ctx.run = ctx.run.__class__(root=ctx.run.root, workflow="demo", num_workers=(1, 2))
     outputs: dict[str, object] = {}
-    thread = threading.Thread(target=lambda: outputs.update(train_stage(ctx, LONG)))
+    config = LONG if case == "drained" else JOINED
+    thread = threading.Thread(target=lambda: outputs.update(train_stage(ctx, config)))
     thread.start()
     run = Path(ctx.train_storage[0]) / ctx.train_storage[1]
 
@@ -87,7 +113,20 @@ def preempted(base: str, prepared: str, folder: str) -> None:
     while not steps():
         assert thread.is_alive()
         time.sleep(0.2)
-    drained_after = steps()[-1]
+    said: dict[str, Any] = {"begun_at": steps()[-1]}
+    if spot is None:
+        cluster.add_node(num_cpus=1)
+    else:
+        drain(cluster, spot, steps)
+    thread.join()
+    said |= {"checkpoints": steps(), "outputs": outputs}
+    (place / "said.json").write_text(json.dumps(said))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def drain(cluster: Any, spot: Any, steps: Callable[[], list[int]]) -> None:
+    """Announce that a node goes, wait for the checkpoint that this causes, take it away."""
     command = [str(Path(sys.executable).with_name("ray")), "drain-node"]
     command += ["--address", cluster.address, "--node-id", spot.node_id]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
@@ -97,12 +136,7 @@ def preempted(base: str, prepared: str, folder: str) -> None:
         time.sleep(0.1)
     time.sleep(1)  # it is registered after it is written
     cluster.remove_node(spot, allow_graceful=False)
-    thread.join()
-    said = {"checkpoints": steps(), "drained_after": drained_after, "outputs": outputs}
-    (place / "said.json").write_text(json.dumps(said))
-    ray.shutdown()
-    cluster.shutdown()
 
 
 if __name__ == "__main__":
-    preempted(*sys.argv[1:])
+    main(*sys.argv[1:])
