@@ -6,6 +6,7 @@ carries no credentials. Where things lie in the store is written down here, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.identity import SHORT
 from pipeline.redact import HIDDEN, redact
-from pipeline.store import Store, StoreError, file_sha256
+from pipeline.store import Store, StoreError, file_sha256, open_store
 
 SCHEMA = 1
 _SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY", re.IGNORECASE)
@@ -167,6 +168,18 @@ def adopt(store: Store, stage: str, fingerprint: str) -> Record:
             f"stage {stage} is pinned to {store.root}, where there is nothing: check it"
         )
     return Record(stage=stage, fingerprint=fingerprint, attempt="", uri=store.root)
+
+
+def behind(record: Record) -> list[Record]:
+    """The records of a stage's inputs, as far as they are still where they were."""
+    found = []
+    for source in record.inputs.values():
+        home, attempts, _ = source.uri.partition("/attempts/")
+        with contextlib.suppress(StoreError):  # a store that has moved
+            data = open_store(home).read("record.json") if attempts else None
+            if data is not None:
+                found.append(_parse(data, home))
+    return found
 
 
 def manifest(out: Path) -> tuple[File, ...]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, eval_cli, jobs, prepare_cli, terminal
+from workflows import dry_run, eval_cli, export_cli, jobs, prepare_cli, terminal
 from workflows.terminal import add_command
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
+    export_cli.add_commands(commands)
     jobs.add_commands(commands, _add_run_options)
     add_commands(commands)
     return parser, dict(commands.choices)
@@ -456,8 +457,14 @@ def _local_folder(place: str) -> Iterator[Path]:
     if local is not None:
         yield local
         return
+    from pipeline.manifest import MANIFEST
+    from pipeline.publish import pull
+
     with tempfile.TemporaryDirectory(prefix="adsc-chat-") as scratch:
-        store.download("", Path(scratch))
+        if store.read(MANIFEST) is None:
+            store.download("", Path(scratch))
+        else:
+            pull(store, Path(scratch))
         yield Path(scratch)
 
 

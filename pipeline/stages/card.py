@@ -77,7 +77,8 @@ processor = AutoProcessor.from_pretrained("FOLDER")
 
 `transformers` alone loads the weights too, but then runs dense, which is not what was trained.
 `python -m pipeline.stages.export FOLDER` checks a copy: files against manifest.json, then logits
-against probe.safetensors. `adapter/` holds the LoRA weights by themselves; they go on the base.
+against probe.safetensors. `adapter/`, if there, holds the LoRA weights by themselves; they go on
+the base. evaluation.json has the scores and costs below as numbers, data_manifest.json the data.
 
 ## Plan
 
@@ -107,6 +108,8 @@ the report. {_majority(card.majority)}
 
 
 def _plan(folder: Path, text: str) -> str:
+    if text.startswith("{"):
+        return f"Tokens are dropped by another method: `{text}`."
     plan = PruningPlan.parse(text)
     if not plan.stages:
         return "None: every decoder layer sees all vision tokens."

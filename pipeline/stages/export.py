@@ -1,8 +1,9 @@
 """Stage `export`: the folder that users get, and the proof that it is the model that was scored.
 
 The folder is an ordinary transformers checkpoint with the plan in its config, a model card, the
-adapter, a probe and, written last, a manifest. A fresh process then loads it and must compute the
-probe's logits. Uploading is left to the stage machinery, registering and serving to MLflow.
+adapter by itself, what was measured, a probe and, written last, a manifest. A fresh process then
+loads it and must compute the probe's logits. With `export.to` it is published there as well
+(pipeline/publish.py), which is what `adsc export` does with any checkpoint; MLflow registers it.
 
     python -m pipeline.stages.export FOLDER     checks any copy: files against the manifest, then
     the logits
@@ -16,28 +17,42 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from adsc import PruningPlan
 from pipeline.config import Config
-from pipeline.record import File
+from pipeline.manifest import (
+    MANIFEST,
+    ExportError,
+    check_kinds,
+    digest,
+    files_of,
+    verify_folder,
+    write_manifest,
+)
+from pipeline.publish import publish
+from pipeline.record import behind
 from pipeline.stages.card import Card, write_card
-from pipeline.store import file_sha256
+from pipeline.store import Store, open_store
 
 if TYPE_CHECKING:
-    from pipeline.stage import StageContext
+    from pipeline.stage import Input, StageContext
 
-MANIFEST = "manifest.json"
 PROBE = "probe.safetensors"
-SCHEMA_VERSION = 1
-SUFFIXES = {".json", ".jinja", ".md", ".model", ".safetensors", ".txt"}
-"""What a checkpoint may hold, besides LICENSE and NOTICE: nothing that loading could execute."""
+EVALUATION = "evaluation.json"
+"""What was measured of this checkpoint and of the models that it was compared with."""
+DATA = "data_manifest.json"
+"""What it was trained on: the manifest of the prepared data."""
+PLAN_FIELDS = {"stages", "anchor", "positions"}
+"""Of a plan in config.json; a peer method has others."""
 
 
 class ExportConfig(Config):
-    """What is published beside the weights, and how exactly a copy must compute."""
+    """What is published beside the weights, where to, and how exactly a copy must compute."""
 
     name: str = "compressed"
     """The model's name, on its card and in MLflow."""
@@ -45,113 +60,241 @@ class ExportConfig(Config):
     """What the base is called, for card and adapter: a hub id or a few words."""
     licence: str = ""
     """Licence of the base, as hubs write it (apache-2.0); empty says that it is unknown."""
+    to: str = ""
+    """Also publish it at this address, s3://bucket/prefix or a folder: one checkpoint, and nothing
+    else, ever. Empty leaves it in the store of the run."""
+    encryption: Literal["", "AES256", "aws:kms"] = ""
+    """How S3 is to encrypt what is published; empty leaves that to the bucket."""
+    kms_key: str = ""
+    """The key of `aws:kms`; empty takes the account's own."""
+    tags: dict[str, str] = {}
+    """Tags of every object that is published; they need s3:PutObjectTagging."""
     tolerance: float = Field(default=1e-4, ge=0)
     """Largest allowed difference of a logit in the fresh process, as a share of the largest logit.
     On one machine the difference is 0; other processors and kernels round differently."""
     timeout: float = Field(default=1800, gt=0)
     """Seconds that the fresh process may take."""
     log_model: bool = True
-    """Also log it as an MLflow model, which copies all files to MLflow's artifact store."""
+    """Also log it as an MLflow model, which copies all files to MLflow's artifact store, and
+    register that under `name`, with the alias `candidate`."""
+
+    def store(self) -> Store:
+        """Where `to` is."""
+        return open_store(self.to, self.encryption, self.kms_key, tuple(self.tags.items()))
 
 
-class ExportError(ValueError):
-    """The checkpoint can't be published, or isn't what was published; all reasons at once."""
-
-
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 """To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
-    """Stage body; inputs `merge` and `evaluate`, and `data` for its digest.
+    """Stage body; inputs `merge` and `evaluate`, and `data` for its manifest.
 
     Raises:
-        ExportError: a file that doesn't belong there, or a loaded model that computes otherwise.
+        ExportError: a file that doesn't belong there, a loaded model that computes otherwise, or
+            something else at the place where it is to be published.
     """
-    source = ctx.inputs["merge"].folder
-    if not (source / PROBE).is_file():
-        raise ExportError(f"{source} has no {PROBE}; the merge stage writes it beside the weights")
-    ctx.progress(0, 4, "copying")
-    shutil.copytree(source, ctx.out, dirs_exist_ok=True)
-    for path in _files(ctx.out):
-        path.chmod(0o644)  # PEFT writes adapters that only their owner can read
-    _name_base(ctx.out / "adapter" / "adapter_config.json", config.base)
-    lineage = {name: it.fingerprint for name, it in ctx.inputs.items()} | {
-        "export": ctx.fingerprint
-    }
-    data = ctx.inputs["data"].outputs.get("digest") if "data" in ctx.inputs else None
-    write_card(
-        ctx.out,
-        Card(
-            name=config.name,
-            base=config.base,
-            licence=config.licence,
-            plan=ctx.inputs["merge"].outputs.get("plan", ""),
-            arms=ctx.inputs["evaluate"].outputs.get("arms", {}),
-            majority=ctx.inputs["evaluate"].outputs.get("majority"),
-            workflow=ctx.run.workflow,
-            commit=ctx.run.commit,
-            data_digest=data,
-            lineage=lineage,
-        ),
+    merged, evaluated, data = ctx.inputs["merge"], ctx.inputs["evaluate"], ctx.inputs.get("data")
+    if not (merged.folder / PROBE).is_file():
+        raise ExportError(
+            f"{merged.folder} has no {PROBE}; the merge stage writes it beside the weights"
+        )
+    ctx.progress(0, 5, "copying")
+    prints = {name: it.fingerprint for name, it in ctx.inputs.items()} | {"export": ctx.fingerprint}
+    card = Card(
+        name=config.name,
+        base=config.base,
+        licence=config.licence,
+        plan=merged.outputs.get("plan", ""),
+        arms=evaluated.outputs.get("arms", {}),
+        majority=evaluated.outputs.get("majority"),
+        workflow=ctx.run.workflow,
+        commit=ctx.run.commit,
+        data_digest=data.outputs.get("digest") if data else None,
+        lineage=prints,
     )
-    ctx.progress(1, 4, "checksums")
-    write_manifest(ctx.out, {"commit": ctx.run.commit, "data": data, "fingerprints": lineage})
-    ctx.progress(2, 4, "loading it in a fresh process")
-    found = _check_in_fresh_process(ctx.out, config)
-    ctx.progress(3, 4, "logging")
+    measured = evaluation(evaluated, card.plan)
+    described = {EVALUATION: json.dumps(measured, indent=1).encode()}
+    if data and (text := open_store(data.uri).read("manifest.json")):
+        described[DATA] = text
+    assemble(merged.folder, ctx.out, card, described)
+    ctx.progress(1, 5, "loading it in a fresh process")
+    found = check_in_fresh_process(ctx.out, config)
     ctx.track.metrics({"probe": found})
-    logged = ctx.track.model(ctx.out, config.name) if config.log_model else None
-    ctx.progress(4, 4, "done")
-    sizes = [path.stat().st_size for path in _files(ctx.out)]
-    return {"files": len(sizes), "bytes": sum(sizes), "probe": found, "mlflow_model": logged}
-
-
-def write_manifest(folder: Path, lineage: dict[str, Any]) -> None:
-    """Sizes and SHA-256 of all files, in manifest.json. The last file to be written.
-
-    Raises:
-        ExportError: files of a kind that a checkpoint has no need of.
-    """
-    files = [File.read(folder, path) for path in _files(folder) if path != folder / MANIFEST]
-    if strange := [file.path for file in files if not _allowed(file.path)]:
-        raise ExportError(
-            f"{', '.join(strange)}: only {', '.join(sorted(SUFFIXES))}, LICENSE and NOTICE are "
-            "published; weights are to be safetensors"
+    ctx.progress(2, 5, "publishing")
+    if config.to:
+        publish(
+            ctx.out, config.store(), lambda copy: check_in_fresh_process(copy, config), ctx.progress
         )
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "lineage": lineage,
-        "files": [file.model_dump() for file in files],
+    ctx.progress(4, 5, "logging")
+    name = digest((ctx.out / MANIFEST).read_bytes())
+    facts = _tags(measured) | {
+        "adsc.manifest": name,
+        "adsc.plan": card.plan or "none",
+        "adsc.workflow": ctx.run.workflow,
+        "adsc.commit": ctx.run.commit or "unknown",
+        "adsc.fingerprint": ctx.fingerprint,
+        "adsc.address": config.to or "in the store of the run",
+        "adsc.run.workflow": ctx.run.parent_run_id or "",
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    facts |= {f"adsc.run.{stage}": run for stage, run in runs_behind(ctx.inputs).items()}
+    for key in ("adsc.manifest", "adsc.plan", "adsc.address"):
+        ctx.track.tag(key, facts[key])
+    logged = None
+    if config.log_model:
+        logged = ctx.track.model(ctx.out, config.name, {k: v for k, v in facts.items() if v})
+    ctx.progress(5, 5, "done")
+    sizes = [path.stat().st_size for path in files_of(ctx.out)]
+    return {
+        "files": len(sizes),
+        "bytes": sum(sizes),
+        "probe": found,
+        "manifest": name,
+        "published": config.to or None,
+        "mlflow_model": logged and logged[0],
+        "mlflow_version": logged and logged[1],
+    }
 
 
-def verify_folder(folder: Path) -> list[File]:
-    """Compare a folder with its manifest, before anything in it is loaded.
+def assemble(source: Path, out: Path, card: Card, described: Mapping[str, bytes]) -> None:
+    """A checkpoint with its card, files that describe it, and its manifest.
 
     Raises:
-        ExportError: every missing, truncated, altered, extra or unsafe file, by name.
+        ExportError: a file that doesn't belong there.
     """
+    if source != out:
+        shutil.copytree(source, out, dirs_exist_ok=True)
+    _name_base(out / "adapter" / "adapter_config.json", card.base)
+    for name, text in described.items():
+        (out / name).write_bytes(text)
+    write_card(out, card)
+    for path in files_of(out):
+        path.chmod(0o644)  # PEFT writes adapters that only their owner can read
+    lineage = {"commit": card.commit, "data": card.data_digest, "fingerprints": card.lineage}
+    write_manifest(out, lineage)
+
+
+def complete(source: Path, out: Path, config: ExportConfig) -> None:
+    """A folder that `save_pretrained` made, with all that is published beside the weights.
+
+    Its probe is made here, of the model as it lies in `source`, unless it has one.
+
+    Raises:
+        ExportError: it isn't a checkpoint with its processor; a file that doesn't belong there.
+    """
+    if not (source / "config.json").is_file():
+        raise ExportError(f"{source} is no checkpoint: there is no config.json")
+    check_kinds(source)  # before anything is loaded
+    card = Card(
+        name=config.name,
+        base=config.base,
+        licence=config.licence,
+        plan=_plan_of(source),
+        arms={},
+        majority=None,
+        workflow="adsc export",
+        commit=None,
+        data_digest=None,
+        lineage={},
+    )
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    if not (out / PROBE).is_file():
+        _write_probe(out)
+    assemble(out, out, card, {})
+
+
+def _plan_of(folder: Path) -> str:
+    """The plan in a checkpoint's config as text; of a peer method, its settings."""
+    data = json.loads((folder / "config.json").read_text()).get("adsc")
+    if not data:
+        return ""
+    return str(PruningPlan.from_dict(data)) if data.keys() <= PLAN_FIELDS else json.dumps(data)
+
+
+def _write_probe(folder: Path) -> None:
+    """One picture with one question, and the logits that the model computes for it."""
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+    from transformers import AutoProcessor
+
+    import adsc
+
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    model = adsc.from_pretrained(folder, use_safetensors=True).eval()
+    picture = Image.linear_gradient("L").convert("RGB")
+    asked = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version = manifest["schema_version"]
-        files = [File.model_validate(entry) for entry in manifest["files"]]
-    except OSError as error:
-        raise ExportError(f"{folder} is no exported checkpoint: {error}") from None
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise ExportError(f"{folder / MANIFEST} can't be read: {error}") from None
-    if version != SCHEMA_VERSION:
-        raise ExportError(
-            f"{folder / MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}"
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": asked}], add_generation_prompt=True
         )
-    problems = [problem for file in files if (problem := _problem(folder, file))]
-    listed = {folder / file.path for file in files} | {folder / MANIFEST}
-    extra = [path for path in _files(folder) if path not in listed]
-    problems += [f"{path.relative_to(folder)} is not in the manifest" for path in extra]
-    if problems:
-        raise ExportError(f"{folder} isn't what was exported: {'; '.join(problems)}. Copy it again")
-    return files
+        probe = dict(processor(text=[prompt], images=[picture], return_tensors="pt"))
+    except (ValueError, AttributeError) as error:
+        raise ExportError(
+            f"{folder} has no processor with a chat template, to make a probe with: {error}"
+        ) from None
+    with torch.inference_mode():
+        logits = model(**probe).logits
+    save_file({**probe, "logits": logits.contiguous()}, folder / PROBE)
+
+
+def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
+    """What was measured, and which of it is the checkpoint's own: `arm` and `own`, None where the
+    evaluation has no trained model with this plan, or several."""
+    found: dict[str, Any] = {"arm": None, "control": None, "own": None}
+    found |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
+    text = open_store(evaluated.uri).read("results.json")
+    if text is None:
+        return found
+    results = json.loads(text)
+    arms = {arm["name"]: arm for arm in results["arms"]}
+    own = [
+        arm
+        for arm in arms.values()
+        if arm["trained"] and not arm.get("peer") and _same(arm["plan"], plan)
+    ]
+    control = arms.get(results["control_arm"])
+    if len(own) != 1 or control is None:
+        return found
+    (arm,) = own
+    interval = arm["retention_interval"] or {}
+    return found | {
+        "arm": arm["name"],
+        "control": control["name"],
+        "own": {
+            "accuracy": arm["accuracy"]["mean"],
+            "retention": arm["retention"],
+            "retention_low": interval.get("low", arm["retention"]),
+            "flops_of_control": arm["flops"] / control["flops"],
+            "kv_cache_of_control": arm["kv_cache_bytes"] / control["kv_cache_bytes"],
+            "average_vision_tokens": arm["average_vision_tokens"],
+        },
+    }
+
+
+def runs_behind(inputs: Mapping[str, Input]) -> dict[str, str]:
+    """MLflow's run of every stage that led here, by stage."""
+    found: dict[str, str] = {}
+    waiting = [it.record for it in inputs.values()]
+    while waiting:
+        record = waiting.pop()
+        if record.stage in found:
+            continue
+        found[record.stage] = record.run_id or ""
+        waiting += behind(record)
+    return {stage: run for stage, run in found.items() if run}
+
+
+def _same(text: str, plan: str) -> bool:
+    return bool(PruningPlan.parse(text) == PruningPlan.parse(plan))
+
+
+def _tags(measured: dict[str, Any]) -> dict[str, str]:
+    """What promoting looks at, and people filter by."""
+    own = measured["own"] or {}
+    named = {"adsc.arm": measured["arm"], "adsc.control": measured["control"]}
+    numbers = {f"adsc.{name}": f"{value:.6g}" for name, value in own.items() if value is not None}
+    return {name: value for name, value in named.items() if value} | numbers
 
 
 def compare_logits(folder: Path) -> dict[str, float]:
@@ -177,7 +320,7 @@ def compare_logits(folder: Path) -> dict[str, float]:
     return {"worst_difference": worst, "largest_logit": expected.abs().max().item()}
 
 
-def _check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, float]:
+def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, float]:
     """Nothing that this process holds in memory or on its path of imports can help the loading."""
     command = [sys.executable, "-m", "pipeline.stages.export", str(folder)]
     environment = os.environ | {
@@ -204,33 +347,6 @@ def _check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, flo
             "largest). Was it merged on another kind of machine? export.tolerance can be raised"
         )
     return found
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-
-
-def _allowed(path: str) -> bool:
-    name = PurePosixPath(path)
-    return name.suffix in SUFFIXES or name.name in ("LICENSE", "NOTICE")
-
-
-def _problem(folder: Path, file: File) -> str | None:
-    """What is wrong with one entry of a manifest; None if nothing is."""
-    named, path = PurePosixPath(file.path), folder / file.path
-    if named.is_absolute() or ".." in named.parts or "\\" in file.path:
-        return f"{file.path!r} leads out of the folder"
-    if not _allowed(file.path):
-        return f"{file.path} is of a kind that is never exported"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return f"{file.path} is a link out of the folder"
-    if not path.is_file():
-        return f"{file.path} is missing"
-    if (size := path.stat().st_size) != file.size:
-        return f"{file.path} has {size} bytes instead of {file.size}"
-    if file_sha256(path) != file.sha256:
-        return f"{file.path} was altered (checksum)"
-    return None
 
 
 def _name_base(adapter_config: Path, base: str) -> None:

@@ -1,7 +1,8 @@
 """MLflow's client, as tracking uses it: every call, and what each can raise.
 
-The only file besides `mlflow_model` that imports MLflow, and lazily. It neither waits nor tries
-again: `pipeline.tracking.tracker` says what to send, `pipeline.tracking.spool` when.
+Besides `mlflow_model` and `mlflow_registry` the only file that imports MLflow, and lazily. It
+neither waits nor tries again: `pipeline.tracking.tracker` says what to send,
+`pipeline.tracking.spool` when.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ import fcntl
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from pipeline.tracking.tracker import RunHandle
-
-MODEL_PACKAGES = ("torch", "transformers", "peft", "pillow", "safetensors")
 
 TOKEN = "token:"
 """Begins a parent's id that is not known yet: the parent's token follows."""
@@ -271,48 +268,6 @@ def _create_experiment(tracking_uri: str, experiment: str, artifacts: str | None
             f"experiment {experiment!r} at {redact(tracking_uri)} was deleted; choose another "
             f"name, or restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
         )
-
-
-def log_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:
-    """`mlflow.pyfunc.log_model`, with explicit ids instead of an active run and global
-    addresses."""
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.entities.logged_model_status import LoggedModelStatus
-    from mlflow.models import Model
-    from mlflow.pyfunc import save_model
-
-    import adsc
-    from pipeline.tracking import mlflow_model
-
-    experiment = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment, name, source_run_id=run_id)
-    status = LoggedModelStatus.FAILED
-    try:
-        with tempfile.TemporaryDirectory(prefix="adsc-model-") as scratch:
-            target = Path(scratch) / "model"
-            save_model(
-                str(target),
-                python_model=mlflow_model.__file__,
-                artifacts={"checkpoint": str(folder)},
-                code_paths=[str(Path(adsc.__file__).parent)],
-                signature=mlflow_model.signature(),
-                input_example=mlflow_model.example(),
-                pip_requirements=[
-                    f"{pkg}=={metadata.version(pkg).partition('+')[0]}" for pkg in MODEL_PACKAGES
-                ],
-                mlflow_model=Model(
-                    artifact_path=logged.artifact_location,
-                    run_id=run_id,
-                    model_uuid=logged.model_id,
-                    model_id=logged.model_id,
-                ),
-            )
-            client.log_model_artifacts(logged.model_id, str(target))
-        status = LoggedModelStatus.READY
-    finally:
-        client.finalize_logged_model(logged.model_id, status)
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return logged.model_uri
 
 
 def brief(error: Exception) -> str:

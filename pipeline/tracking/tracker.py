@@ -36,9 +36,9 @@ from pipeline.tracking.mlflow_calls import (
     brief,
     client_of,
     failures,
-    log_model,
     prepare,
 )
+from pipeline.tracking.mlflow_registry import register
 from pipeline.tracking.spool import Away, Item, Journal, Sender, abandoned
 from pipeline.tracking.system_metrics import sampled
 
@@ -188,20 +188,28 @@ class Tracker:
     def tag(self, key: str, value: str) -> None:
         self._add("tag", key=key, value=_cut(redact(str(value))))
 
-    def model(self, folder: Path | str, name: str) -> str | None:
+    def model(
+        self, folder: Path | str, name: str, tags: Mapping[str, str] = {}
+    ) -> tuple[str, str] | None:
         """Log an exported checkpoint as a model that MLflow can serve (see
-        pipeline/tracking/mlflow_model.py). The one call that waits, and that is not made up for
-        later.
+        pipeline/tracking/mlflow_model.py), and register it. The one call that waits, and that is
+        not made up for later.
 
-        Returns its address, `models:/m-...`, or None when that failed.
+        Args:
+            tags: of the registered version; `adsc.manifest` keeps the same checkpoint from getting
+                a second one.
+
+        Returns its addresses `models:/m-...` and `models:/NAME/VERSION`, or None when that failed.
         """
         if not self._handle.token and self.run_id is None:
             return None
         if not self.flush() or self.run_id is None:
             self._report(f"the model was not logged: no run at {self._handle.tracking_uri}")
             return None
+        client = client_of(self._handle.tracking_uri)
+        shown = {key: _cut(redact(value)) for key, value in tags.items()}
         try:
-            return log_model(client_of(self._handle.tracking_uri), self.run_id, Path(folder), name)
+            return register(client, self.run_id, Path(folder), name, shown)
         except failures() as error:
             self._report(f"model not tracked at {self._handle.tracking_uri}: {brief(error)}")
             return None

@@ -20,16 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adsc
+from pipeline.manifest import ExportError, verify_folder, write_manifest
 from pipeline.stages.card import Card, write_card
-from pipeline.stages.export import (
-    ExportConfig,
-    ExportError,
-    compare_logits,
-    export,
-    main,
-    verify_folder,
-    write_manifest,
-)
+from pipeline.stages.export import ExportConfig, compare_logits, export, main
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
 from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store import Entry, Store, StoreError, _appearing, open_store
+from pipeline.store import Entry, Store, StoreError, open_store
+from pipeline.store.base import appearing
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -50,7 +51,7 @@ def test_list_is_by_folder(store: Store) -> None:
 
 
 def test_more_than_one_page(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.store._PAGE", 3)
+    monkeypatch.setattr("pipeline.store.s3._PAGE", 3)
     for number in range(8):
         store.create(f"many/{number}", b"")
     assert [entry.key for entry in store.list("many")] == [f"many/{i}" for i in range(8)]
@@ -85,7 +86,7 @@ def test_an_upload_that_arrives_altered_is_refused(
     (source / "weights.bin").write_bytes(bytes(size))
     put = type(store)._put
 
-    def alter(self: Store, path: Path, key: str) -> None:
+    def alter(self: Store, path: Path, key: str, progress: object = None) -> None:
         other = tmp_path / "other"
         other.write_bytes(path.read_bytes()[:-1] + b"\1")
         put(self, other, key)
@@ -191,7 +192,8 @@ def test_local_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("root", "message"),
     [
         ("s3://", "names no bucket"),
-        ("gs://bucket/x", "not a kind of store"),
+        ("gs://bucket/x", "install gcsfs"),
+        ("nowhere://x", "not a kind of store"),
         ("s3://key:secret@bucket/x", "put them into the environment"),
         ("s3://bucket/x?access_key=1", "put them into the environment"),
     ],
@@ -219,7 +221,7 @@ def test_unwritable_places(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     with (
         pytest.raises(StoreError, match="the disk is full; free some space or choose another"),
-        _appearing(tmp_path / "file"),
+        appearing(tmp_path / "file"),
         Path("/dev/full").open("w") as full,
     ):
         full.write("x")

@@ -1,0 +1,75 @@
+"""Where results live: a local folder or an S3 bucket behind one small interface.
+
+Small objects have compare-and-swap: an object's version is a token that `replace` and `delete`
+compare, and nothing here trusts a clock. Deliberately not a file system: no rename, no append, no
+locks for callers. Whatever else fsspec reaches can be read, not written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.store.base import (
+    Altered,
+    DiskFull,
+    Entry,
+    Progress,
+    Store,
+    StoreAway,
+    StoreError,
+    file_sha256,
+)
+from pipeline.store.local import LocalStore
+
+__all__ = [
+    "Altered",
+    "DiskFull",
+    "Entry",
+    "LocalStore",
+    "Progress",
+    "Store",
+    "StoreAway",
+    "StoreError",
+    "file_sha256",
+    "open_store",
+]
+
+
+def open_store(
+    root: str, encryption: str = "", kms_key: str = "", tags: tuple[tuple[str, str], ...] = ()
+) -> Store:
+    """The store at `runs`, `/data/runs`, `file:///data/runs` or `s3://bucket/prefix`; to read from,
+    any address that fsspec knows.
+
+    Nothing is read or written yet. Credentials, region, `AWS_ENDPOINT_URL` and `AWS_CA_BUNDLE` come
+    from the environment, never from the address.
+
+    Args:
+        encryption: how S3 is to encrypt what is written, `AES256` or `aws:kms`; empty leaves that
+            to the bucket.
+        kms_key: the key for `aws:kms`; empty takes the account's own.
+        tags: of every object that is written from a file.
+    """
+    parts = urlsplit(root)
+    if "://" in root and ("@" in parts.netloc or (parts.scheme == "s3" and parts.query)):
+        raise StoreError(
+            f"the address {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} carries "
+            "credentials or options: put them into the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_ENDPOINT_URL)"
+        )
+    if parts.scheme == "s3":
+        if not parts.netloc:
+            raise StoreError(f"{root} names no bucket; write s3://bucket/prefix")
+        from pipeline.store.s3 import S3Store
+
+        return S3Store(parts.netloc, parts.path.strip("/"), encryption, kms_key, tags)
+    if encryption or kms_key or tags:
+        raise StoreError(f"{root} is not on S3: it takes neither encryption nor tags")
+    if parts.scheme == "file":
+        return LocalStore(Path(parts.path))
+    if parts.scheme and "://" in root:
+        from pipeline.store.readonly import ReadOnlyStore
+
+        return ReadOnlyStore(root)
+    return LocalStore(Path(root).expanduser().absolute())

@@ -1,0 +1,219 @@
+"""What every store is: objects by key, errors that people can act on, folders up and down."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+TEMPORARY = ".tmp-"
+"""Begins a file's name while it is being written; `list` doesn't see these."""
+PARALLEL = 8
+"""Files, and parts of files, that are on their way at once."""
+
+Progress = Callable[[int], object]
+"""Called with the bytes that have arrived since the last call; negative where a try is repeated."""
+
+
+class StoreError(ValueError):
+    """The store can't do what was asked: one sentence with the reason and the way out."""
+
+
+class StoreAway(StoreError):
+    """The same may succeed later: nobody answers, the server is overloaded, or the disk is full."""
+
+
+class Altered(StoreError):
+    """What arrived is not what was sent, or not what was promised: nothing of it is kept."""
+
+
+class DiskFull(StoreAway):
+    """No room on a file system; waiting helps only if somebody makes some."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One object: its key relative to the store's root, and its size in bytes."""
+
+    key: str
+    size: int
+
+
+class Store(ABC):
+    """Objects by key. A key is a relative path with `/`; a prefix is a folder's key, "" for all."""
+
+    root: str
+
+    def uri(self, key: str) -> str:
+        """The address of an object or folder, which `open_store` also takes."""
+        return f"{self.root}/{checked(key)}" if key else self.root
+
+    @abstractmethod
+    def local(self, key: str) -> Path | None:
+        """The path of a key where it lies on this machine's file system, else None."""
+
+    @abstractmethod
+    def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        """The object and its version, None where there is none."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> str | None:
+        """Create the object: its version, or None where there is one. Of many racers one wins."""
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        """Replace the object if it still has this version: the new version, or None."""
+
+    @abstractmethod
+    def delete(self, key: str, version: str | None = None) -> bool:
+        """Delete the object (if it still has this version): whether it was deleted."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> list[Entry]:
+        """Every object below a folder, by key."""
+
+    @abstractmethod
+    def holds(self, key: str, path: Path) -> bool:
+        """Whether the stored object has the content of the file."""
+
+    @abstractmethod
+    def _put(self, path: Path, key: str, progress: Progress | None = None) -> None: ...
+
+    @abstractmethod
+    def _get(self, key: str, path: Path, progress: Progress | None = None) -> None: ...
+
+    def read(self, key: str) -> bytes | None:
+        """The object's bytes, None where there is none."""
+        found = self.read_versioned(key)
+        return found[0] if found else None
+
+    def check_writable(self) -> None:
+        """Raise a StoreError now rather than an hour into a run."""
+        key = f".writable-{uuid.uuid4().hex}"
+        self.create(key, b"")
+        self.delete(key)
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        """Copy a folder's files to keys below `prefix`, in parallel, and check what arrived.
+
+        Raises:
+            StoreError: a link that leads out of the folder; a content that differs afterwards.
+        """
+        names: list[str] = []
+        inside = folder.resolve()
+        for path in sorted(folder.rglob("*")):
+            if not path.resolve().is_relative_to(inside):
+                raise StoreError(f"{path} leads out of {folder}: write files, not links, there")
+            if path.is_file():
+                names.append(path.relative_to(folder).as_posix())
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(lambda name: self.put(folder / name, f"{prefix}/{name}"), names))
+
+    def put(self, path: Path, key: str, progress: Progress | None = None) -> None:
+        """Copy a file to a key, over what is there, and check what arrived.
+
+        Raises:
+            Altered: a content that differs afterwards.
+        """
+        self._put(path, key, progress)
+        if not self.holds(key, path):
+            raise Altered(
+                f"{self.uri(key)} is not what was sent (its checksum differs): run again; if it "
+                "stays so, check network and storage"
+            )
+
+    def download(self, prefix: str, folder: Path) -> None:
+        """Copy all objects below `prefix` into a folder: each file appears whole or not at all.
+
+        Raises:
+            StoreError: nothing there; a key that leads out of the folder; a size that differs.
+        """
+        entries = self.list(prefix)
+        if not entries:
+            raise StoreError(f"there is nothing at {self.uri(prefix)}; it may have been deleted")
+        start = len(prefix) + 1 if prefix else 0
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(lambda e: self.get(e, folder / checked(e.key[start:])), entries))
+
+    def get(
+        self, entry: Entry, path: Path, progress: Progress | None = None, sha256: str = ""
+    ) -> None:
+        """Copy an object to a file, which appears whole or not at all.
+
+        Raises:
+            Altered: it has another size or SHA-256; StoreError where it isn't there.
+        """
+        with appearing(path) as temporary:
+            self._get(entry.key, temporary, progress)
+            found = temporary.stat().st_size
+            if found != entry.size:
+                raise Altered(
+                    f"{self.uri(entry.key)} has {found} bytes instead of {entry.size}; it was cut "
+                    "short: run again"
+                )
+            if sha256 and file_sha256(temporary) != sha256:
+                raise Altered(
+                    f"{self.uri(entry.key)} was altered (its checksum differs): nothing was kept"
+                )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits; read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked(key: str) -> str:
+    """The key, if it stays inside."""
+    if not key or key.startswith("/") or "\\" in key or {"", ".", ".."} & set(key.split("/")):
+        raise StoreError(
+            f"{key!r} is not a key: keys are relative paths that stay inside the folder"
+        )
+    return str(PurePosixPath(key))
+
+
+@contextlib.contextmanager
+def appearing(path: Path, publish: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path`, which becomes `path` when the block succeeds."""
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if publish:
+            temporary.replace(path)
+    except OSError as error:
+        raise explain_os(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, data: bytes) -> None:
+    """A new file, on disk when this returns."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def explain_os(error: OSError, path: Path) -> StoreError:
+    """What a person can do about a file system that refuses."""
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space or choose another root",
+        errno.EDQUOT: "the quota is used up; free some space or choose another root",
+        errno.EACCES: "this user may not write there; allow it or choose another root",
+        errno.EPERM: "this user may not write there; allow it or choose another root",
+        errno.EROFS: "the file system is read-only; choose another root",
+        errno.ENOTDIR: "a part of that path is a file; choose another root",
+        errno.EEXIST: "a part of that path is a file; choose another root",
+    }
+    kinds = {errno.ENOSPC: DiskFull, errno.EDQUOT: DiskFull, errno.EIO: StoreAway}
+    kind = kinds.get(error.errno or 0, StoreError)
+    return kind(f"can't use {path}: {reasons.get(error.errno or 0, str(error))}")

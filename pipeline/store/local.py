@@ -1,0 +1,120 @@
+"""A store in a folder, possibly on a shared file system that several machines see."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.store.base import (
+    TEMPORARY,
+    Entry,
+    Progress,
+    Store,
+    appearing,
+    checked,
+    explain_os,
+    file_sha256,
+    write,
+)
+
+
+class LocalStore(Store):
+    """A folder; an object's version is the digest of its content."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = str(folder)
+
+    def local(self, key: str) -> Path:
+        return self.folder / checked(key) if key else self.folder
+
+    def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        path = self.folder / checked(key)
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise explain_os(error, path) from error
+        return data, _version(data)
+
+    def create(self, key: str, data: bytes) -> str | None:
+        path = self.folder / checked(key)
+        with appearing(path, publish=False) as temporary:
+            write(temporary, data)
+            try:
+                # It appears whole or is refused: nobody reads half of it, or overwrites it.
+                os.link(temporary, path)
+            except FileExistsError:
+                return None
+        return _version(data)
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        with self._locked():
+            found = self.read_versioned(key)
+            if found is None or found[1] != version:
+                return None
+            with appearing(self.folder / checked(key)) as temporary:
+                write(temporary, data)
+        return _version(data)
+
+    def delete(self, key: str, version: str | None = None) -> bool:
+        path = self.folder / checked(key)
+        with self._locked():
+            if version is not None:
+                found = self.read_versioned(key)
+                if found is None or found[1] != version:
+                    return False
+            try:
+                path.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            except OSError as error:
+                raise explain_os(error, path) from error
+        return True
+
+    def list(self, prefix: str) -> list[Entry]:
+        return sorted(
+            (
+                Entry(key=path.relative_to(self.folder).as_posix(), size=path.stat().st_size)
+                for path in self.local(prefix).rglob("*")
+                if path.is_file() and not path.name.startswith((TEMPORARY, ".lock"))
+            ),
+            key=lambda entry: entry.key,
+        )
+
+    def _put(self, path: Path, key: str, progress: Progress | None = None) -> None:
+        with appearing(self.folder / checked(key)) as temporary:
+            shutil.copyfile(path, temporary)
+        if progress:
+            progress(path.stat().st_size)
+
+    def holds(self, key: str, path: Path) -> bool:
+        stored = self.folder / checked(key)
+        return stored.is_file() and file_sha256(stored) == file_sha256(path)
+
+    def _get(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        shutil.copyfile(self.folder / checked(key), path)
+        if progress:
+            progress(path.stat().st_size)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One compare-and-swap at a time in the whole store: they are small and rare."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise explain_os(error, self.folder) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

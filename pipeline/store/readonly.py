@@ -1,0 +1,95 @@
+"""A place to read data from, on anything that fsspec reaches (gs://, az://, hf://, https://, ...).
+
+The package that fsspec needs for it, and credentials, are the user's to install and to put into the
+environment. No results go there: most of these have no conditional write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from pipeline.redact import redact
+from pipeline.store.base import Entry, Progress, Store, StoreError, checked
+
+
+class ReadOnlyStore(Store):
+    """Objects below an address of fsspec's."""
+
+    def __init__(self, root: str) -> None:
+        """Raises a StoreError where fsspec doesn't know such addresses, or lacks a package."""
+        import fsspec
+
+        self.root = root.rstrip("/")
+        try:
+            self._system: Any
+            self._system, self._path = fsspec.core.url_to_fs(self.root)
+        except ValueError:
+            raise StoreError(
+                f"{urlsplit(root).scheme}:// is not a kind of store; use a folder or "
+                "s3://bucket/prefix (to read data, any address that fsspec knows)"
+            ) from None
+        except ImportError as error:
+            raise StoreError(f"can't read {redact(root)}: {error}") from None
+
+    def local(self, key: str) -> None:
+        return None
+
+    def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        with self._explained():
+            try:
+                data = self._system.cat_file(self._at(key))
+            except FileNotFoundError:
+                return None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def list(self, prefix: str) -> list[Entry]:
+        with self._explained():
+            found = self._system.find(self._at(prefix) if prefix else self._path, detail=True)
+        start = len(self._path.rstrip("/")) + 1
+        return [Entry(key=name[start:], size=it["size"]) for name, it in sorted(found.items())]
+
+    def _get(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        with self._explained():
+            self._system.get_file(self._at(key), str(path))
+        if progress:
+            progress(path.stat().st_size)
+
+    def holds(self, key: str, path: Path) -> NoReturn:
+        self._refuse()
+
+    def create(self, key: str, data: bytes) -> NoReturn:
+        self._refuse()
+
+    def replace(self, key: str, data: bytes, version: str) -> NoReturn:
+        self._refuse()
+
+    def delete(self, key: str, version: str | None = None) -> NoReturn:
+        self._refuse()
+
+    def _put(self, path: Path, key: str, progress: Progress | None = None) -> NoReturn:
+        self._refuse()
+
+    def _at(self, key: str) -> str:
+        return f"{self._path.rstrip('/')}/{checked(key)}"
+
+    def _refuse(self) -> NoReturn:
+        raise StoreError(
+            f"{redact(self.root)} can only be read from; results go to a folder or to "
+            "s3://bucket/prefix"
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, StoreError):
+            raise
+        except Exception as error:  # every system of fsspec's has its own
+            raise StoreError(
+                f"can't read {redact(self.root)}: {type(error).__name__}: {redact(str(error))}"
+            ) from error

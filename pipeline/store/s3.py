@@ -1,0 +1,286 @@
+"""A store in an S3 bucket, or on any server that speaks S3. boto3 is imported in this file only.
+
+Single requests are tried again by botocore, bodies that break off here and in boto3's transfers;
+what is left becomes a StoreError that names the way out. Large files go up in parts, each with a
+SHA-256 that the server checks.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from pipeline.redact import redact
+from pipeline.store.base import (
+    PARALLEL,
+    Entry,
+    Progress,
+    Store,
+    StoreAway,
+    StoreError,
+    checked,
+    file_sha256,
+)
+
+ATTEMPTS = 5
+"""Of a request, by botocore; and of a body that breaks off."""
+READ_SECONDS = 10
+"""Silence after which an answer is given up: a heartbeat must have time for a second try."""
+PART = 8 << 20
+"""Bytes of a part of a large transfer: boto3's own default."""
+_PAGE = 1000  # keys in one answer to a listing
+_CONFLICTS = 8  # conditional writes that meet another at the same moment
+_BROKEN_OFF = {
+    "IncompleteReadError", "ResponseStreamingError", "ReadTimeoutError", "FlexibleChecksumError",
+}  # fmt: skip
+_AWAY = _BROKEN_OFF | {
+    "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504",
+    "EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError",
+    "RetriesExceededError", "ConditionalRequestConflict", "ProxyConnectionError",
+    # What arrived was not what was sent.
+    "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
+}  # fmt: skip
+_RENEW = "the credentials have expired; renew them and run the same command again"
+_DENIED = "access is denied; allow list, read, write and delete there"
+_SILENT = "nothing answers; check the network and AWS_ENDPOINT_URL"
+
+
+class S3Store(Store):
+    """A prefix in a bucket of S3 or of a server that speaks it, with conditional PUT and DELETE."""
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        encryption: str = "",
+        kms_key: str = "",
+        tags: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """See `open_store`."""
+        if encryption not in ("", "AES256", "aws:kms") or (kms_key and encryption != "aws:kms"):
+            raise StoreError(
+                f"encryption {encryption!r} with key {kms_key!r}: write AES256, or aws:kms with or "
+                "without a key"
+            )
+        self.bucket, self.prefix = bucket, prefix
+        self.root = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._how = encryption, kms_key, tags
+        self._client: Any = None
+        self._transfers: Any = None
+
+    def __reduce__(self) -> tuple[type[S3Store], tuple[Any, ...]]:
+        return S3Store, (self.bucket, self.prefix, *self._how)
+
+    def local(self, key: str) -> None:
+        return None
+
+    def read_versioned(self, key: str) -> tuple[bytes, str] | None:
+        def take(answer: Any) -> tuple[bytes, str]:
+            return answer["Body"].read(), answer["ETag"]
+
+        found: tuple[bytes, str] | None = self._call(
+            "get_object", "NoSuchKey", "404", take=take, Key=self._name(key)
+        )
+        return found
+
+    def create(self, key: str, data: bytes) -> str | None:
+        return self._conditional_put(key, data, IfNoneMatch="*")
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        return self._conditional_put(key, data, IfMatch=version)
+
+    def _conditional_put(self, key: str, data: bytes, **condition: str) -> str | None:
+        lost = ("PreconditionFailed", "412", "NoSuchKey", "404")
+        arguments: dict[str, Any] = {"Body": data, "ChecksumAlgorithm": "SHA256", **self._extra()}
+        arguments |= condition
+        answer = self._call("put_object", *lost, Key=self._name(key), **arguments)
+        return answer["ETag"] if answer else None
+
+    def delete(self, key: str, version: str | None = None) -> bool:
+        name, gone = self._name(key), ("NoSuchKey", "404", "PreconditionFailed", "412")
+        # A DELETE of what isn't there succeeds: look first, to be able to tell.
+        if self._call("head_object", *gone, Key=name) is None:
+            return False
+        condition: dict[str, Any] = {"IfMatch": version} if version else {}
+        return self._call("delete_object", *gone, Key=name, **condition) is not None
+
+    def list(self, prefix: str) -> list[Entry]:
+        below = "/".join(part for part in (self.prefix, prefix and checked(prefix)) if part)
+        entries: list[Entry] = []
+        token: dict[str, Any] = {}
+        while True:
+            page = self._call(
+                "list_objects_v2", Prefix=f"{below}/" if below else "", MaxKeys=_PAGE, **token
+            )
+            start = len(self.prefix) + 1 if self.prefix else 0
+            entries += [
+                Entry(key=item["Key"][start:], size=item["Size"])
+                for item in page.get("Contents", ())
+                if not item["Key"].endswith("/")  # "folders" that consoles make
+            ]
+            if not page.get("IsTruncated"):
+                return entries
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def holds(self, key: str, path: Path) -> bool:
+        """By the checksum that the server computed; read back where it has none, or another one:
+        of an upload in parts it depends on their size.
+
+        Raises:
+            StoreError: it isn't encrypted as this store was told to.
+        """
+        name = self._name(key)
+        stored = self._call("head_object", "NoSuchKey", "404", Key=name, ChecksumMode="ENABLED")
+        if not stored or stored["ContentLength"] != path.stat().st_size:
+            return False
+        if self._how[0] not in ("", found := stored.get("ServerSideEncryption", "none")):
+            raise StoreError(
+                f"{self.uri(key)} has encryption {found}, not {self._how[0]}: the server ignores "
+                "what it is asked for, or the file was there before; delete it, or ask for none"
+            )
+        computed = stored.get("ChecksumSHA256", "").partition("-")[0]
+        if computed == _sha256_by_parts(path):
+            return True
+
+        def take(answer: Any) -> str:
+            digest = hashlib.sha256()
+            for block in answer["Body"].iter_chunks(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+
+        return bool(self._call("get_object", take=take, Key=name) == file_sha256(path))
+
+    def _put(self, path: Path, key: str, progress: Progress | None = None) -> None:
+        extra = {"ChecksumAlgorithm": "SHA256", **self._extra()}
+        name = self._name(key)
+        self._call("upload_file", filename=str(path), key=name, callback=progress, extra_args=extra)
+
+    def _get(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        self._call("download_file", filename=str(path), key=self._name(key), callback=progress)
+
+    def _extra(self) -> dict[str, str]:
+        """What S3 is told about everything that is written."""
+        encryption, key, tags = self._how
+        extra = {"ServerSideEncryption": encryption, "SSEKMSKeyId": key, "Tagging": urlencode(tags)}
+        return {name: value for name, value in extra.items() if value}
+
+    def _name(self, key: str) -> str:
+        return f"{self.prefix}/{checked(key)}".lstrip("/")
+
+    def _call(
+        self,
+        method: str,
+        *absent: str,
+        take: Callable[[Any], Any] = lambda answer: answer,
+        **arguments: Any,
+    ) -> Any:
+        """One request, or one file's transfer; None where its refusal has a code in `absent`.
+
+        `take` reads the body: where that breaks off, both are done again.
+        """
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        conflicts = broken = 0
+        while True:
+            try:
+                if method.endswith("_file"):
+                    return getattr(self._transfer(), method)(bucket=self.bucket, **arguments)
+                client = self._connected()
+                return take(getattr(client, method)(Bucket=self.bucket, **arguments) or {})
+            except (ClientError, BotoCoreError, Boto3Error) as error:
+                # boto3 wraps what S3 said about an upload into a text.
+                cause = error.__context__ if isinstance(error, Boto3Error) else error
+                if isinstance(cause, ClientError):
+                    code = cause.response.get("Error", {}).get("Code", "")
+                else:
+                    code = type(cause or error).__name__
+                if code in absent:
+                    return None
+                # Two conditional writes at once: S3 asks to try again.
+                conflicts += code == "ConditionalRequestConflict"
+                broken += code in _BROKEN_OFF
+                if code == "ConditionalRequestConflict" and conflicts < _CONFLICTS:
+                    continue
+                if code in _BROKEN_OFF and broken < ATTEMPTS and not method.endswith("_file"):
+                    time.sleep(random.random() * 2**broken / 4)
+                    continue
+                raise self._explain(code, str(cause or error)) from error
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            import boto3
+            from botocore.config import Config as ClientConfig
+
+            # A session of its own: the default one is shared, and not made for threads.
+            self._client = boto3.Session().client(
+                "s3",
+                config=ClientConfig(
+                    connect_timeout=5,
+                    read_timeout=READ_SECONDS,
+                    max_pool_connections=2 * PARALLEL,
+                    retries={"mode": "standard", "max_attempts": ATTEMPTS},
+                ),
+            )
+        return self._client
+
+    def _transfer(self) -> Any:
+        """One for all files, so that connections and memory don't grow with their number."""
+        if self._transfers is None:
+            from boto3.s3.transfer import S3Transfer, TransferConfig, create_transfer_manager
+
+            config = TransferConfig(
+                multipart_threshold=PART,
+                multipart_chunksize=PART,
+                max_concurrency=PARALLEL,
+                preferred_transfer_client="classic",
+            )
+            self._transfers = S3Transfer(manager=create_transfer_manager(self._connected(), config))
+        return self._transfers
+
+    def _explain(self, code: str, text: str) -> StoreError:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        place = self.root + (f" at {endpoint}" if endpoint else "")
+        reasons = {
+            "NoSuchBucket": f"there is no bucket {self.bucket}; make it, or choose another root",
+            "NoCredentialsError": "there are no credentials; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or a profile",
+            "PartialCredentialsError": "the credentials are incomplete; set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY",
+            "InvalidAccessKeyId": "the access key is unknown; check AWS_ACCESS_KEY_ID",
+            "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+            "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+            "ExpiredToken": _RENEW,
+            "400": f"the request is refused without a reason; perhaps {_RENEW}",
+            "AccessDenied": _DENIED,
+            "403": _DENIED,
+            "404": "there is no such object (or bucket)",
+            "SSLError": "its certificate isn't trusted; name your authority's in AWS_CA_BUNDLE",
+            "EndpointConnectionError": _SILENT,
+            "ConnectTimeoutError": _SILENT,
+            "ReadTimeoutError": f"no byte in {READ_SECONDS:g} s; check the network and the server",
+            "BadDigest": "what arrived there is not what was sent; check the network",
+            "RetriesExceededError": f"a file broke off {ATTEMPTS} times; check network and server",
+            "NoRegionError": "no region is set; set AWS_DEFAULT_REGION",
+            "ParamValidationError": "the bucket's name is not valid; check the root",
+        }
+        kind = StoreAway if code in _AWAY else StoreError
+        return kind(redact(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}"))
+
+
+def _sha256_by_parts(path: Path) -> str:
+    """S3's SHA-256 of a file: its own, or of an upload in parts that of the parts' digests."""
+    with path.open("rb") as file:
+        if path.stat().st_size < PART:
+            return base64.b64encode(hashlib.file_digest(file, "sha256").digest()).decode()
+        parts = b"".join(
+            hashlib.sha256(part).digest() for part in iter(lambda: file.read(PART), b"")
+        )
+    return base64.b64encode(hashlib.sha256(parts).digest()).decode()
