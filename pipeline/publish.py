@@ -248,8 +248,8 @@ def _check_room(folder: Path, files: Sequence[File]) -> None:
     needed, free = sum(file.size for file in files), shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFull(
-            f"{folder} has room for {free / 2**30:.2f} GiB, {needed / 2**30:.2f} GiB are missing: "
-            "free some space or choose another folder"
+            f"{folder} has room for {free >> 20} MiB, {needed >> 20} MiB are missing: free some "
+            "space or choose another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 endpoint that checks checksums, as S3 does, and injects faults."""
+"""An HTTP proxy in front of an S3 endpoint: it checks checksums as S3 does, and injects faults."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Fault:
     """Instead of a reset the answer ends there, and says that it was meant to."""
     stall: bool = False
     """At `cut`, silence until the peer gives up."""
+    drop: bool = False
+    """The connection is reset in the middle of the request: S3 sees none of it."""
     flip: bool = False
     """One bit of the body differs: of a request's on its way up, of an answer's on its way down."""
     call: Callable[[], object] | None = None
@@ -74,6 +76,9 @@ class Proxy:
                 fault = next((it for it in proxy.faults if it.fits(self.command, self.path)), None)
                 if fault and fault.call:
                     fault.call()
+                if fault and fault.drop:
+                    self._break_off(stall=False)
+                    return
                 if fault and fault.status:
                     self._refuse(fault.status, fault.code)
                     return
@@ -81,7 +86,10 @@ class Proxy:
                 if fault and fault.flip and up and body:
                     body = body[:-1] + bytes([body[-1] ^ 1])
                 promised = self.headers.get("x-amz-checksum-sha256")
-                if promised and base64.b64encode(hashlib.sha256(body).digest()).decode() != promised:
+                if (
+                    promised
+                    and base64.b64encode(hashlib.sha256(body).digest()).decode() != promised
+                ):
                     # moto believes what it is told; S3 looks.
                     self._refuse(400, "BadDigest")
                     return

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from safetensors.torch import load_file, save_file
 
 import adsc
 from pipeline.manifest import ExportError, verify_folder, write_manifest
+from pipeline.publish import pull
 from pipeline.stages.card import Card, write_card
-from pipeline.stages.export import ExportConfig, compare_logits, export, main
+from pipeline.stages.export import ExportConfig, compare_logits, export, main, runs_behind
+from pipeline.store import open_store
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
+from workflows.cli import main as command
 from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
 PLAN = "1:1/2"
@@ -344,3 +348,164 @@ def test_a_picture_that_is_none_is_a_clear_error(copy: Path) -> None:
     model.load_context(PythonModelContext({"checkpoint": str(copy)}, None))
     with pytest.raises(ValueError, match="must be a base64 PNG or JPEG"):
         model._answer("bm90IGEgcGljdHVyZQ==", "what?", 3)
+
+
+def test_the_folder_says_what_was_measured_and_on_what_it_was_trained(
+    merged: Path, tmp_path: Path
+) -> None:
+    """As the stages hand it over: results.json and the data's manifest.json."""
+    own = {"name": "mine", "trained": True, "plan": PLAN, "accuracy": {"mean": 0.9}}
+    own |= {"retention": 0.97, "retention_interval": {"mean": 0.97, "low": 0.94, "high": 0.99}}
+    own |= {"flops": 30, "kv_cache_bytes": 20, "average_vision_tokens": 12.0}
+    control = own | {"name": "control", "plan": "", "flops": 60, "kv_cache_bytes": 40}
+    untrained = own | {"name": "untrained", "trained": False}
+    results = {"control_arm": "control", "arms": [own, control, untrained]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "manifest.json").write_text('{"in": 24}')
+    run(merged, tmp_path, ExportConfig(log_model=False))
+    measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (measured["arm"], measured["control"]) == ("mine", "control")
+    assert measured["own"] == {
+        "accuracy": 0.9,
+        "retention": 0.97,
+        "retention_low": 0.94,
+        "flops_of_control": 0.5,
+        "kv_cache_of_control": 0.5,
+        "average_vision_tokens": 12.0,
+    }
+    assert (tmp_path / "out" / "data_manifest.json").read_text() == '{"in": 24}'
+
+
+def version_of(exported: Exported) -> Any:
+    client = MlflowClient(exported.tracking_uri)
+    _, name, number = exported.outputs["mlflow_version"].rsplit("/", 2)
+    return client.get_model_version(name, number)
+
+
+def test_the_registry_knows_the_checkpoint_and_the_runs_behind_it(exported: Exported) -> None:
+    version = version_of(exported)
+    assert version.aliases == ["candidate"]
+    assert version.run_id == exported.tracker.run_id
+    assert version.tags["adsc.manifest"] == exported.outputs["manifest"]
+    assert (version.tags["adsc.plan"], version.tags["adsc.commit"]) == (PLAN, "8518b82")
+    assert "Plan `1:1/2`" in version.description
+    # The same again is no second version.
+    again = exported.tracker.model(
+        exported.folder, "tiny", {"adsc.manifest": exported.outputs["manifest"]}
+    )
+    assert again == (exported.outputs["mlflow_model"], exported.outputs["mlflow_version"])
+
+
+def test_lineage_goes_back_over_all_stages(tmp_path: Path) -> None:
+    from pipeline.record import Record, Source
+    from pipeline.stage import Input
+
+    store, first = open_store(str(tmp_path)), tmp_path / "first-0" / "attempts" / "1"
+    middle = tmp_path / "middle-0" / "attempts" / "1"
+    for record in (
+        Record(stage="first", fingerprint="1" * 64, attempt="1", run_id="run of first"),
+        Record(
+            stage="middle",
+            fingerprint="2" * 64,
+            attempt="1",
+            run_id="run of middle",
+            inputs={"x": Source(fingerprint="1" * 64, uri=str(first))},
+        ),
+    ):
+        store.create(f"{record.stage}-0/record.json", record.model_dump_json().encode())
+    last = Record(
+        stage="last",
+        fingerprint="3" * 64,
+        attempt="1",
+        inputs={
+            "y": Source(fingerprint="2" * 64, uri=str(middle)),
+            "gone": Source(fingerprint="4" * 64, uri=str(tmp_path / "gone-0/attempts/1")),
+        },
+    )
+    assert runs_behind({"merge": Input(last)}) == {
+        "first": "run of first",
+        "middle": "run of middle",
+    }
+
+
+def promote(exported: Exported, *words: str) -> int:
+    return command(["promote", "tiny", "--mlflow", exported.tracking_uri, *words])
+
+
+def test_an_alias_moves_only_through_the_gates(
+    exported: Exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, version = MlflowClient(exported.tracking_uri), version_of(exported)
+
+    def champion() -> object:
+        return client.get_registered_model("tiny").aliases.get("champion")
+
+    assert promote(exported) == 1
+    assert "not measured" in capsys.readouterr().out and champion() is None
+    for name, value in (("retention_low", "0.93"), ("flops_of_control", "0.66")):
+        client.set_model_version_tag("tiny", version.version, f"adsc.{name}", value)
+    assert promote(exported, "--min-retention", "0.95", "--max-cost", "0.7") == 1
+    said = capsys.readouterr().out
+    assert "refused: champion stays with version none" in said and champion() is None
+    assert promote(exported, "--min-retention", "0.9", "--max-cost", "0.6") == 1
+    assert promote(exported, "--min-retention", "0.9", "--max-cost", "0.7", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["refused"] == []
+    assert str(champion()) == str(version.version)
+    promoted = version_of(exported).tags["adsc.promoted.champion"]
+    assert "retention (lower end) at least 0.9: 0.93" in promoted
+    assert promote(exported, "--version", "77") == 2
+    assert "can't promote tiny" in capsys.readouterr().err
+
+
+def test_export_and_pull_by_command(
+    exported: Exported, s3_endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of the stage: loaded back from S3 in a fresh process, and the same bits below."""
+    address = f"s3://lab/{uuid.uuid4().hex}/tiny"
+    assert command(["export", str(exported.folder), address, "--tolerance", "0", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert done["probe"]["worst_difference"] == 0 and done["probe"]["largest_logit"] > 0.1
+    assert (done["digest"], done["moved"]) == (exported.outputs["manifest"], done["files"] - 1)
+    assert command(["export", str(exported.folder), address]) == 0
+    assert "it was there already: nothing was done" in capsys.readouterr().out
+    copy = tmp_path / "copy"
+    assert command(["pull", address, str(copy), "--expect", done["digest"]]) == 0
+    assert "all verified" in capsys.readouterr().out
+    for path in exported.folder.rglob("*"):
+        if path.is_file():
+            assert (copy / path.relative_to(exported.folder)).read_bytes() == path.read_bytes()
+    assert command(["pull", address, str(tmp_path / "other"), "--expect", "0" * 64]) == 2
+    assert "another checkpoint, or one that was tampered with" in capsys.readouterr().err
+
+
+def test_any_saved_model_can_be_exported(
+    merged: Path, s3_endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `save_pretrained` leaves: no probe, no card, no manifest; and never a module."""
+    source = changed(merged, tmp_path)
+    (source / "probe.safetensors").unlink()
+    address = f"s3://lab/{uuid.uuid4().hex}"
+    words = ["export", str(source), address, "--name", "mine", "--base", "our/base"]
+    (source / "modeling.py").write_text("raise SystemExit('executed')")
+    assert command(words) == 2
+    assert "modeling.py: only" in capsys.readouterr().err
+    (source / "modeling.py").unlink()
+    assert command(words) == 0
+    assert command(words) == 0
+    assert "nothing was done" in capsys.readouterr().out
+    assert command(["pull", address, str(tmp_path / "copy"), "--check"]) == 0
+    assert adsc.plan_of(adsc.from_pretrained(tmp_path / "copy")) == adsc.PruningPlan.parse(PLAN)
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "# mine" in card and "before layer 1, 1/2 of the vision tokens stay" in card
+    assert not (source / "README.md").exists() and not (source / "manifest.json").exists()
+
+
+def test_the_stage_publishes_where_it_is_told(
+    merged: Path, s3_endpoint: str, tmp_path: Path
+) -> None:
+    address = f"s3://lab/{uuid.uuid4().hex}"
+    outputs = run(merged, tmp_path, ExportConfig(log_model=False, to=address, tolerance=0))
+    assert outputs["published"] == address
+    done = pull(open_store(address), tmp_path / "copy")
+    assert done.digest == outputs["manifest"]
+    assert verify_folder(tmp_path / "copy") == verify_folder(tmp_path / "out")
