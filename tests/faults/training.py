@@ -35,10 +35,10 @@ from pipeline.store import open_store
 from pipeline.training.config import LoraSettings, TrainConfig
 from tests.faults.kills import VICTIMS, processes
 
-EVERY = 4  # steps between two checkpoints
+EVERY = 15  # steps between two checkpoints: longer than it takes to register one
 CONFIG: dict[str, Any] = {
     "plan": "1:1/2",
-    "steps": 24,
+    "steps": 75,
     "batch_size": 4,
     "learning_rate": 1e-3,
     "lora": LoraSettings(rank=8, alpha=16, dropout=0.0),
