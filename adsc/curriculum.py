@@ -41,6 +41,16 @@ def curriculum(
     ['2:1/16', '2:1/8', '2:1/4']
     """
     plan = as_plan(target)
+    each = pressures(order, stages, extreme)
+    return [plan if pressure == 1 else scale_plan(plan, pressure) for pressure in each]
+
+
+def pressures(order: str = "reverse", stages: int = 3, extreme: float = 1.5) -> list[float]:
+    """The pressure of each training stage, for targets that aren't known yet; the last is 1.
+
+    >>> pressures("reverse", stages=3, extreme=2)
+    [2.0, 1.5, 1.0]
+    """
     if order not in ORDERS:
         raise PlanError(f"curriculum {order!r} is unknown; choose one of {', '.join(ORDERS)}")
     if stages < 1:
@@ -48,5 +58,4 @@ def curriculum(
     if extreme <= 1:
         raise PlanError(f"extreme = {extreme} must be above 1; `fixed` trains at the target alone")
     first = {"reverse": extreme, "forward": 1 / extreme, "fixed": 1.0}[order]
-    steps = [first + (1 - first) * i / (stages - 1) for i in range(stages - 1)]
-    return [plan if step == 1 else scale_plan(plan, step) for step in steps] + [plan]
+    return [first + (1 - first) * i / (stages - 1) for i in range(stages - 1)] + [1.0]

@@ -1,8 +1,8 @@
 """Which layers to drop at, so that a plan meets a budget: exhaustive search on exact integers.
 
 A budget is the mean over decoder layers of the vision tokens entering each, the number that tables
-of this field should share. The search lists every placement that meets it; it does not say which
-is best for accuracy, only which are possible.
+of this field should share; `PlacementSearch` takes any other cost of layers. The search lists every
+placement that meets it; it does not say which is best for accuracy, only which are possible.
 
 Legend: n vision tokens of one image, L decoder layers, total = sum over layers of the tokens that
 enter each = average * L.
@@ -13,7 +13,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import ceil, floor
 
 from adsc.plan import PlanError, PruningPlan
 
@@ -63,7 +64,8 @@ def solve_plans(
     # The plan itself says how ratios are rounded; layers don't matter for the counts.
     shape = PruningPlan(stages=tuple(enumerate(ratios)))
     counts = [num_vision_tokens, *shape.tokens_after_drops(num_vision_tokens)]
-    search = _Search(counts, num_layers, first_layer, target * num_layers)
+    costs = [[count] * num_layers for count in counts]
+    search = PlacementSearch(costs, first_layer, target * num_layers)
 
     slack_total = slack * target * num_layers
     found = search.within(slack_total)
@@ -79,42 +81,58 @@ def solve_plans(
     )
 
 
-class _Search:
-    """Depth-first over increasing layers, cutting branches whose totals can't come close enough."""
+class PlacementSearch:
+    """Depth-first over increasing layers, cutting branches whose totals can't come close enough.
 
-    def __init__(self, counts: Sequence[int], num_layers: int, first_layer: int, target: Fraction):
-        self.counts = counts
-        self.num_layers = num_layers
+    Args:
+        costs: row s holds, for each decoder layer, what the layer costs after s drops, in whole
+            units (tokens, FLOPs, bytes); no row may cost more in any layer than the one before it.
+        first_layer: the first layer at which a drop is legal.
+        target: of the sum over layers.
+    """
+
+    def __init__(self, costs: Sequence[Sequence[int]], first_layer: int, target: Fraction):
+        self.drops, self.num_layers = len(costs) - 1, len(costs[0])
         self.first_layer = first_layer
         self.target = target
+        self._sums = [list(accumulate(row, initial=0)) for row in costs]
+
+    def _cost(self, stage: int, start: int, end: int) -> int:
+        """Of layers start..end-1 after `stage` drops."""
+        return self._sums[stage][end] - self._sums[stage][start]
 
     def _bounds(self, stage: int, start: int, total: int) -> tuple[int, int]:
         """Smallest and largest total when drops `stage`.. go to layers >= `start`, the layers
         before `start` summing to `total`: as early, and as late, as they fit."""
-        left = self.counts[stage + 1 :]
-        pending = self.num_layers - start
-        early = sum(left) + (pending - len(left)) * self.counts[-1]
-        # A drop at layer `start` already shortens it, so its own layer counts the tokens after it.
-        late = sum(left) + (pending - len(left)) * self.counts[stage]
+        left, end = range(self.drops - stage), self.num_layers
+        # A drop at a layer already shortens it, so its own layer costs what comes after it.
+        early = sum(self._cost(stage + 1 + i, start + i, start + i + 1) for i in left)
+        early += self._cost(self.drops, start + len(left), end)
+        first = end - len(left)
+        late = sum(self._cost(stage + 1 + i, first + i, first + i + 1) for i in left)
+        late += self._cost(stage, start, first)
         return total + early, total + late
 
     def within(self, slack: Fraction) -> Iterator[tuple[Fraction, tuple[int, ...]]]:
         """Every placement at most `slack` from the target, as (distance, layers)."""
-        opening = self.first_layer * self.counts[0]
+        opening = self._cost(0, 0, self.first_layer)
+        # Comparing whole numbers is much faster than comparing fractions.
+        least, most = ceil(self.target - slack), floor(self.target + slack)
         pending: list[tuple[tuple[int, ...], int, int]] = [((), self.first_layer, opening)]
         while pending:
             layers, start, total = pending.pop()
             stage = len(layers)
             low, high = self._bounds(stage, start, total)
-            if low - self.target > slack or self.target - high > slack:
+            if low > most or high < least:
                 continue
-            if stage == len(self.counts) - 1:
+            if stage == self.drops:
                 yield abs(low - self.target), layers
                 continue
-            last = self.num_layers - (len(self.counts) - 1 - stage)
+            last = self.num_layers - (self.drops - stage)
             for layer in range(start, last + 1):
-                before = total + (layer - start) * self.counts[stage]
-                pending.append(((*layers, layer), layer + 1, before + self.counts[stage + 1]))
+                before = total + self._cost(stage, start, layer)
+                after = before + self._cost(stage + 1, layer, layer + 1)
+                pending.append(((*layers, layer), layer + 1, after))
 
     def nearest(self, slack: Fraction) -> tuple[int, tuple[int, ...]]:
         """The total nearest to the target and its first layers, when `slack` is known to be too
@@ -123,14 +141,12 @@ class _Search:
             slack = max(2 * slack, Fraction(1))
             closest = min(self.within(slack), default=None)
             if closest is not None:
-                return self._total(closest[1]), closest[1]
+                return self.total(closest[1]), closest[1]
 
-    def _total(self, layers: tuple[int, ...]) -> int:
+    def total(self, layers: Sequence[int]) -> int:
+        """What all layers cost together under this placement."""
         edges = [0, *layers, self.num_layers]
-        return sum(
-            (end - start) * count
-            for (start, end), count in zip(pairwise(edges), self.counts, strict=True)
-        )
+        return sum(self._cost(stage, *edge) for stage, edge in enumerate(pairwise(edges)))
 
 
 def _plan(layers: Sequence[int], ratios: Sequence[Fraction]) -> PruningPlan:

@@ -4,14 +4,15 @@ A workflow (see workflows/) brings a config and the stages that make its data; e
 that is the same for the small demo and for a 7B model. Nothing here runs anything.
 """
 
-from typing import Any, Literal, Self
+from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from adsc.curriculum import curriculum
+from adsc.curriculum import pressures
 from adsc.plan import PlanError, PruningPlan
-from pipeline.config import Config, ConfigError, edit
+from pipeline.config import Config
 from pipeline.data.templates import NAMES
+from pipeline.search.config import FOUND, SearchConfig
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE_VERSION, BaseConfig, base, num_decoder_layers, pin_digest
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
@@ -19,41 +20,27 @@ from pipeline.stages.export import EXPORT_VERSION, ExportConfig, export
 from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
 from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
 from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.search import (
+    SEARCH_DATA_VERSION,
+    SEARCH_VERSION,
+    SearchDataConfig,
+    SearchStageConfig,
+    evaluate_found,
+    merge_found,
+    search,
+    search_data,
+    train_found,
+)
 from pipeline.stages.train import TRAIN_VERSION, train_stage
 from pipeline.training.config import TrainConfig
-
-
-class CurriculumConfig(Config):
-    """The way to the target plan; see adsc.curriculum."""
-
-    order: Literal["reverse", "forward", "fixed", "explicit"] = "reverse"
-    """reverse: heaviest compression first. forward: mild first. fixed: the target throughout.
-    explicit: the plans in `plans`."""
-    stages: int = Field(3, ge=1)
-    """Training stages, each one Ray Train run; `explicit` has one for each of its plans."""
-    extreme: float = Field(1.5, gt=1)
-    """The first stage's keep ratios are the target's to this power (or its inverse)."""
-    plans: tuple[str, ...] = ()
-    """For `explicit`: the plan of each training stage; the last is the target."""
-    training: tuple[dict[str, Any], ...] = ()
-    """Changes of `train` for single stages, one mapping each: `[{learning_rate: 1e-4}, {}, {}]`;
-    empty trains all alike."""
-
-    @model_validator(mode="after")
-    def _plans_belong_to_explicit(self) -> Self:
-        if bool(self.plans) != (self.order == "explicit"):
-            raise ValueError(
-                f"curriculum.order = {self.order} with {len(self.plans)} plans: list the plans of "
-                "`explicit`, and of no other order, in curriculum.plans"
-            )
-        return self
+from pipeline.training.curriculum import CurriculumConfig, configs_of, plans_of
 
 
 class CompressConfig(Config):
     """Everything that decides what a compression computes."""
 
     plan: str
-    """The target plan, such as `2:1/4,5:1/4`."""
+    """The target plan, such as `2:1/4,5:1/4`; `search` is the one that the search stage finds."""
     base: BaseConfig
     """The checkpoint to compress."""
     prepare: PrepareConfig = PrepareConfig()
@@ -70,6 +57,8 @@ class CompressConfig(Config):
     """The published checkpoint."""
     report: ReportConfig = ReportConfig()
     """The page and the figure."""
+    search: SearchConfig = SearchConfig()
+    """For `plan = search`: the space, the budget and the study."""
 
     @model_validator(mode="after")
     def _leave_what_is_filled_in(self) -> Self:
@@ -81,7 +70,17 @@ class CompressConfig(Config):
         given = [name for name, value in filled.items() if value]
         if given:
             raise ValueError(f"{', '.join(given)} follow from `plan` and `curriculum`: set those")
+        if self.plan == FOUND and self.curriculum.order == "explicit":
+            raise ValueError(
+                "plan = search and curriculum.order = explicit contradict: plans can't be listed "
+                "before the target is found; choose reverse, forward or fixed"
+            )
         return self
+
+    @property
+    def searched(self) -> bool:
+        """Whether the plan comes from a search."""
+        return self.plan == FOUND
 
 
 def compress(config: CompressConfig, data: Stage) -> list[Stage]:
@@ -93,7 +92,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         PlanError: a plan that is malformed or that names a layer which the base does not have.
     """
     layers = num_decoder_layers(config.base.source)
-    if layers is not None:
+    if layers is not None and not config.searched:
         PruningPlan.parse(config.plan).check_layers(layers)
     if config.prepare.template not in NAMES:
         raise ValueError(
@@ -119,7 +118,10 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             needs={"data": data.name, "base": "base"},
         ),
     ]
+    stages += _search(config)
     plans = training_plans(config)
+    # Stages that run with a found plan are told by its stage, and known by its fingerprint.
+    found = {FOUND: "search"} if config.searched else {}
     stages += _train_and_merge("train", "merge", plans, config)
     stages += _train_and_merge("control", "merge-control", [""] * len(plans), config)
     arms = (
@@ -146,16 +148,16 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             trained=True,
         ),
     )
-    trained = {s.name: s.name for s in stages if s.body is train_stage}
+    trained = {s.name: s.name for s in stages if s.body in (train_stage, train_found)}
     checkpoints = {name: name for name in ("base", "merge", "merge-control")}
     stages += [
         Stage(
             name="evaluate",
             title="evaluate: every arm, same questions",
-            body=evaluate,
+            body=evaluate_found if config.searched else evaluate,
             version=EVALUATE_VERSION,
             config=config.evaluate.model_copy(update={"arms": arms, "seed": config.train.seed}),
-            needs={"data": "prepare", **checkpoints, **trained},
+            needs={"data": "prepare", **checkpoints, **trained, **found},
         ),
         Stage(
             name="export",
@@ -178,44 +180,58 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
 
 
 def training_plans(config: CompressConfig) -> list[str]:
-    """The plan of each training stage.
-
-    Raises:
-        PlanError: a malformed plan, or an explicit list that does not end with the target.
-    """
-    way, target = config.curriculum, PruningPlan.parse(config.plan)
-    if way.order != "explicit":
-        return [str(plan) for plan in curriculum(target, way.order, way.stages, way.extreme)]
-    plans = [PruningPlan.parse(plan) for plan in way.plans]
-    if plans[-1] != target:
-        raise PlanError(
-            f"curriculum.plans end with {way.plans[-1]!r}, the target is {config.plan!r}: the last "
-            "training stage has to train what the finished model runs with"
-        )
-    return [str(plan) for plan in plans]
+    """The plan of each training stage; see `plans_of`. Those of a search are references
+    (`found_plan`), as its own is."""
+    if config.searched:
+        way = config.curriculum
+        each = pressures(way.order, way.stages, way.extreme)
+        return [FOUND if pressure == 1 else f"{FOUND}^{pressure}" for pressure in each]
+    return plans_of(config.curriculum, config.plan)
 
 
 def training_configs(config: CompressConfig, plans: list[str]) -> list[TrainConfig]:
-    """The config of each training stage: `train`, changed as the curriculum says.
+    """The config of each training stage; see `configs_of`."""
+    return configs_of(config.curriculum, config.train, plans)
+
+
+def _search(config: CompressConfig) -> list[Stage]:
+    """The stages that find the plan; none where it is given.
 
     Raises:
-        ConfigError: changes for another number of stages, or keys that `train` lacks.
+        PlanError: a search without a budget.
     """
-    changes = config.curriculum.training or ({},) * len(plans)
-    if len(changes) != len(plans):
-        raise ConfigError(
-            f"curriculum.training has {len(changes)} entries for {len(plans)} training stages; "
-            "write one for each, {} where nothing changes"
-        )
-    filled = sorted({"plan", "seed"} & {key for change in changes for key in change})
-    if filled:
-        raise ConfigError(f"curriculum.training may not set {', '.join(filled)}")
+    if not config.searched:
+        return []
+    own = config.search
+    try:
+        own.budget  # noqa: B018  # raises
+    except ValueError as error:
+        raise PlanError(f"plan = search: {error} (as search.average=192)") from None
+    held = {"rows": own.rows, "confirm_rows": own.confirm_rows, "seed": own.seed}
+    # What doesn't change trials is left out of the search's identity.
+    train = TrainConfig(precision=config.train.precision)
+    way = CurriculumConfig()
+    if own.fidelity != "untrained":
+        train = config.train
+    if own.fidelity == "curriculum":
+        way = config.curriculum
     return [
-        # Each stage draws its own batches.
-        edit(config.train, change).model_copy(
-            update={"plan": plan, "seed": 1000 * config.train.seed + number}
-        )
-        for number, (plan, change) in enumerate(zip(plans, changes, strict=True), 1)
+        Stage(
+            name="search-data",
+            title="search-data: conversations for trials",
+            body=search_data,
+            version=SEARCH_DATA_VERSION,
+            config=SearchDataConfig(train_rows=own.train_rows, **held),
+            needs={"data": "prepare"},
+        ),
+        Stage(
+            name="search",
+            title=f"search: {own.trials} trials, {own.fidelity}",
+            body=search,
+            version=SEARCH_VERSION,
+            config=SearchStageConfig(search=own, train=train, curriculum=way),
+            needs={"base": "base", "data": "search-data"},
+        ),
     ]
 
 
@@ -223,15 +239,17 @@ def _train_and_merge(
     prefix: str, merged: str, plans: list[str], config: CompressConfig
 ) -> list[Stage]:
     stages: list[Stage] = []
+    searched = plans[-1] == FOUND
+    found = {FOUND: "search"} if searched else {}
     for number, train in enumerate(training_configs(config, plans), 1):
-        needs = {"base": "base", "data": "prepare"}
+        needs = {"base": "base", "data": "prepare", **found}
         if stages:
             needs["start"] = stages[-1].name
         stages.append(
             Stage(
                 name=f"{prefix}-{number}",
                 title=f"{prefix} {number}/{len(plans)}: LoRA with {train.plan or 'no drop'}",
-                body=train_stage,
+                body=train_found if searched else train_stage,
                 version=TRAIN_VERSION,
                 config=train,
                 needs=needs,
@@ -241,10 +259,10 @@ def _train_and_merge(
         Stage(
             name=merged,
             title=f"{merged}: adapter into base",
-            body=merge,
+            body=merge_found if searched else merge,
             version=MERGE_VERSION,
             config=config.merge.model_copy(update={"plan": plans[-1]}),
-            needs={"base": "base", "data": "prepare", "trained": stages[-1].name},
+            needs={"base": "base", "data": "prepare", "trained": stages[-1].name, **found},
         )
     )
     return stages

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, eval_cli, export_cli, jobs, prepare_cli, terminal
+from workflows import dry_run, eval_cli, export_cli, jobs, prepare_cli, search_cli, terminal
 from workflows.terminal import add_command
 
 if TYPE_CHECKING:
@@ -149,6 +149,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_workers(evaluation)
     _add_ray(evaluation)
     evaluation.set_defaults(run=_eval, workflow="eval")
+
+    search = add_command(
+        commands, "search", "find where and how much to prune, at a budget", search_cli.EXAMPLES
+    )
+    search_cli.add_arguments(search, _positive)
+    _add_run_options(search)
+    _add_ray(search)
+    search.set_defaults(run=_search)
 
     ls = add_command(
         commands, "ls", "workflows, or the stages of one with their state", LS_EXAMPLES
@@ -311,6 +319,14 @@ def _eval(options: argparse.Namespace) -> int:
     # What is printed as JSON goes to a program: people read progress on the other stream.
     console = Console(stderr=True, width=200) if options.json else terminal.console()
     return eval_cli.run(options, _context(options), console)
+
+
+def _search(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    workflow = search_cli.edited(load_workflow(options.workflow, options.changes), options)
+    console = Console(stderr=True, width=200) if options.json else terminal.console()
+    return search_cli.run(workflow, options, _context(options), console)
 
 
 def _print_states(console: Console, states: Sequence[Any], titles: dict[str, str]) -> None:

@@ -47,6 +47,17 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
             markup=False,
         )
         return 0
+    if config.searched:
+        from pipeline.search.space import Costs, Space
+
+        plan = Space(Costs(model, config.search), config.search).known()["middle"].plan
+        config = config.model_copy(update={"plan": plan})
+        console.print(
+            f"plan = search: costs and training are those of {plan}, one of the plans that meet "
+            "the budget; `adsc search --dry-run` shows more",
+            markup=False,
+            soft_wrap=True,
+        )
     plans = training_plans(config)
     _show_costs(console, model, plans)
     given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}

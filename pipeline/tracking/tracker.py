@@ -47,6 +47,7 @@ __all__ = [
     "RunHandle",
     "Tracker",
     "TrackingError",
+    "child_run",
     "default_uri",
     "prepare",
     "reconcile",
@@ -110,6 +111,16 @@ def stage_run(
         tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     tracker.finish("FINISHED")
+
+
+def child_run(parent: Tracker, name: str, tags: Mapping[str, str]) -> Tracker:
+    """A run below another one, such as a trial below its search; `finish` closes it. Below a
+    tracker that writes nowhere, it writes nowhere."""
+    handle = parent.handle
+    if handle.run_id is None and not handle.token:
+        return Tracker(RunHandle("", None))
+    tags = {"mlflow.parentRunId": parent.id_for_children, **tags}
+    return _open_run(handle.tracking_uri, handle.experiment, name, tags, handle.spool or None)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ class Sources:
     data: Path
     start: Path | None = None
     """Trained weights of the stage before, or None; AdamW's moments lie beside that folder."""
+    model: Any = None
+    """The base where somebody has loaded it, as this config asks; it is changed in place."""
 
 
 def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
@@ -129,8 +131,9 @@ def _prepare(
     config: TrainConfig, sources: Sources, strategy: Strategy, device: torch.device
 ) -> None:
     """Load the base, attach the plan, add the adapter, and hand all of it to the strategy."""
+    model = sources.model
     with strategy.loading():
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = model or AutoModelForImageTextToText.from_pretrained(
             sources.base,
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             attn_implementation=config.attention,

@@ -1,0 +1,151 @@
+"""What a search for a placement looks for, and how; apart from it, so that recipes load no Optuna.
+
+A config says what is computed. How many trials run at once, and on what, is the run's context.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config import OPERATIONAL, Config
+
+FOUND = "search"
+"""As a workflow's plan: the one that the search stage finds."""
+Budget = float | tuple[float, float] | None
+UNITS = {
+    "average": "vision tokens on average",
+    "gflops": "GFLOPs",
+    "kv_mib": "MiB of KV cache",
+    "prefill_ms": "ms of prefill",
+}
+"""Budgets, of which a search has one -> their units."""
+
+
+class SearchConfig(Config):
+    """Where and how much to prune: the space, the budget that all its plans meet, and the study."""
+
+    average: Budget = None
+    """Budget: vision tokens of one picture that enter a decoder layer, mean over layers. A pair
+    (least, most) of this or of another budget searches the front of objective against cost."""
+    gflops: Budget = None
+    """Budget: GFLOPs (adsc.estimate_cost, exact) of a prefill of one picture and `text_tokens`."""
+    kv_mib: Budget = None
+    """Budget: MiB of keys and values after that prefill."""
+    prefill_ms: Budget = None
+    """Budget: milliseconds of a prefill of `batch_size` questions, as measured on a worker."""
+    tolerance: float = Field(0.01, ge=0, lt=1)
+    """How far a plan may be from a single budget, as a share of it."""
+    text_tokens: int = Field(101, ge=0)
+    """Tokens beside the picture's, for `gflops` and `kv_mib`."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of a picture in pixels, for models whose token count depends on it."""
+
+    drops: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    """Numbers of drops to try."""
+    keeps: tuple[str, ...] = Field(("1/8", "1/4", "1/3", "1/2", "2/3", "3/4"), min_length=1)
+    """Keep ratios of a drop to try; the drops of a plan may have different ones."""
+    anchors: tuple[Literal["last", "first", "center", "grid"], ...] = Field(
+        ("last", "first", "center"), min_length=1
+    )
+    """Anchors to try."""
+    first_layer: int = Field(0, ge=0)
+    """The first layer at which a drop is legal; above 0 for models that add vision features to
+    their first layers (Qwen3-VL)."""
+
+    known: tuple[str, ...] = ()
+    """Further plans to try first, beside those that everybody knows (Space.known)."""
+    trials: int = Field(64, gt=0)
+    """Plans to try, the known ones included."""
+    objective: Literal["loss", "accuracy"] = "loss"
+    """What is to be good on the validation conversations: mean loss of an answer token, or share of
+    right answers."""
+    fidelity: Literal["untrained", "lora", "curriculum"] = "untrained"
+    """What a trial does before it is judged: nothing; train an adapter for the last of `rungs`
+    steps; or the workflow's whole curriculum."""
+    rungs: tuple[int, ...] = ()
+    """After what of a trial it is compared and may be stopped: training steps (`lora`) or
+    validation conversations (`untrained`), ascending. Empty: it runs to its end; a curriculum's
+    rungs are its stages."""
+    eta: float = Field(3, gt=1)
+    """At each rung the best 1/eta of the trials that reached it go on (ASHA)."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """Who proposes: Optuna's TPE (of both objectives on a front), or a uniform draw."""
+    startup: int = Field(10, ge=0)
+    """Uniform draws before the sampler proposes, the known plans not counted."""
+    rows: int = Field(256, gt=0)
+    """Conversations on which trials are judged; taken out of the training split."""
+    confirm_rows: int = Field(256, gt=0)
+    """Further ones on which the best plan is compared with the best known one at the end; the
+    search never sees them."""
+    train_rows: int = Field(20_000, gt=0)
+    """At most so many of the others are what trials train on."""
+    batch_size: int = Field(32, gt=0)
+    """Conversations in a validation batch, and in the prefill that is timed."""
+    max_new_tokens: int = Field(8, gt=0)
+    """Longest answer in tokens, for `accuracy`."""
+    seed: int = 0
+    """Of draws, of the sampler, and of which conversations are taken out."""
+    workers_per_trial: int = Field(1, gt=0, json_schema_extra=OPERATIONAL)
+    """Above 1 a trial trains by Ray Train on so many workers."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        given = [name for name in UNITS if getattr(self, name) is not None]
+        if len(given) > 1:
+            said = " and ".join(f"{name} = {getattr(self, name)}" for name in given)
+            raise ValueError(f"{said} contradict: a search has one budget, leave out all but one")
+        for name in given:
+            low, high = _pair(getattr(self, name))
+            if not 0 < low <= high or (low == high and isinstance(getattr(self, name), tuple)):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)}: a budget is above 0, a range (least, most)"
+                )
+        if any(one < 1 for one in self.drops) or len(set(self.drops)) < len(self.drops):
+            raise ValueError(f"drops = {self.drops}: different whole numbers from 1")
+        if list(self.rungs) != sorted(set(self.rungs)) or any(rung < 1 for rung in self.rungs):
+            raise ValueError(f"rungs = {self.rungs} must ascend from 1")
+        if self.rungs and self.fidelity == "curriculum":
+            raise ValueError(
+                f"rungs = {self.rungs} and fidelity = curriculum contradict: the rungs of a "
+                "curriculum are its stages; leave rungs out"
+            )
+        if self.rungs and self.fidelity == "untrained" and self.rungs[-1] > self.rows:
+            raise ValueError(
+                f"rungs = {self.rungs} and rows = {self.rows} contradict: an untrained trial's "
+                "rungs are validation conversations, of which there are fewer"
+            )
+        if self.workers_per_trial > 1 and self.fidelity == "untrained":
+            raise ValueError(
+                f"workers_per_trial = {self.workers_per_trial} and fidelity = untrained "
+                "contradict: only training is shared by workers"
+            )
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float, float]:
+        """Name, least and most of the budget.
+
+        Raises:
+            ValueError: no budget is set.
+        """
+        for name in UNITS:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                return name, *value
+            if value is not None:
+                return name, value * (1 - self.tolerance), value * (1 + self.tolerance)
+        raise ValueError(f"a search needs a budget: set one of {', '.join(UNITS)}")
+
+    @property
+    def front(self) -> bool:
+        """Whether the cost is an objective too."""
+        return isinstance(getattr(self, self.budget[0]), tuple)
+
+    @property
+    def sign(self) -> int:
+        """What the objective is multiplied with so that less is better."""
+        return 1 if self.objective == "loss" else -1
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    return value if isinstance(value, tuple) else (value, value)
