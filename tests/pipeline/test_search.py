@@ -23,6 +23,7 @@ from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, Job, TrialRefused, segments
+from pipeline.search.tuning import Conductor, Worker, kept_trials
 from pipeline.stage import Input
 from pipeline.stages.search import (
     SearchDataConfig,
@@ -448,6 +449,40 @@ def test_accuracy_is_a_share_of_questions(small: Small, held: Path, tmp_path: Pa
 def test_prefill_is_measured_by_tokens(small: Small, held: Path, tmp_path: Path) -> None:
     times = Bench(job_of(small, held, tmp_path)).prefill()
     assert sorted(times) == [4, 8, 16, 32, 48, 64] and all(time > 0 for time in times.values())
+
+
+def test_a_trial_that_raises_is_recorded_and_no_other_ends(
+    small: Small, held: Path, tmp_path: Path
+) -> None:
+    """The actor's own steps, one after the other in this process."""
+    job = job_of(small, held, tmp_path, trials=9, startup=9, rungs=(2,), rows=6)
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(small.base)
+    study = Study(Space(Costs(model, job.search), job.search), job.search)
+    store = open_store(job.storage)
+    conductor, worker = Conductor(study, store), object.__new__(Worker)
+    started = False
+    while (proposal := conductor.suggest(f"trial {len(study.trials)}")) is not None:
+        tried = proposal._replace(plan="9:1/2") if proposal.number == 6 else proposal
+        given = {"proposal": tuple(tried)}
+        if started:
+            assert worker.reset_config(given)
+        else:
+            worker.setup(given, job)
+            started = True
+        while True:
+            result = worker.step()
+            if result["done"] or not conductor.goes_on(f"trial {proposal.number}", result):
+                break
+        conductor.over(f"trial {proposal.number}", result)
+    failed = [trial for trial in study.trials if trial.state == "failed"]
+    assert [trial.number for trial in failed] == [6]
+    assert "drops at layer 9, but the decoder has layers 0..3" in failed[0].reason
+    assert kept_trials(store) == study.trials and len(study.trials) == 9
+    assert all(len(trial.confirm) == 6 for trial in study.finished())
+    best = study.best()
+    assert best is not None and best.value == min(it.value for it in study.finished())
 
 
 # On Ray Tune
