@@ -259,7 +259,7 @@ def _answer_and_measure(
 
     run = ctx.run
     todo = len(unfinished(open_store(job.storage), shards))
-    count = max(1, min(_workers(ctx), todo))
+    count = max(1, min(workers_that_fit(ctx), todo))
     workers = start_workers(job, count, run.cpus_per_worker, run.gpus_per_worker)
     try:
         answer_all(job, shards, workers, ctx.progress)
@@ -284,7 +284,7 @@ def _answer_and_measure(
     return {**measured, "methods": methods}
 
 
-def _workers(ctx: StageContext) -> int:
+def workers_that_fit(ctx: StageContext) -> int:
     """As many as asked for; of a range, as many as the cluster has room for."""
     import ray
 

@@ -26,7 +26,7 @@ from pipeline.search.config import FOUND, UNITS, SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Study, Trial
 from pipeline.stage import Inputs, StageContext
-from pipeline.stages.evaluate import EvaluateConfig, evaluate
+from pipeline.stages.evaluate import EvaluateConfig, evaluate, workers_that_fit
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.train import train_stage
 from pipeline.store import Store, open_store
@@ -130,7 +130,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     """
     from pipeline.search.page import write_page
     from pipeline.search.trial import Job, segments
-    from pipeline.search.tuning import Conductor, kept_trials, run_trials
+    from pipeline.search.workers import kept_trials, run_trials
 
     path, name = ctx.train_storage
     store = open_store(open_store(path).uri(name))
@@ -162,7 +162,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
 
         for trial in study.trials:
             tracking.submit(_track, ctx, trial)
-        run_trials(Conductor(study, store, told), job, (path, name))
+        run_trials(study, job, store, workers_that_fit(ctx), told)
     best, known = study.best(), study.best_known()
     if best is None:
         reasons = sorted({trial.reason for trial in study.trials})[:3]

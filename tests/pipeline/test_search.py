@@ -23,7 +23,7 @@ from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, Job, TrialRefused, segments
-from pipeline.search.tuning import Conductor, Worker, kept_trials
+from pipeline.search.workers import Worker, ended, goes_on, kept_trials, key_of
 from pipeline.stage import Input
 from pipeline.stages.search import (
     SearchDataConfig,
@@ -460,22 +460,15 @@ def test_a_trial_that_raises_is_recorded_and_no_other_ends(
 
     model = AutoConfig.from_pretrained(small.base)
     study = Study(Space(Costs(model, job.search), job.search), job.search)
-    store = open_store(job.storage)
-    conductor, worker = Conductor(study, store), object.__new__(Worker)
-    started = False
-    while (proposal := conductor.suggest(f"trial {len(study.trials)}")) is not None:
+    store, worker = open_store(job.storage), Worker(job)
+    while (proposal := study.next()) is not None:
         tried = proposal._replace(plan="9:1/2") if proposal.number == 6 else proposal
-        given = {"proposal": tuple(tried)}
-        if started:
-            assert worker.reset_config(given)
-        else:
-            worker.setup(given, job)
-            started = True
-        while True:
-            result = worker.step()
-            if result["done"] or not conductor.goes_on(f"trial {proposal.number}", result):
-                break
-        conductor.over(f"trial {proposal.number}", result)
+        progress = worker.begin(tried)
+        while goes_on(study, proposal, progress):
+            progress = worker.go_on()
+        trial = ended(proposal, progress)
+        store.create(key_of(trial.number), json.dumps(trial.to_dict()).encode())
+        study.over(trial)
     failed = [trial for trial in study.trials if trial.state == "failed"]
     assert [trial.number for trial in failed] == [6]
     assert "drops at layer 9, but the decoder has layers 0..3" in failed[0].reason
@@ -485,7 +478,7 @@ def test_a_trial_that_raises_is_recorded_and_no_other_ends(
     assert best is not None and best.value == min(it.value for it in study.finished())
 
 
-# On Ray Tune
+# On Ray
 
 
 def stage_of(
