@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -68,9 +68,7 @@ def open_pictures(place: str, folder: Path) -> Pictures:
     if remote.is_remote(place):
         if place.endswith(".tar"):
             return TarPictures.index(remote.find(place))
-        if place.startswith("s3://"):
-            return StorePictures(open_store(place))
-        return RemotePictures(place.rstrip("/"))
+        return StorePictures(open_store(place))
     path = folder / place
     if path.is_file():
         return TarPictures.index([str(path)])
@@ -124,7 +122,7 @@ class FolderPictures:
 
 @dataclass(frozen=True)
 class StorePictures:
-    """Pictures in a bucket. A bucket that does not answer is an error, never a bad record."""
+    """Pictures at an address. One that does not answer is an error, never a bad record."""
 
     store: Store
     waits: ClassVar[bool] = True
@@ -138,23 +136,6 @@ class StorePictures:
         encoded = self.store.read(key)
         if encoded is None:
             raise BadRecord("missing_picture", f"{name!r} does not exist")
-        _check_bytes(name, len(encoded), limits)
-        return encoded
-
-
-@dataclass(frozen=True)
-class RemotePictures:
-    """Picture files below an address; one that does not answer is an error, never a bad record."""
-
-    root: str
-    waits: ClassVar[bool] = True
-
-    def read(self, name: str, limits: PictureLimits) -> bytes:
-        _check_name(name)
-        try:
-            encoded = remote.read(f"{self.root}/{_normal(name)}")
-        except FileNotFoundError:
-            raise BadRecord("missing_picture", f"{name!r} does not exist") from None
         _check_bytes(name, len(encoded), limits)
         return encoded
 
@@ -206,7 +187,7 @@ class TarPictures:
             raise BadRecord("path", f"{name!r} is a link or special file in the tar file")
         _check_bytes(name, size, limits)
         if self.waits:
-            return remote.read(self.files[number], offset, offset + size)
+            return remote.read_part(self.files[number], offset, offset + size)
         with Path(self.files[number]).open("rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -228,7 +209,10 @@ def _members(path: str) -> list[tuple[str, int, int]]:
     with `..` or an absolute path are left out."""
     found = []
     try:
-        with _open_tar(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with (
+            remote.open_file(path, ahead=1 << 16) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header
                 name = _normal(member.name)
@@ -242,10 +226,6 @@ def _members(path: str) -> list[tuple[str, int, int]]:
             "be read by offset: decompress them"
         ) from None
     return found
-
-
-def _open_tar(path: str) -> IO[bytes]:
-    return remote.open_file(path) if remote.is_remote(path) else Path(path).open("rb")
 
 
 def _name_key(name: str) -> bytes:

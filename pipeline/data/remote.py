@@ -1,30 +1,18 @@
-"""Files at addresses: `s3://` through pyarrow, every other kind through fsspec.
+"""Files at addresses (s3://, gs://, https://, ...): found by name, and read in parts.
 
-Records are read from a copy on this machine, tar files in ranges, single pictures whole. Kinds
-other than http(s) need fsspec's package of that kind (gcsfs, adlfs, huggingface_hub, ...).
-Credentials come from the environment, never from an address.
+What can be read, and with which credentials, is the store's matter (`pipeline.store.open_store`).
 """
 
-import hashlib
-import os
-from collections.abc import Mapping
+import io
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import BinaryIO
 
-import fsspec
-from fsspec.implementations.arrow import ArrowFSWrapper
+from pipeline.store import Store, StoreError, open_store
 
-from pipeline.cache import Use, fetch
-
-CACHE = "~/.cache/adsc"
-CACHE_BYTES = 100 << 30
-_in_use: list[Use] = []  # copies that this process reads: nobody makes room by deleting them
 GLOB = frozenset("*?[")
-
-
-class RemoteError(ValueError):
-    """An address can't be read: which, why, and the way out."""
+_AHEAD = 1 << 20  # bytes that one request fetches at least
 
 
 def is_remote(place: str) -> bool:
@@ -32,113 +20,83 @@ def is_remote(place: str) -> bool:
 
 
 def find(place: str) -> list[str]:
-    """The files behind an address, which may be a glob, by name.
+    """The files behind an address, whose last part may be a glob, by name.
 
     Raises:
-        RemoteError: there is none.
+        StoreError: there is none.
     """
-    files, path = _open(place)
-    kind = place.partition("://")[0]
-    try:
-        if not GLOB.intersection(path):
-            found = [path] if files.isfile(path) else []
-        else:
-            found = sorted(path for path in files.glob(path) if files.isfile(path))
-    except OSError as error:
-        raise _failed(place, error) from None
+    root, name = _split(place)
+    store = _store(root)
+    if GLOB.intersection(name):
+        inside = [entry.key for entry in store.list("") if "/" not in entry.key]
+        found = [f"{root}/{key}" for key in inside if fnmatchcase(key, name)]
+    else:
+        found = [place] if store.size(name) is not None else []
     if not found:
-        raise RemoteError(
-            f"there is no file {place}; folders are read from disks only: name files, or a glob"
+        raise StoreError(
+            f"there is no file {place}; name files, or a glob of files in one folder: folders are "
+            "read from disks only"
         )
-    return [one if is_remote(one) else f"{kind}://{one}" for one in found]
+    return found
 
 
-def read(place: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes of a file, or of a part of it.
+def open_file(place: str, ahead: int = _AHEAD) -> BinaryIO:
+    """A file at a path or an address, to be read from anywhere in it.
+
+    Args:
+        ahead: bytes that one request fetches at least.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RemoteError: anything else went wrong.
+        StoreError: there is none at the address.
+        OSError: there is none at the path.
     """
-    files, path = _open(place)
-    try:
-        return bytes(files.cat_file(path, start, end))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # noqa: BLE001 - each kind of fsspec's raises its own client's
-        raise _failed(place, error) from None
+    if not is_remote(place):
+        return Path(place).open("rb")
+    root, name = _split(place)
+    size = _store(root).size(name)
+    if size is None:
+        raise StoreError(f"there is no file {place}")
+    return io.BufferedReader(_Parts(_store(root), name, size), ahead)
 
 
-def open_file(place: str) -> IO[bytes]:
-    """A file to be read from anywhere in it; little is read ahead."""
-    files, path = _open(place)
-    try:
-        return files.open(path, "rb", block_size=1 << 18)  # type: ignore[no-any-return]
-    except Exception as error:  # noqa: BLE001 - as above
-        raise _failed(place, error) from None
+def read_part(place: str, start: int, end: int) -> bytes:
+    """Bytes from `start` up to `end` of a file at an address."""
+    root, name = _split(place)
+    return _store(root).read_part(name, start, end)
 
 
-def local_copy(place: str) -> Path:
-    """A copy of a file on this machine, made once for each version of the file.
+class _Parts(io.RawIOBase):
+    """An object of a store as a file; each `readinto` is one request."""
 
-    It stays at least as long as this process.
-    """
-    files, path = _open(place)
-    try:
-        return _copy(place, _version(files.info(path)))
-    except Exception as error:  # noqa: BLE001 - as above
-        raise _failed(place, error) from None
+    def __init__(self, store: Store, key: str, size: int) -> None:
+        self._store, self._key, self._size, self._at = store, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        data = self._store.read_part(self._key, self._at, end)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _split(place: str) -> tuple[str, str]:
+    root, _, name = place.rpartition("/")
+    return root, name
 
 
 @cache
-def _copy(place: str, version: str) -> Path:
-    files, path = _open(place)
-    name = place.rpartition("/")[2]
-    folder = hashlib.sha256(f"{place} {version}".encode()).hexdigest()[:24]
-    use = fetch(
-        Path(CACHE).expanduser(),
-        f"records-{folder}",
-        CACHE_BYTES,
-        lambda made: files.get_file(path, str(made / name)),
-    )
-    _in_use.append(use)
-    return use.folder / name
-
-
-def _version(info: Mapping[str, Any]) -> str:
-    names = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
-    return " ".join(f"{name}={info[name]}" for name in names if info.get(name) is not None)
-
-
-def _failed(place: str, error: Exception) -> RemoteError:
-    why = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-    return RemoteError(f"can't read {place}: {why}; check the address, credentials and network")
-
-
-def _open(place: str) -> tuple[Any, str]:
-    kind, _, path = place.partition("://")
-    if kind == "s3":
-        return _s3(), path
-    if "@" in path.partition("/")[0]:
-        raise RemoteError(
-            f"the address {kind}://{path.rpartition('@')[2]} carries credentials: put them into "
-            "the environment"
-        )
-    try:
-        return fsspec.core.url_to_fs(place)  # type: ignore[no-any-return]
-    except (ImportError, ValueError) as error:  # the package of this kind, or the kind, is unknown
-        raise RemoteError(f"can't read {kind}:// addresses: {error}") from None
-
-
-@cache
-def _s3() -> ArrowFSWrapper:
-    from pyarrow.fs import S3FileSystem
-
-    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    how: dict[str, Any] = {}
-    if address:
-        how["scheme"], _, how["endpoint_override"] = address.rstrip("/").partition("://")
-        how["region"] = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-    if bundle := os.environ.get("AWS_CA_BUNDLE"):
-        how["tls_ca_file_path"] = bundle
-    return ArrowFSWrapper(S3FileSystem(**how))
+def _store(root: str) -> Store:
+    return open_store(root)

@@ -1,6 +1,6 @@
 """Where records come from: JSON lists, JSON Lines, Parquet and Hugging Face `datasets` folders.
 
-A place is a path or an address; what lies at an address is read from a copy on each machine.
+A place is a path or an address.
 
 A file is first cut into chunks without its records being kept (`index_file`), then any process
 reads any chunk (`read_chunk`): memory does not depend on a file's size. Nothing here judges a
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.remote import find, is_remote, local_copy
+from pipeline.data.remote import find, is_remote, open_file
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 4 << 20
@@ -80,9 +80,9 @@ def find_files(place: str, folder: Path, split: str) -> list[str]:
     return [str(path) for path in _local_files(folder / place, split)]
 
 
-def locate(file: str, folder: Path) -> Path:
-    """Where a file that `find_files` found can be read on this machine."""
-    return local_copy(file) if is_remote(file) else folder / file
+def locate(file: str, folder: Path) -> str:
+    """Where a file that `find_files` found, perhaps on another machine, is here."""
+    return file if is_remote(file) else str(folder / file)
 
 
 def _local_files(place: Path, split: str) -> list[Path]:
@@ -117,42 +117,48 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     return own or found
 
 
-def index_file(path: Path) -> Iterator[Chunk]:
+def index_file(place: str | Path) -> Iterator[Chunk]:
     """The chunks of a file, in order; only their places are kept.
 
     Raises:
         SourceError: the file's frame is broken (not records in it: those are read later).
     """
+    place, name = str(place), _name(str(place))
     try:
-        with path.open("rb") as file:
+        with open_file(place) as file:
             head = file.read(_READ)
             if head[:4] == b"PAR1":
-                yield from _index_parquet(path)
-            elif path.suffix == ".arrow":
-                yield from _index_arrow(path)
+                yield from _index_parquet(place)
+            elif name.endswith(".arrow"):
+                yield from _index_arrow(place)
             elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise SourceError(f"{path.name} is UTF-16 text; convert it to UTF-8")
+                raise SourceError(f"{name} is UTF-16 text; convert it to UTF-8")
             elif head[:2] == b"\x1f\x8b":
-                raise SourceError(f"{path.name} is compressed; decompress it (gunzip) first")
+                raise SourceError(f"{name} is compressed; decompress it (gunzip) first")
             else:
                 start = len(_BOM) if head.startswith(_BOM) else 0
                 file.seek(start)
                 text = head[start:].lstrip()
-                yield from _index_text(path, file, start, text)
+                yield from _index_text(place, file, start, text)
     except OSError as error:
-        raise SourceError(f"can't read {path}: {error.strerror or error}") from None
+        raise SourceError(f"can't read {place}: {error.strerror or error}") from None
 
 
-def _index_text(path: Path, file: BinaryIO, start: int, head: bytes) -> Iterator[Chunk]:
+def _name(place: str) -> str:
+    return place.rpartition("/")[2]
+
+
+def _index_text(place: str, file: BinaryIO, start: int, head: bytes) -> Iterator[Chunk]:
+    name = _name(place)
     if head.startswith(b"["):
-        yield from _grouped(str(path), "list", _scan_list(path.name, file, start))
+        yield from _grouped(place, "list", _scan_list(name, file, start))
         return
-    if path.suffix != ".jsonl" and head.partition(b"\n")[0].strip() == b"{":
+    if not name.endswith(".jsonl") and head.partition(b"\n")[0].strip() == b"{":
         raise SourceError(
-            f"{path.name} holds one JSON object over several lines; write a JSON list of records, "
+            f"{name} holds one JSON object over several lines; write a JSON list of records, "
             "or one record a line (JSON Lines)"
         )
-    yield from _grouped(str(path), "lines", _scan_lines(path.name, file, start))
+    yield from _grouped(place, "lines", _scan_lines(name, file, start))
 
 
 def _grouped(
@@ -281,34 +287,34 @@ def _element_end(text: str, start: int) -> int | None:
     return None
 
 
-def _index_parquet(path: Path) -> Iterator[Chunk]:
+def _index_parquet(place: str) -> Iterator[Chunk]:
     try:
-        meta = pq.read_metadata(path)
-        names = pq.read_schema(path).names
+        with open_file(place) as file:
+            meta = pq.read_metadata(file)
     except pa.ArrowException as error:
-        raise SourceError(f"{path.name} is not a readable Parquet file: {error}") from None
-    _check_columns(path.name, names)
+        raise SourceError(f"{_name(place)} is not a readable Parquet file: {error}") from None
+    _check_columns(_name(place), meta.schema.to_arrow_schema().names)
     first = 0
     for group in range(meta.num_row_groups):
         count = meta.row_group(group).num_rows
-        yield _table_chunk(path, "parquet", group, first, count)
+        yield _table_chunk(place, "parquet", group, first, count)
         first += count
 
 
-def _index_arrow(path: Path) -> Iterator[Chunk]:
+def _index_arrow(place: str) -> Iterator[Chunk]:
     first = 0
     try:
-        with _open_arrow(path) as reader:
-            _check_columns(path.name, reader.schema.names)
+        with _open_arrow(place) as reader:
+            _check_columns(_name(place), reader.schema.names)
             for number, batch in enumerate(reader):
-                yield _table_chunk(path, "arrow", number, first, batch.num_rows)
+                yield _table_chunk(place, "arrow", number, first, batch.num_rows)
                 first += batch.num_rows
     except pa.ArrowException as error:
-        raise SourceError(f"{path.name} is not a readable Arrow stream: {error}") from None
+        raise SourceError(f"{_name(place)} is not a readable Arrow stream: {error}") from None
 
 
-def _open_arrow(path: Path) -> Any:
-    return pa.ipc.open_stream(pa.memory_map(str(path)))
+def _open_arrow(place: str) -> Any:
+    return pa.ipc.open_stream(open_file(place) if is_remote(place) else pa.memory_map(place))
 
 
 def _check_columns(name: str, names: Sequence[str]) -> None:
@@ -320,29 +326,30 @@ def _check_columns(name: str, names: Sequence[str]) -> None:
 
 
 def _table_chunk(
-    path: Path, kind: Literal["parquet", "arrow"], start: int, first: int, count: int
+    place: str, kind: Literal["parquet", "arrow"], start: int, first: int, count: int
 ) -> Chunk:
     return Chunk(
-        file=str(path), kind=kind, start=start, end=0, first=first, line=first + 1, count=count
+        file=place, kind=kind, start=start, end=0, first=first, line=first + 1, count=count
     )
 
 
-def read_chunk(chunk: Chunk, path: Path) -> Iterator[tuple[int, Any]]:
+def read_chunk(chunk: Chunk, place: str | Path) -> Iterator[tuple[int, Any]]:
     """(line, record) of each record of a chunk; an `Unreadable` instead of one that can't be."""
+    place = str(place)
     if chunk.kind in ("list", "lines"):
-        with path.open("rb") as file:
+        with open_file(place) as file:
             file.seek(chunk.start)
             data = file.read(chunk.end - chunk.start)
         found = (_elements if chunk.kind == "list" else _lines)(data, chunk.line)
     else:
-        found = _rows(chunk, path)
+        found = _rows(chunk, place)
     number = 0
     for item in found:
         number += 1
         yield item
     if number != chunk.count:
         raise SourceError(
-            f"{path.name} has {number} records from line {chunk.line} on where it had "
+            f"{_name(place)} has {number} records from line {chunk.line} on where it had "
             f"{chunk.count} a moment ago: it was changed while being read; run again"
         )
 
@@ -379,22 +386,22 @@ def _parse(data: bytes) -> Any:
         return Unreadable("malformed", f"not JSON: {error}")
 
 
-def _rows(chunk: Chunk, path: Path) -> Iterator[tuple[int, Any]]:
+def _rows(chunk: Chunk, place: str) -> Iterator[tuple[int, Any]]:
     line = chunk.line
-    for batch in _batches(chunk, path):
+    for batch in _batches(chunk, place):
         for start in range(0, batch.num_rows, _TABLE_ROWS):
             for record in _dicts(batch.slice(start, _TABLE_ROWS)):
                 yield line, record
                 line += 1
 
 
-def _batches(chunk: Chunk, path: Path) -> Iterator[pa.RecordBatch]:
+def _batches(chunk: Chunk, place: str) -> Iterator[pa.RecordBatch]:
     if chunk.kind == "parquet":
-        with pq.ParquetFile(path) as file:
+        with open_file(place) as opened, pq.ParquetFile(opened) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             yield from file.iter_batches(_TABLE_ROWS, row_groups=[chunk.start], columns=columns)
         return
-    with _open_arrow(path) as reader:
+    with _open_arrow(place) as reader:
         for number, batch in enumerate(reader):
             if number == chunk.start:
                 yield batch.select([name for name in COLUMNS if name in batch.schema.names])
@@ -410,7 +417,7 @@ def _dicts(batch: pa.RecordBatch) -> list[Any]:
         return [record for row in range(batch.num_rows) for record in _dicts(batch.slice(row, 1))]
 
 
-def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
+def iter_records(place: str | Path) -> Iterator[tuple[int, Any]]:
     """(line, record) of every record of a file, in order; an `Unreadable` where one can't be."""
-    for chunk in index_file(path):
-        yield from read_chunk(chunk, path)
+    for chunk in index_file(place):
+        yield from read_chunk(chunk, place)

@@ -64,6 +64,13 @@ class Store(ABC):
         """The object and its version, None where there is none."""
 
     @abstractmethod
+    def size(self, key: str) -> int | None:
+        """The object's size in bytes, None where there is none."""
+
+    @abstractmethod
+    def _part(self, key: str, start: int, end: int) -> bytes: ...
+
+    @abstractmethod
     def create(self, key: str, data: bytes) -> str | None:
         """Create the object: its version, or None where there is one. Of many racers one wins."""
 
@@ -93,6 +100,20 @@ class Store(ABC):
         """The object's bytes, None where there is none."""
         found = self.read_versioned(key)
         return found[0] if found else None
+
+    def read_part(self, key: str, start: int, end: int) -> bytes:
+        """Bytes from `start` up to `end` of an object.
+
+        Raises:
+            Altered: there are fewer, or the server sends something else than was asked for.
+        """
+        data = self._part(key, start, end) if end > start else b""
+        if len(data) != end - start:
+            raise Altered(
+                f"{self.uri(key)} gave {len(data)} bytes where {end - start} were asked for, from "
+                f"{start} on: it was changed, or its server gives no parts of files"
+            )
+        return data
 
     def check_writable(self) -> None:
         """Raise a StoreError now rather than an hour into a run."""

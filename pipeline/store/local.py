@@ -43,6 +43,15 @@ class LocalStore(Store):
             raise explain_os(error, path) from error
         return data, _version(data)
 
+    def size(self, key: str) -> int | None:
+        path = self.folder / checked(key)
+        return path.stat().st_size if path.is_file() else None
+
+    def _part(self, key: str, start: int, end: int) -> bytes:
+        with (self.folder / checked(key)).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
     def create(self, key: str, data: bytes) -> str | None:
         path = self.folder / checked(key)
         with appearing(path, publish=False) as temporary:

@@ -47,6 +47,20 @@ class ReadOnlyStore(Store):
                 return None
         return data, hashlib.sha256(data).hexdigest()
 
+    def size(self, key: str) -> int | None:
+        with self._explained():
+            try:
+                size = self._system.info(self._at(key))["size"]
+            except FileNotFoundError:
+                return None
+            if size is None:
+                raise StoreError(f"{redact(self.uri(key))} does not tell its size: copy it first")
+            return int(size)
+
+    def _part(self, key: str, start: int, end: int) -> bytes:
+        with self._explained():
+            return bytes(self._system.cat_file(self._at(key), start, end))
+
     def list(self, prefix: str) -> list[Entry]:
         with self._explained():
             found = self._system.find(self._at(prefix) if prefix else self._path, detail=True)

@@ -90,6 +90,17 @@ class S3Store(Store):
         )
         return found
 
+    def size(self, key: str) -> int | None:
+        found = self._call("head_object", "NoSuchKey", "404", Key=self._name(key))
+        return int(found["ContentLength"]) if found else None
+
+    def _part(self, key: str, start: int, end: int) -> bytes:
+        def take(answer: Any) -> bytes:
+            return bytes(answer["Body"].read())
+
+        wanted = {"Key": self._name(key), "Range": f"bytes={start}-{end - 1}"}
+        return bytes(self._call("get_object", take=take, **wanted))
+
     def create(self, key: str, data: bytes) -> str | None:
         return self._conditional_put(key, data, IfNoneMatch="*")
 
