@@ -248,9 +248,8 @@ def parallel(options: argparse.Namespace) -> None:
     rates = {}
     try:
         for workers in (1, 2, 4):
-            root = f"{options.root}/parallel-{workers}"
             stages = search_stages(workflow(options, search__trials=24, search__seed=workers))
-            run = context(argparse.Namespace(root=root), num_workers=workers)
+            run = context(options, num_workers=workers)
             found = graph.run(stages, run, Console(quiet=True))
             uri = Path(found["search"].uri)
             trials = json.loads((uri / "results.json").read_text())["trials"]

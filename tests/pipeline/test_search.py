@@ -535,6 +535,23 @@ def test_trials_that_fail_are_told_and_all_of_them_end_the_stage(
     assert len(kept) == 3 and all(it["state"] == "failed" for it in kept)
 
 
+@pytest.mark.slow
+def test_a_trial_of_several_workers_is_a_ray_train_run(
+    small: Small, held: Path, tmp_path: Path
+) -> None:
+    """Its loss is that of one worker, up to the order of additions."""
+    config = SearchConfig(
+        average=32, tolerance=0.1, trials=1, fidelity="lora", rungs=(2, 3), workers_per_trial=2
+    )
+    ctx, given = stage_of(small, held, tmp_path, config, gpus_per_worker=0)
+    both = search(ctx, given)
+    alone = config.model_copy(update={"workers_per_trial": 1})
+    other, given = stage_of(small, held, tmp_path / "one", alone)
+    one = search(other, given)
+    assert both["plan"] == one["plan"]
+    assert both["value"] == pytest.approx(one["value"], rel=1e-4)
+
+
 def test_inputs_of_a_trial_travel(small: Small, held: Path, tmp_path: Path) -> None:
     import pickle
 
