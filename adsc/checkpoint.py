@@ -17,6 +17,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from adsc.attach import CONFIG_FIELD, attach
 from adsc.method import from_dict
 
+SAFE = {"use_safetensors": True, "trust_remote_code": False}
+"""Nothing that comes with a checkpoint is executed: no pickle, no module, and nobody is asked."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that does not hold what the model needs, or holds what it has no place for."""
@@ -27,14 +30,17 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
 
     Args:
         path_or_id: a directory, or a name on the hub.
-        kwargs: for `AutoModelForImageTextToText.from_pretrained`, for example `dtype`.
+        kwargs: for `AutoModelForImageTextToText.from_pretrained`, for example `dtype`; weights are
+            to be safetensors and code is not run, unless `use_safetensors=None` or
+            `trust_remote_code=True` say so.
 
     Raises:
         CheckpointError: weights are missing, unexpected or of another shape.
         PlanError: the plan does not fit the model.
     """
     auto: Any = AutoModelForImageTextToText
-    model, report = auto.from_pretrained(path_or_id, **(kwargs | {"output_loading_info": True}))
+    wanted = SAFE | kwargs | {"output_loading_info": True}
+    model, report = auto.from_pretrained(path_or_id, **wanted)
     wrong = {
         what: sorted(map(str, names))
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys")

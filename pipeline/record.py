@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +16,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.identity import SHORT
-from pipeline.redact import HIDDEN, redact
+from pipeline.redact import redact
 from pipeline.store import Store, StoreError, file_sha256, open_store
 
 SCHEMA = 1
-_SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY", re.IGNORECASE)
 
 
 def folder(stage: str, fingerprint: str) -> str:
@@ -221,9 +218,4 @@ def clean(value: Any) -> Any:
         return {key: clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    for name, secret in os.environ.items():
-        if _SECRET_VARIABLE.search(name) and len(secret) >= 8:
-            value = value.replace(secret, HIDDEN)
-    return redact(value)
+    return redact(value) if isinstance(value, str) else value

@@ -1,14 +1,15 @@
 """What may be shown of a nested config: dotted keys, and never a credential.
 
-Used wherever a config, a URI or an answer leaves the program for people to read: tracking and the
-report. It recognises credentials by the name of a key and by the shape of a value. It is a safety
-net, deliberately not a licence to put secrets into configs: storage and tracking credentials belong
-into the environment.
+Used wherever a config, a URI, an error or an answer leaves the program for people to read. It
+recognises credentials by the name of a key, by the shape of a value, and those of this process's
+environment by themselves. It is a safety net, deliberately not a licence to put secrets into
+configs: storage and tracking credentials belong into the environment.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,12 +36,20 @@ _SECRET_VALUE = re.compile(
 )
 
 
+_SECRET_VARIABLE = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY)(?!.*(_PATH|_FILE|_DIR|PARALLELISM)$)", re.I
+)
+
+
 def redact(text: str) -> str:
-    """The text with whatever looks like a credential replaced.
+    """The text with whatever looks like a credential replaced, and any secret of the environment.
 
     >>> redact("postgresql://ada:lovelace@db/mlflow")
     'postgresql://[redacted]@db/mlflow'
     """
+    for name, secret in os.environ.items():
+        if len(secret) >= 8 and secret in text and _SECRET_VARIABLE.search(name):
+            text = text.replace(secret, HIDDEN)
     return _SECRET_VALUE.sub(HIDDEN, text)
 
 

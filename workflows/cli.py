@@ -102,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("adsc: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except _user_errors() as error:
-        print(f"adsc: {error}", file=sys.stderr)
+        from pipeline.redact import redact
+
+        print(f"adsc: {redact(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
 
 
@@ -493,7 +495,7 @@ def _chat(options: argparse.Namespace) -> int:
     picture = _read_file(options.image)
     with _local_folder(options.checkpoint) as folder:
         model = adsc.from_pretrained(folder).eval()
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     asked = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
     for text in filter(None, asked):
         question = Question("chat", "chat", text, "", (picture,))

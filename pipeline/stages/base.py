@@ -91,7 +91,7 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
         )
     ctx.progress(1, 3, "loading")
     model = adsc.from_pretrained(source, use_safetensors=True)
-    processor = AutoProcessor.from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     adsc.detach(model)
     ctx.progress(2, 3, "copying")
     model.save_pretrained(ctx.out)

@@ -220,7 +220,7 @@ def _write_probe(folder: Path) -> None:
 
     import adsc
 
-    processor: Any = AutoProcessor.from_pretrained(folder)
+    processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     model = adsc.from_pretrained(folder, use_safetensors=True).eval()
     picture = Image.linear_gradient("L").convert("RGB")
     asked = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
@@ -305,7 +305,7 @@ def compare_logits(folder: Path) -> dict[str, float]:
 
     import adsc
 
-    AutoProcessor.from_pretrained(folder)
+    AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     model = adsc.from_pretrained(folder).eval()
     probe = load_file(folder / PROBE)
     expected = probe.pop("logits").float()

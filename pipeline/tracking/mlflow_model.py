@@ -47,7 +47,7 @@ class VisionLanguageModel(PythonModel):
         folder = context.artifacts["checkpoint"]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = adsc.from_pretrained(folder).eval().to(self.device)
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
     def predict(
         self,

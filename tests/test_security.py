@@ -1,0 +1,205 @@
+"""What docs/security.md claims: secrets stay where they are, checkpoints execute nothing, and what
+starts here listens on loopback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import secrets
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adsc
+from pipeline.attempt import execute
+from pipeline.config import Config
+from pipeline.failure import StageFailed
+from pipeline.manifest import ExportError
+from pipeline.progress import ProgressHandle
+from pipeline.stage import RunContext, Stage, StageContext
+from pipeline.stages.base import BaseConfig, base, resolve
+from pipeline.stages.export import ExportConfig, complete
+from pipeline.store import open_store
+from pipeline.tracking import tracker as tracking
+from tests.pipeline.contexts import stage_context
+from workflows.cli import main as command
+
+PLANTED = (
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD", "OPENAI_API_KEY",
+)  # fmt: skip
+
+
+class Careless(Config):
+    """A stage's config, with what belongs into the environment."""
+
+    api_key: str = ""
+    source: str = ""
+    fail: bool = False
+
+
+def careless(ctx: StageContext, config: Careless) -> dict[str, Any]:
+    """Tells every secret of its environment to everybody."""
+    told = " ".join(f"{name} is {os.environ[name]}" for name in PLANTED)
+    ctx.track.params({"said": told, "nested": {"password": config.api_key}})
+    ctx.track.tag("said", told)
+    ctx.track.note(told)
+    ctx.track.dataset(f"s3://key:{config.api_key}@bucket/x", "data", "0")
+    ctx.track.metrics({"loss": told})  # not a number: becomes a warning and a tag
+    ctx.progress(1, 1, "done")
+    if config.fail:
+        try:
+            raise OSError(told)
+        except OSError as error:
+            raise ValueError(f"can't open {config.source}") from error
+    return {"said": told, "url": config.source}
+
+
+def test_planted_secrets_are_nowhere_in_what_a_run_wrote(
+    s3_endpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Store, journals, MLflow's database and artifacts, logs, output, errors."""
+    planted = {name: secrets.token_hex(16) for name in PLANTED}
+    for name, secret in planted.items():
+        monkeypatch.setenv(name, secret)
+    hidden = {*planted.values(), key := secrets.token_hex(12)}
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    root = f"s3://lab/{uuid.uuid4().hex}"
+    uri = tracking.prepare(tracking.default_uri(tmp_path / "mlflow"), "adsc")
+    context = RunContext(
+        root=root, workflow="careless", tracking_uri=uri, cache=str(tmp_path / "cache")
+    )
+    messages = []
+    for fail in (False, True):
+        config = Careless(api_key=key, source=f"https://ada:{key}@host/x", fail=fail)
+        stage = Stage(name="careless", title="", body=careless, version=1, config=config)
+        try:
+            execute(stage, f"{fail:064d}", context, ProgressHandle(stage="careless"), {})
+        except StageFailed as error:
+            messages.append(str(error))
+    assert len(messages) == 1
+    assert command(["show", "demo", "evaluate", "--root", f"s3://ada:{key}@bucket/x"]) == 2
+    store, wrote = open_store(root), {"the error": messages[0].encode()}
+    for entry in store.list(""):
+        wrote[entry.key] = store.read(entry.key) or b""
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            wrote[str(path)] = path.read_bytes()
+    wrote["log"], wrote["output"] = caplog.text.encode(), "".join(capfd.readouterr()).encode()
+    names = " ".join(wrote)
+    for made in ("record.json", "failures/", "mlflow.db"):
+        assert made in names, names
+    assert b"said" in b"".join(wrote.values()) and b"[redacted]" in wrote["the error"]
+    found = [(name, secret) for name, it in wrote.items() for secret in hidden
+             if secret.encode() in it]  # fmt: skip
+    assert not found
+
+
+class Payload:
+    """A pickle that leaves a file when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    """A working checkpoint, to be tampered with."""
+    source = resolve("package://workflows/assets/tiny_base")
+    return shutil.copytree(source, tmp_path / "stranger")
+
+
+def test_no_pickle_of_a_checkpoint_is_loaded(stranger: Path, tmp_path: Path) -> None:
+    (stranger / "model.safetensors").unlink()
+    trace = tmp_path / "trace"
+    (stranger / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(trace)))
+    pickle.loads((stranger / "pytorch_model.bin").read_bytes())
+    assert trace.exists(), "the payload must work"
+    trace.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        adsc.from_pretrained(stranger)
+    with pytest.raises(OSError, match="safetensors"):
+        base(stage_context("base", tmp_path / "out", {}), BaseConfig(source=str(stranger)))
+    with pytest.raises(ExportError, match=r"pytorch_model\.bin: only"):
+        complete(stranger, tmp_path / "export", ExportConfig())
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_code_of_a_checkpoint_is_run(stranger: Path, tmp_path: Path, known: bool) -> None:
+    """`auto_map` names a module beside the weights; a model_type that transformers doesn't know
+    would make it ask."""
+    trace = tmp_path / "trace"
+    (stranger / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        content = json.loads((stranger / name).read_text())
+        autos = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer")
+        content["auto_map"] = dict.fromkeys(autos, "evil.Evil")
+        if not known:
+            content |= {"model_type": "evil", "processor_class": "Evil", "tokenizer_class": "Evil"}
+        (stranger / name).write_text(json.dumps(content))
+    context = stage_context("base", tmp_path / "out", {})
+    try:
+        base(context, BaseConfig(source=str(stranger)))
+    except ValueError as error:
+        assert not known and "trust_remote_code" in str(error)
+    else:
+        assert known
+    assert not trace.exists()
+    assert not list(context.out.rglob("*.py"))
+
+
+def test_a_template_can_not_reach_python(stranger: Path, tmp_path: Path) -> None:
+    """Chat templates are programs of strangers: they run in a sandbox."""
+    from jinja2.exceptions import SecurityError
+    from transformers import AutoProcessor
+
+    trace = tmp_path / "trace"
+    (stranger / "chat_template.jinja").write_text(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+        "{{ cycler.__init__.__globals__.os.system('touch " + str(trace) + "') }}"
+    )
+    processor: Any = AutoProcessor.from_pretrained(stranger, trust_remote_code=False)
+    with pytest.raises(SecurityError):
+        processor.apply_chat_template([{"role": "user", "content": "hello"}])
+    assert not trace.exists()
+
+
+@pytest.mark.slow
+def test_what_starts_here_listens_on_loopback(tmp_path: Path) -> None:
+    """The embedded Ray, asked for every socket that its processes listen on."""
+    script = (
+        "import psutil, json; from pipeline.driver import ray_for;"
+        "from pipeline.stage import RunContext\n"
+        "with ray_for(RunContext(root='.', workflow='x')):\n"
+        "    import ray, os\n"
+        "    own = [psutil.Process(), *psutil.Process().children(recursive=True)]\n"
+        "    found = [(p.name(), *c.laddr) for p in own for c in p.net_connections('tcp')"
+        " if c.status == 'LISTEN']\n"
+        "    print(json.dumps([os.environ['RAY_API_SERVER_ADDRESS'], found]))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_API_SERVER_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    dashboard, found = json.loads(done.stdout.splitlines()[-1])
+    port = int(dashboard.rpartition(":")[2])
+    assert [address for _, address, at in found if at == port] == ["127.0.0.1"]
+    open_to_others = {(name, at) for name, address, at in found if address != "127.0.0.1"}
+    assert not open_to_others, open_to_others
