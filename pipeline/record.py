@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.identity import SHORT
-from pipeline.redact import redact
+from pipeline.redact import HIDDEN, names_secret, redact
 from pipeline.store import Store, StoreError, file_sha256, open_store
 
 SCHEMA = 1
@@ -215,7 +215,10 @@ def sweep(store: Store, record: Record) -> None:
 def clean(value: Any) -> Any:
     """JSON literals without what looks like a credential, nor any secret of the environment."""
     if isinstance(value, Mapping):
-        return {key: clean(item) for key, item in value.items()}
+        return {
+            key: HIDDEN if isinstance(item, str) and item and names_secret(key) else clean(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
     return redact(value) if isinstance(value, str) else value

@@ -77,9 +77,17 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield path, value
 
 
+def names_secret(key: str) -> bool:
+    """Whether a key says that its value is a credential."""
+    return bool(_SECRET_KEY.search(key)) and not _SPECIAL_TOKEN.search(key)
+
+
 def _shown(path: tuple[str, ...], value: object) -> str:
-    named = any(_SECRET_KEY.search(key) and not _SPECIAL_TOKEN.search(key) for key in path)
-    if named and value not in (None, "", (), [], {}) and not isinstance(value, bool):
+    if (
+        any(map(names_secret, path))
+        and value not in (None, "", (), [], {})
+        and not isinstance(value, bool)
+    ):
         return HIDDEN
     plain = isinstance(value, list | tuple | dict)
     return redact(json.dumps(value, default=str, ensure_ascii=False) if plain else str(value))

@@ -86,7 +86,7 @@ def test_planted_secrets_are_nowhere_in_what_a_run_wrote(
         config = Careless(api_key=key, source=f"https://ada:{key}@host/x", fail=fail)
         stage = Stage(name="careless", title="", body=careless, version=1, config=config)
         try:
-            execute(stage, f"{fail:064d}", context, ProgressHandle(stage="careless"), {})
+            execute(stage, f"{fail:d}" * 64, context, ProgressHandle(stage="careless"), {})
         except StageFailed as error:
             messages.append(str(error))
     assert len(messages) == 1

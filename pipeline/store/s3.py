@@ -278,7 +278,11 @@ class S3Store(Store):
             "ConnectTimeoutError": _SILENT,
             "ReadTimeoutError": f"no byte in {READ_SECONDS:g} s; check the network and the server",
             "BadDigest": "what arrived there is not what was sent; check the network",
-            "RetriesExceededError": f"a file broke off {ATTEMPTS} times; check network and server",
+            "FlexibleChecksumError": "what arrived is not what it has a checksum of; check the "
+            "network",
+            "RetriesExceededError": "a file broke off again and again; check network and server",
+            **dict.fromkeys(("SlowDown", "ServiceUnavailable", "503"), "the server is overloaded"),
+            **dict.fromkeys(("InternalError", "500"), "the server fails; ask whoever runs it"),
             "NoRegionError": "no region is set; set AWS_DEFAULT_REGION",
             "ParamValidationError": "the bucket's name is not valid; check the root",
         }
