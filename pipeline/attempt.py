@@ -102,6 +102,8 @@ def _attempt(
     started, clock = datetime.now(UTC), time.monotonic()
     tags = {"adsc.record": store.uri(records.record_key(stage.name, fingerprint))}
     tags |= {"adsc.fingerprint": fingerprint, "adsc.attempt": lease.attempt}
+    tags |= {"adsc.workflow": context.workflow, "mlflow.note.content": stage.title}
+    tags |= {"adsc.commit": context.commit} if context.commit else {}
     try:
         with _folder(store, target) as out, _tracker(context, stage, store, tags) as track:
             track.params(stage.config.model_dump())

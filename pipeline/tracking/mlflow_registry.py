@@ -99,7 +99,7 @@ def register(
             source=client.get_logged_model(logged.removeprefix("models:/")).artifact_location,
             run_id=run_id,
             tags={**tags, MODEL_TAG: logged},
-            description=_described(tags),
+            description=_described(tags, client.get_run(run_id).info.experiment_id),
             model_id=logged.removeprefix("models:/"),
         )
     client.set_registered_model_alias(name, CANDIDATE, str(version.version))
@@ -159,10 +159,10 @@ def _version_of(client: MlflowClient, name: str, manifest: str) -> ModelVersion 
     return None
 
 
-def _described(tags: Mapping[str, str]) -> str:
-    """A version's page begins with this, Markdown."""
+def _described(tags: Mapping[str, str], experiment: str) -> str:
+    """A version's page begins with this, Markdown; links are to other pages of MLflow."""
     runs = ", ".join(
-        f"{key.removeprefix('adsc.run.')} `{value}`"
+        f"[{key.removeprefix('adsc.run.')}](#/experiments/{experiment}/runs/{value})"
         for key, value in sorted(tags.items())
         if key.startswith("adsc.run.")
     )

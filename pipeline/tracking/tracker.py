@@ -175,7 +175,7 @@ class Tracker:
         for path, value in leaves(values):
             name = _name("/".join(path))
             try:
-                if value is not None:
+                if path and value is not None:
                     numbers.append((name, float(value), now, step or 0))
             except (TypeError, ValueError):
                 self._report(f"metric {name} is {value!r}, not a number")

@@ -1,6 +1,6 @@
 """A team's MLflow: a server on PostgreSQL with artifacts on S3, and many writers at once.
 
-Needs a PostgreSQL server (Debian: `apt-get install postgresql`) and `pip install "psycopg[binary]"`.
+Needs a PostgreSQL server (Debian: `apt-get install postgresql`) and the extra `postgres`.
 """
 
 from __future__ import annotations
