@@ -84,7 +84,9 @@ def test_workflow_and_stage_as_people_see_them(uri: str, tmp_path: Path) -> None
         "train.plans": '["2:1/2", ""]',
         "stages.0.lr": "0.1",
     }
-    assert run.data.metrics == {"accuracy": 0.5, "train/loss": pytest.approx(1 / 3)}
+    # On a busy machine it takes long enough for the machine's load to be sampled, too.
+    metrics = {k: v for k, v in run.data.metrics.items() if not k.startswith("system/")}
+    assert metrics == {"accuracy": 0.5, "train/loss": pytest.approx(1 / 3)}
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(m.step, round(m.value, 3)) for m in history] == [(0, 1.0), (1, 0.5), (2, 0.333)]
     assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["all", "report"]
