@@ -20,6 +20,8 @@ import pyarrow.fs
 import pytest
 from botocore.exceptions import ClientError
 
+from pipeline.manifest import verify_folder, write_manifest
+from pipeline.publish import publish, pull
 from pipeline.store import StoreError, open_store
 from tests.infra.documents import INFRA
 from tests.workflows.ray_cluster import free_ports
@@ -141,6 +143,16 @@ def files_up_and_down(folder: Path) -> None:
         assert store.delete(entry.key)
 
 
+def checkpoint_published_and_pulled(folder: Path) -> None:
+    """`adsc export` and `adsc pull`, in parts."""
+    (folder / "made").mkdir(parents=True)
+    (folder / "made" / "model.safetensors").write_bytes(os.urandom(9 * 2**20))
+    write_manifest(folder / "made", {})
+    store = open_store(f"{place(folder)}/published")
+    made = publish(folder / "made", store, lambda copy: {"files": len(verify_folder(copy))})
+    assert pull(store, folder / "copy").digest == made.digest
+
+
 def checkpoints_of_ray_train(folder: Path) -> None:
     system, root = pyarrow.fs.FileSystem.from_uri(f"{place(folder)}/train/run")
     system.create_dir(f"{root}/step-1")
@@ -175,6 +187,7 @@ def upload_that_ends_in_the_middle(folder: Path) -> None:
 OPERATIONS: list[Callable[[Path], None]] = [
     lease_and_record,
     files_up_and_down,
+    checkpoint_published_and_pulled,
     checkpoints_of_ray_train,
 ]
 
