@@ -163,13 +163,18 @@ def results(record: Record | None) -> dict[str, str]:
 
 
 def steps_taken_again(database: Path) -> list[int]:
-    """How many steps each restart took again, as MLflow was told."""
+    """How many steps each restart took again."""
+    return [last - again + 1 for last, again in restarts(database)]
+
+
+def restarts(database: Path) -> list[tuple[int, int]]:
+    """The last step before each restart and the first one after it, as MLflow was told."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as opened:
         rows = opened.execute(
             "select step, timestamp from metrics where key = 'loss' order by timestamp"
         ).fetchall()
     steps = [step for step, _ in rows]
-    return [a - b + 1 for a, b in pairwise(steps) if b <= a]
+    return [(last, again) for last, again in pairwise(steps) if again <= last]
 
 
 def main(job: dict[str, Any]) -> None:
