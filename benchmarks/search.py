@@ -11,7 +11,7 @@ table: what a study sees is what it would have measured, since an untrained tria
 So five seeds of each arm cost nothing, and the best plan there is is known. Its rungs are prefixes
 of the validation conversations; a study's cost is the conversations that it looked at.
 
-Hypotheses, written before the first run: (1) after as many conversations as 32 whole trials, TPE is
+Hypotheses, written before the first run: (1) after as many conversations as 24 whole trials, TPE is
 nearer to the best plan than a uniform draw; (2) both are better than every hand-picked placement,
 whatever its anchor; (3) ASHA at the same number of conversations (more trials, most of them
 stopped) is no worse than none; (4) four concurrent trials on N cores reach at least 0.7 of
@@ -33,8 +33,10 @@ from typing import Any
 import numpy as np
 
 AVERAGE, SEEDS = 22, 5
-ROWS, CONFIRM, RUNG = 48, 48, 16
-TRIALS = 32
+ROWS, CONFIRM = 48, 48
+TABLE_ROWS, TABLE_CONFIRM, RUNG = 32, 32, 8
+TRIALS = 24
+ANCHORS = ("last", "first")
 
 
 def main() -> None:
@@ -75,7 +77,12 @@ def job_of(options: argparse.Namespace) -> Any:
     from pipeline.stage import Input
     from workflows.search_cli import search_stages
 
-    made = workflow(options)
+    made = workflow(
+        options,
+        search__rows=TABLE_ROWS,
+        search__confirm_rows=TABLE_CONFIRM,
+        search__anchors=ANCHORS,
+    )
     run = context(options)
     stages = [stage for stage in search_stages(made) if stage.name != "search"]
     found = graph.run(stages, run)
@@ -102,7 +109,7 @@ def measured(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     job = job_of(options)
     model = AutoConfig.from_pretrained(job.inputs["base"].folder)
     space = Space(Costs(model, job.search), job.search)
-    file = Path(options.root) / f"table-{options.pictures}-{ROWS}-{CONFIRM}.jsonl"
+    file = Path(options.root) / f"table-{options.pictures}-{TABLE_ROWS}-{TABLE_CONFIRM}.jsonl"
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     table = {it["plan"]: it for it in known}
     plans = [
@@ -143,7 +150,7 @@ def by_hand(space: Any) -> dict[str, list[str]]:
     }
 
 
-def loss(entry: dict[str, Any], rows: int = ROWS) -> float:
+def loss(entry: dict[str, Any], rows: int = TABLE_ROWS) -> float:
     return sum(entry["rows"][:rows]) / sum(entry["weights"][:rows])
 
 
@@ -162,9 +169,9 @@ def study(space: Any, table: dict[str, Any], budget: int, **settings: Any) -> di
         entry = table[proposal.plan]
         rungs = []
         state: Any = "finished"
-        for place, rows in enumerate((*config.rungs, ROWS)):
+        for place, rows in enumerate((*config.rungs, TABLE_ROWS)):
             rungs.append(Rung(rows, loss(entry, rows), 0.0))
-            if rows < ROWS and not run.goes_on(proposal.number, place, rungs[-1].value):
+            if rows < TABLE_ROWS and not run.goes_on(proposal.number, place, rungs[-1].value):
                 state = "stopped"
                 break
         spent += rungs[-1].resource
@@ -186,7 +193,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"\n{len(every)} plans at {AVERAGE} +- {100 * space.config.tolerance:g} %; dense "
           f"{loss(table['']):.4f}; best {every[0]:.4f}, median {every[len(every) // 2]:.4f}, "
           f"worst {every[-1]:.4f}")  # fmt: skip
-    budget = TRIALS * ROWS
+    budget = TRIALS * TABLE_ROWS
     arms = {
         "TPE + ASHA": {"sampler": "tpe", "rungs": (RUNG,)},
         "TPE": {"sampler": "tpe"},
