@@ -240,7 +240,7 @@ class Bench:
             target = f"{name}-weights"
             store.upload(out, target)
             record = Record(
-                stage="trial", fingerprint=digest(store.uri(target)), attempt=None, outputs={},
+                stage="trial", fingerprint=digest(store.uri(target)), attempt="", outputs={},
                 uri=store.uri(target),
             )  # fmt: skip
             inputs["start"] = Input(record, run.cache, run.cache_gib)
