@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("what", choices=tuple(RUNS))
     parser.add_argument("--root", default="/tmp/search", help="the store")
     parser.add_argument("--pictures", type=int, default=400, help="training pictures of the demo")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="whole trials' worth of rows")
     options = parser.parse_args()
     RUNS[options.what](options)
 
@@ -193,7 +194,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"\n{len(every)} plans at {AVERAGE} +- {100 * space.config.tolerance:g} %; dense "
           f"{loss(table['']):.4f}; best {every[0]:.4f}, median {every[len(every) // 2]:.4f}, "
           f"worst {every[-1]:.4f}")  # fmt: skip
-    budget = TRIALS * TABLE_ROWS
+    budget = options.trials * TABLE_ROWS
     arms = {
         "TPE + ASHA": {"sampler": "tpe", "rungs": (RUNG,)},
         "TPE": {"sampler": "tpe"},
