@@ -2,8 +2,8 @@
 
 It covers the canonical config, the fingerprints of the inputs, and the body's name and code
 version. Machines, worker counts, storage roots, tracking and credentials aren't part of it, nor
-are config fields that are marked OPERATIONAL (pipeline.config). Source code isn't hashed either:
-whoever changes what a body computes raises its version.
+are config fields that are marked OPERATIONAL, or ADDED and at their default (pipeline.config).
+Source code isn't hashed either: whoever changes what a body computes raises its version.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from pipeline.config import OPERATIONAL
+from pipeline.config import ADDED, OPERATIONAL
 
 SHORT = 12  # hexadecimal digits of a fingerprint that a folder's name carries
 
@@ -57,10 +58,7 @@ def canonical(value: Any, field: str = "config") -> Any:
         return {
             name: canonical(getattr(value, name), f"{field}.{name}")
             for name, info in sorted(type(value).model_fields.items())
-            if not (
-                isinstance(info.json_schema_extra, dict)
-                and OPERATIONAL.items() <= info.json_schema_extra.items()
-            )
+            if not _left_out(info, getattr(value, name))
         }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = sorted(item.name for item in dataclasses.fields(value))
@@ -77,6 +75,15 @@ def canonical(value: Any, field: str = "config") -> Any:
     raise IdentityError(
         f"{field} is a {type(value).__qualname__}, which has no deterministic literal; "
         "use numbers, strings, tuples, mappings or configs"
+    )
+
+
+def _left_out(info: FieldInfo, value: Any) -> bool:
+    marks = info.json_schema_extra
+    if not isinstance(marks, dict):
+        return False
+    return OPERATIONAL.items() <= marks.items() or (
+        ADDED.items() <= marks.items() and bool(value == info.default)
     )
 
 

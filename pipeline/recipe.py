@@ -63,8 +63,8 @@ class CompressConfig(Config):
     @model_validator(mode="after")
     def _leave_what_is_filled_in(self) -> Self:
         filled = {
-            "train.plan": self.train.plan,
-            "merge.plan": self.merge.plan,
+            "train.plan": self.train.runs_with,
+            "merge.plan": self.merge.runs_with,
             "evaluate.arms": self.evaluate.arms,
         }
         given = [name for name, value in filled.items() if value]

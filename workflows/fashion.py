@@ -1,5 +1,5 @@
-"""Real pictures, generated questions: Fashion-MNIST things composed into 3 x 3 grids, asked about
-in eight turns each.
+"""Real pictures, generated questions: Fashion-MNIST things composed into grids, 3 x 3 for the demo,
+asked about in eight turns each.
 
 The pictures of things are photographs (Fashion-MNIST, MIT licence); the grids and the questions
 are generated. What is written is LLaVA's own format, conversation JSON beside a folder of picture
@@ -8,27 +8,30 @@ of official test instances only.
 """
 
 import json
+import math
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from pipeline.config import Config
+from pipeline.config import ADDED, Config
 from pipeline.stage import StageContext
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "sandal", "sneaker", "bag", "boot")
-PLACES = tuple(
-    f"{row} {column}"
-    for row in ("top", "middle", "bottom")
-    for column in ("left", "center", "right")
-)
+ROWS = {3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
+COLUMNS = {
+    3: ("left", "center", "right"),
+    4: ("left", "center-left", "center-right", "right"),
+}
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 KINDS = ("what", "where", "count", "any")
 ASSETS = Path(__file__).parent / "assets" / "fashion"
-SIDE, CELL, THING = 96, 32, 28  # pixels: a grid's side, a cell's side, a thing's side as shipped
+THING = 28  # pixels: a thing's side as shipped
 TOP_COUNT = 4
 
 
@@ -36,11 +39,17 @@ class FashionConfig(Config):
     """How many grids to compose, and from which seed."""
 
     train_pictures: int = Field(2000, gt=0)
-    """Grids for training, eight questions each."""
+    """Grids for training."""
     test_pictures: int = Field(200, gt=0)
-    """Grids for evaluation, eight questions each, from official test instances."""
+    """Grids for evaluation, from official test instances."""
     seed: int = 0
     """Seed of composition and questions; train and test draw from separate streams."""
+    grid: Literal[3, 4] = Field(3, json_schema_extra=ADDED)
+    """Cells along a side."""
+    cell: int = Field(32, ge=THING, json_schema_extra=ADDED)
+    """Side of a cell in pixels."""
+    each: int = Field(2, gt=0, json_schema_extra=ADDED)
+    """Questions of each of four kinds about a grid, as far as it offers them."""
 
 
 @lru_cache(maxsize=2)
@@ -52,12 +61,18 @@ def load_things(split: str) -> np.ndarray:
     return pixels.reshape(rows, THING, columns, THING).transpose(0, 2, 1, 3)
 
 
+@lru_cache(maxsize=2)
+def places(grid: int) -> tuple[str, ...]:
+    """Names of the cells of a grid, row by row."""
+    return tuple(f"{row} {column}" for row in ROWS[grid] for column in COLUMNS[grid])
+
+
 def plural(name: str) -> str:
     return name + ("es" if name.endswith("s") else "s")
 
 
-def draw_contents(rng: np.random.Generator) -> np.ndarray:
-    """What stands in each of the nine cells: a class index, or -1 for an empty one.
+def draw_contents(rng: np.random.Generator, cells: int = 9) -> np.ndarray:
+    """What stands in each of the cells: a class index, or -1 for an empty one.
 
     Two or three classes occur once (so that "where" has one answer), one to three occur several
     times (so that "how many" has answers above one), and the rest of the cells is empty.
@@ -66,17 +81,20 @@ def draw_contents(rng: np.random.Generator) -> np.ndarray:
     singles = int(rng.integers(2, 4))
     contents = list(classes[:singles])
     for multiple in classes[singles : singles + int(rng.integers(1, 4))]:
-        room = len(PLACES) - len(contents)
+        room = cells - len(contents)
         contents += [multiple] * min(room, int(rng.integers(2, TOP_COUNT + 1)))
-    contents += [-1] * (len(PLACES) - len(contents))
+    contents += [-1] * (cells - len(contents))
     return rng.permutation(np.array(contents, dtype=int))
 
 
-def compose(rng: np.random.Generator, contents: np.ndarray, things: np.ndarray) -> Image.Image:
-    """Paint the grid: every thing at its own size (22-28 pixels) and place within its cell, some
-    mirrored."""
-    canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
-    for cell, content in enumerate(contents):
+def compose(
+    rng: np.random.Generator, contents: np.ndarray, things: np.ndarray, cell: int = 32
+) -> Image.Image:
+    """Paint the grid, `cell` pixels a cell: every thing at its own size (22-28 pixels) and place
+    within its cell, some mirrored."""
+    grid = math.isqrt(len(contents))
+    canvas = np.zeros((grid * cell, grid * cell), dtype=np.uint8)
+    for number, content in enumerate(contents):
         if content < 0:
             continue
         thing = Image.fromarray(things[content, rng.integers(things.shape[1])])
@@ -85,52 +103,58 @@ def compose(rng: np.random.Generator, contents: np.ndarray, things: np.ndarray) 
         if rng.random() < 0.5:
             pixels = pixels[:, ::-1]
         y, x = (
-            CELL * np.array(divmod(cell, 3)) + rng.integers(0, CELL - side + 1, size=2)
+            cell * np.array(divmod(number, grid)) + rng.integers(0, cell - side + 1, size=2)
         ).tolist()
         canvas[y : y + side, x : x + side] = pixels
     return Image.fromarray(canvas)
 
 
-def ask(rng: np.random.Generator, contents: np.ndarray) -> list[tuple[str, str, str]]:
-    """Eight (kind, question, answer), two of each kind, none of which gives away another's
-    answer."""
+def ask(
+    rng: np.random.Generator, contents: np.ndarray, each: int = 2
+) -> list[tuple[str, str, str]]:
+    """(kind, question, answer), `each` of each kind as far as the grid offers them. Of two, none
+    gives away another's answer."""
+    names = places(math.isqrt(len(contents)))
     counts = Counter(int(content) for content in contents if content >= 0)
-    single = rng.permutation([content for content, count in counts.items() if count == 1])[:2]
+    single = rng.permutation([content for content, count in counts.items() if count == 1])[:each]
     where = [int(np.flatnonzero(contents == content)[0]) for content in single]
     questions = [
-        ("where", f"where is the {CLASSES[content]}?", PLACES[cell])
+        ("where", f"where is the {CLASSES[content]}?", names[cell])
         for content, cell in zip(single, where, strict=True)
     ]
-    for cell in rng.permutation([cell for cell in range(len(PLACES)) if cell not in where])[:2]:
+    for cell in rng.permutation([cell for cell in range(len(names)) if cell not in where])[:each]:
         answer = CLASSES[contents[cell]] if contents[cell] >= 0 else "nothing"
-        questions.append(("what", f"what is at the {PLACES[cell]}?", answer))
+        questions.append(("what", f"what is at the {names[cell]}?", answer))
     others = [content for content in range(len(CLASSES)) if content not in single]
     # Counts from zero up are asked equally often, as far as a picture offers them.
     by_count: dict[int, list[int]] = {}
     for content in others:
         by_count.setdefault(counts[content], []).append(content)
     offered = rng.permutation(sorted(by_count))
-    asked = [int(rng.choice(by_count[int(offered[i % len(offered)])])) for i in range(2)]
+    asked = [int(rng.choice(by_count[int(offered[i % len(offered)])])) for i in range(each)]
     questions += [
         ("count", f"how many {plural(CLASSES[content])} are there?", NUMBERS[counts[content]])
         for content in asked
     ]
-    for wanted in rng.permutation([True, False]):
+    for wanted in rng.permutation([True, False] * (each // 2)):
         pool = [c for c in others if (counts[c] > 0) == wanted and c not in asked]
         content = int(rng.choice(pool or others))
         questions.append(
             ("any", f"is there a {CLASSES[content]}?", "yes" if counts[content] else "no")
         )
+    questions = list(dict.fromkeys(questions)) if each > 2 else questions
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def make_record(index: int, split: str, seed: int) -> tuple[dict, Image.Image, np.ndarray]:
-    """One LLaVA record, its picture, and the true contents of its nine cells."""
-    rng = np.random.default_rng([seed, split == "test", index])
-    contents = draw_contents(rng)
-    picture = compose(rng, contents, load_things(split))
+def make_record(
+    index: int, split: str, config: FashionConfig
+) -> tuple[dict, Image.Image, np.ndarray]:
+    """One LLaVA record, its picture, and the true contents of its cells."""
+    rng = np.random.default_rng([config.seed, split == "test", index])
+    contents = draw_contents(rng, config.grid**2)
+    picture = compose(rng, contents, load_things(split), config.cell)
     turns, kinds = [], []
-    for turn, (kind, question, answer) in enumerate(ask(rng, contents)):
+    for turn, (kind, question, answer) in enumerate(ask(rng, contents, config.each)):
         marker = "<image>\n" if turn == 0 else ""
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
         kinds.append(kind)
@@ -144,18 +168,33 @@ def make_record(index: int, split: str, seed: int) -> tuple[dict, Image.Image, n
 
 def compose_fashion(ctx: StageContext, config: FashionConfig) -> dict:
     """Stage: write train.json, test.json and images/ in LLaVA's layout."""
+    write_grids(ctx.out, config, ctx.progress)
+    return {"train_pictures": config.train_pictures, "test_pictures": config.test_pictures}
+
+
+def write_grids(
+    out: Path,
+    config: FashionConfig,
+    progress: Callable[[float, float, str], None],
+    each: Callable[..., Iterable[dict]] = map,
+) -> None:
+    """The files below `out`; `each` is `map`, or a pool's."""
     total = config.train_pictures + config.test_pictures
     done = 0
     for split, count in (("train", config.train_pictures), ("test", config.test_pictures)):
-        folder = ctx.out / "images" / split
-        folder.mkdir(parents=True)
+        folder = out / "images"
+        (folder / split).mkdir(parents=True)
         records = []
-        for index in range(count):
-            record, picture, _ = make_record(index, split, config.seed)
-            picture.save(ctx.out / "images" / record["image"])
+        write = partial(_write_grid, folder=folder, split=split, config=config)
+        for record in each(write, range(count)):
             records.append(record)
             done += 1
             if done % 50 == 0:
-                ctx.progress(done, total, "pictures")
-        (ctx.out / f"{split}.json").write_text(json.dumps(records))
-    return {"train_pictures": config.train_pictures, "test_pictures": config.test_pictures}
+                progress(done, total, "pictures")
+        (out / f"{split}.json").write_text(json.dumps(records))
+
+
+def _write_grid(index: int, folder: Path, split: str, config: FashionConfig) -> dict:
+    record, picture, _ = make_record(index, split, config)
+    picture.save(folder / record["image"])
+    return record

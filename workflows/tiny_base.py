@@ -10,9 +10,10 @@ with the tower frozen, as in LLaVA. To replace the checkpoint that ships:
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pipeline import graph
 from pipeline import record as records
-from pipeline.config import Config
+from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.data.conversations import parse_turns
 from pipeline.data.sources import iter_records
 from pipeline.data.templates import TEMPLATES
@@ -36,7 +37,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.workflow import Workflow
 from workflows.fashion import (
     CLASSES,
-    PLACES,
+    THING,
     FashionConfig,
     compose,
     compose_fashion,
@@ -71,6 +72,12 @@ class TowerConfig(Config):
     """Grids of official test instances on which the cells' accuracy is measured."""
     seed: int = 0
     """Initial weights and grids."""
+    grid: Literal[3, 4] = Field(3, json_schema_extra=ADDED)
+    """Cells along a grid's side."""
+    cell: int = Field(32, ge=THING, json_schema_extra=ADDED)
+    """Side of a cell in pixels."""
+    workers: int = Field(0, ge=0, json_schema_extra=OPERATIONAL)
+    """Processes that compose grids ahead; 0 composes them between steps."""
 
 
 class StartConfig(Config):
@@ -109,12 +116,12 @@ class TinyBaseConfig(Config):
 
 
 class CellReader(nn.Module):
-    """Names the thing in each of nine cells from patch features (B, V, D): one query a cell attends
-    over the patches. Only used to train the tower; it is thrown away."""
+    """Names the thing in each cell from patch features (B, V, D): one query a cell attends over the
+    patches. Only used to train the tower; it is thrown away."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, cells: int, width: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(len(PLACES), width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(cells, width) * 0.02)
         self.keys = nn.Linear(width, width)
         self.classify = nn.Sequential(
             nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(CLASSES) + 1)
@@ -136,8 +143,9 @@ def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
     )
     processor = build_processor(texts, config.model)
     model = build_model(processor, config.model, config.seed)
-    tower = model.model.vision_tower
-    reader = CellReader(config.model.vision_width)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tower = model.model.vision_tower.to(device)
+    reader = CellReader(config.grid**2, config.model.vision_width).to(device)
     parameters = [*tower.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -146,13 +154,14 @@ def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
     )
 
-    def read(pixels: torch.Tensor) -> torch.Tensor:
-        layers = tower(pixels, output_hidden_states=True).hidden_states
-        return reader(layers[model.config.vision_feature_layer][:, 1:])
+    def read(grids: torch.Tensor) -> torch.Tensor:
+        pixels = _normalised(grids.to(device), processor.image_processor)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            layers = tower(pixels, output_hidden_states=True).hidden_states
+            return reader(layers[model.config.vision_feature_layer][:, 1:]).float()
 
-    for step in range(config.steps):
-        pixels, contents = _grids("train", step * config.batch_size, config.batch_size, processor)
-        loss = nn.functional.cross_entropy(read(pixels).flatten(0, 1), contents.flatten())
+    for step, (grids, contents) in enumerate(_batches(config)):
+        loss = nn.functional.cross_entropy(read(grids).flatten(0, 1), contents.to(device).flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -162,9 +171,10 @@ def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
             ctx.track.metrics({"loss": loss.item()}, step=step + 1)
             ctx.progress(step + 1, config.steps, f"steps, loss {loss.item():.3f}")
     with torch.inference_mode():
-        pixels, contents = _grids("test", 0, config.test_grids, processor)
-        accuracy = (read(pixels).argmax(-1) == contents).float().mean().item()
+        grids, contents = Grids("test", config.test_grids, config.grid, config.cell)[0]
+        accuracy = (read(grids).argmax(-1).cpu() == contents).float().mean().item()
     ctx.track.metrics({"cell_accuracy": accuracy})
+    tower.to("cpu")
     model.save_pretrained(ctx.out)
     processor.save_pretrained(ctx.out)
     return {"cell_accuracy": accuracy}
@@ -180,17 +190,39 @@ def start_decoder(ctx: StageContext, config: StartConfig) -> dict[str, Any]:
     return {}
 
 
-def _grids(split: str, first: int, count: int, processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (B, 3, side, side) and class + 1 of each cell (B, 9) of grids made on the spot."""
-    pixels, contents = [], []
-    for index in range(first, first + count):
-        rng = np.random.default_rng([7, split == "test", index])
-        contents.append(draw_contents(rng))
-        pixels.append(np.asarray(compose(rng, contents[-1], load_things(split))))
-    pictures = processor.image_processor
-    grey = torch.from_numpy(np.stack(pixels)).float() * pictures.rescale_factor
+@dataclass(frozen=True)
+class Grids(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Batches of grids made on the spot: grey (B, side, side) as bytes, and class + 1 of each cell
+    (B, cells)."""
+
+    split: str
+    size: int
+    grid: int
+    cell: int
+
+    def __getitem__(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, contents = [], []
+        for index in range(batch * self.size, (batch + 1) * self.size):
+            rng = np.random.default_rng([7, self.split == "test", index])
+            contents.append(draw_contents(rng, self.grid**2))
+            things = load_things(self.split)
+            pixels.append(np.asarray(compose(rng, contents[-1], things, self.cell)))
+        return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(contents)) + 1
+
+
+def _batches(config: TowerConfig) -> Any:
+    """Those of the training, in order."""
+    grids = Grids("train", config.batch_size, config.grid, config.cell)
+    return torch.utils.data.DataLoader(
+        grids, batch_size=None, sampler=range(config.steps), num_workers=config.workers
+    )
+
+
+def _normalised(grids: torch.Tensor, pictures: Any) -> torch.Tensor:
+    """(B, 3, side, side) as the image processor makes them."""
+    grey = grids.float() * pictures.rescale_factor
     grey = (grey - pictures.image_mean[0]) / pictures.image_std[0]
-    return grey[:, None].expand(-1, 3, -1, -1), torch.from_numpy(np.stack(contents)) + 1
+    return grey[:, None].expand(-1, 3, -1, -1)
 
 
 def tiny_base() -> Workflow:

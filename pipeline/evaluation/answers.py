@@ -21,7 +21,7 @@ from transformers import AutoProcessor
 import adsc
 from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, score, to_device
 from pipeline.evaluation.methods import MethodConfig, build_method
-from pipeline.evaluation.speed import measure
+from pipeline.evaluation.speed import measure_and_count
 from pipeline.stage import Input
 from pipeline.store import Store, open_store
 
@@ -144,33 +144,14 @@ class Worker:
         return failures
 
     def measure(self, checkpoint: str, split: str, arms: Sequence[str], **sizes: int) -> Any:
-        """pipeline.evaluation.speed.measure of these arms' methods on the first questions of a
-        split; and the shape of these prompts."""
+        """pipeline.evaluation.speed.measure_and_count of these arms' methods on the first questions
+        of a split."""
         model = self._model(checkpoint)
         questions = self._questions(split)
         numbers = range(min(sizes.pop("batch"), len(questions)))
         inputs = to_device(build_inputs(questions.load(numbers), self._processor), model)
         methods = [build_method(self._job.arms[arm][1], model) for arm in arms]
-        measured = measure(model, inputs, methods, **sizes)
-        rows = len(inputs["input_ids"])
-        vision = int((inputs["input_ids"] == model.config.image_token_id).sum()) // rows
-        text = round(float(inputs["attention_mask"].sum()) / rows) - vision
-        costs = []
-        for method in methods:
-            costs.append(adsc.estimate_cost(model.config, method, text_tokens=text))
-        layers = model.config.get_text_config().num_hidden_layers
-        average = [method.average_tokens(vision, layers) for method in methods]
-        device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
-        return {
-            "batch": rows,
-            "num_vision_tokens": vision,
-            "num_layers": layers,
-            "text_tokens": text,
-            "device": device,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "dense": adsc.estimate_cost(model.config, "", text_tokens=text),
-            "methods": list(zip(measured, costs, average, strict=True)),
-        }
+        return measure_and_count(model, inputs, methods, **sizes)
 
     def _model(self, checkpoint: str) -> Any:
         if self._loaded is None or self._loaded[0] != checkpoint:

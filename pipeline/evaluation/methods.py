@@ -1,14 +1,13 @@
-"""What an arm runs with: a plan, or a peer by name and layer average; and how people write it.
+"""What models are trained and asked with: plans, or peers at a layer average; how that is written.
 
 The methods themselves are adsc's. A peer is fitted to the model that it is attached to.
 """
 
+import re
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, model_validator
 
-import adsc
 from pipeline.config import Config
 
 PLAN = "plan:"
@@ -25,12 +24,16 @@ class PeerConfig(Config):
     """Its name in adsc.peers: fastv, pyramiddrop, random, ..."""
     average: float = Field(gt=0)
     """Vision tokens of one picture that enter a decoder layer, mean over layers."""
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, str | int | float | bool | tuple[int, ...]] = {}
     """Further arguments of the method; what is left out is the paper's."""
 
     def __str__(self) -> str:
-        options = [f"{name}={value}" for name, value in self.options.items()]
+        options = [f"{name}={_written(value)}" for name, value in self.options.items()]
         return ",".join([f"{self.name}:{self.average:g}", *options])
+
+
+def _written(value: object) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 class MethodConfig(Config):
@@ -45,7 +48,7 @@ class MethodConfig(Config):
     def _one_of_both(self) -> Self:
         if self.plan and self.method:
             raise ValueError(
-                f"plan {self.plan!r} and method {str(self.method)!r}: an arm runs with one of them"
+                f"plan {self.plan!r} and method {str(self.method)!r}: a model runs with one of them"
             )
         return self
 
@@ -56,16 +59,21 @@ class MethodConfig(Config):
 
 
 def parse_method(text: str) -> MethodConfig:
-    """A method as people write it: `dense`, `plan:2:1/4,4:1/4`, `fastv:22`, `fastv:22,layer=3`.
+    """A method as people write it: `dense`, `plan:2:1/4,4:1/4`, `fastv:22`, `fastv:22,layer=3`,
+    `pyramiddrop:9,layers=[1,2,3]`.
 
     Raises:
         MethodError: none of these.
 
-    >>> str(parse_method("fastv:22,layer=3").method)
-    'fastv:22,layer=3'
+    >>> str(parse_method("pyramiddrop:9,layers=[1,2,3]").method)
+    'pyramiddrop:9,layers=[1,2,3]'
     >>> parse_method("plan:2:1/4").plan
     '2:1/4'
     """
+    import yaml
+
+    import adsc  # a process that only names methods loads no torch
+
     text = text.strip()
     if text == "dense":
         return MethodConfig()
@@ -73,7 +81,7 @@ def parse_method(text: str) -> MethodConfig:
         adsc.PruningPlan.parse(text.removeprefix(PLAN))
         return MethodConfig(plan=text.removeprefix(PLAN))
     name, colon, rest = text.partition(":")
-    average, *options = rest.split(",")
+    average, *options = re.split(r",(?![^\[]*\])", rest)  # at commas outside of brackets
     try:
         budget = float(average)
     except ValueError:
@@ -89,6 +97,8 @@ def parse_method(text: str) -> MethodConfig:
 
 def build_method(config: MethodConfig, model: Any) -> Any:
     """What adsc.attach takes, fitted to the model."""
+    import adsc
+
     peer = config.method
     if peer is None:
         return adsc.PruningPlan.parse(config.plan)

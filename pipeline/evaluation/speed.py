@@ -20,6 +20,30 @@ import adsc
 from pipeline.evaluation.generation import generate_tokens
 
 
+def measure_and_count(
+    model: Any, inputs: dict[str, torch.Tensor], methods: Sequence[Any], **rounds: int
+) -> dict[str, Any]:
+    """`measure`, with what such a question costs by adsc.estimate_cost; and the prompts' shape."""
+    measured = measure(model, inputs, methods, **rounds)
+    rows = len(inputs["input_ids"])
+    vision = int((inputs["input_ids"] == model.config.image_token_id).sum()) // rows
+    text = round(float(inputs["attention_mask"].sum()) / rows) - vision
+    costs = [adsc.estimate_cost(model.config, method, text_tokens=text) for method in methods]
+    layers = model.config.get_text_config().num_hidden_layers
+    average = [method.average_tokens(vision, layers) for method in methods]
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    return {
+        "batch": rows,
+        "num_vision_tokens": vision,
+        "num_layers": layers,
+        "text_tokens": text,
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "dense": adsc.estimate_cost(model.config, "", text_tokens=text),
+        "methods": list(zip(measured, costs, average, strict=True)),
+    }
+
+
 def measure(
     model: Any,
     inputs: dict[str, torch.Tensor],

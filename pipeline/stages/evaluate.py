@@ -29,7 +29,7 @@ from pipeline.evaluation.answers import (
     write_samples,
 )
 from pipeline.evaluation.generation import Asked, Questions, majority_answers, share_right
-from pipeline.evaluation.intervals import Bootstrap
+from pipeline.evaluation.intervals import Bootstrap, over_seeds
 from pipeline.evaluation.methods import MethodConfig
 from pipeline.stage import Input, StageContext
 from pipeline.store import open_store
@@ -121,13 +121,17 @@ class Row(NamedTuple):
     arms: list[ArmConfig]
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """What is kept in memory of an arm's answers: the rest stays in the store."""
 
     scores: np.ndarray
-    seconds: float
-    generated: float
-    shown: dict[int, str]
+    """(Q,) 1 or 0 of each question."""
+    seconds: float = 0.0
+    """Wall time of all answers."""
+    generated: float = 0.0
+    """Tokens of all answers."""
+    shown: dict[int, str] = {}
+    """Answers that the report shows, by question."""
 
 
 EVALUATE_VERSION = 2
@@ -151,23 +155,16 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     measured = _answer_and_measure(ctx, config, job, shards, order[-1].checkpoint)
     shown, pictures = _pictures(ctx, config, splits[config.splits[0]])
     scored = {arm.name: _read(job, shards, arm.name, shown) for arm in config.arms}
-    arms = _table(config, asked, scored, measured)
-    results = {
-        "title": config.title,
-        "task": config.task,
-        "workflow": ctx.run.workflow,
-        "seed": config.seed,
-        "commit": ctx.run.commit,
-        "config": {"evaluate": config.model_dump(mode="json")} | _training(ctx),
-        "control_arm": config.control,
-        "num_questions": len(asked),
-        "num_pictures": len({question.record for question in asked}),
-        "prefill_batch": measured["batch"],
-        "decode_tokens": config.decode_tokens,
-        **{name: measured[name] for name in _SHAPE},
-        "majority": _majority(ctx, splits, asked),
-        "arms": arms,
-        "samples": [
+    found = results(
+        config,
+        asked,
+        scored,
+        measured,
+        workflow=ctx.run.workflow,
+        commit=ctx.run.commit,
+        config={"evaluate": config.model_dump(mode="json")} | _training(ctx),
+        majority=_majority(ctx, splits, asked),
+        samples=[
             {
                 "picture": picture,
                 "question": asked[number].text,
@@ -176,19 +173,48 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
             }
             for number, picture in zip(shown, pictures, strict=True)
         ],
-        "curves": _curves(ctx),
-    }
-    (ctx.out / "results.json").write_text(json.dumps(results, indent=1))
+        curves=_curves(ctx),
+    )
+    (ctx.out / "results.json").write_text(json.dumps(found, indent=1))
     write_samples(job.storage, shards, ctx.out / "samples.parquet")
-    summary = {arm["name"]: _summary(arm) for arm in arms}
+    summary = {arm["name"]: _summary(arm) for arm in found["arms"]}
     numbers = {
         name: {key: value for key, value in row.items() if key != "plan"}
         for name, row in summary.items()
     }
     ctx.track.dataset(data.uri, "test questions", data.outputs.get("digest", "")[:12])
-    ctx.track.metrics(numbers | {"majority": results["majority"]["accuracy"]})
+    ctx.track.metrics(numbers | {"majority": found["majority"]["accuracy"]})
     ctx.track.artifact(ctx.out / "results.json")
-    return {"arms": summary, "majority": results["majority"]["accuracy"]}
+    return {"arms": summary, "majority": found["majority"]["accuracy"]}
+
+
+def results(
+    evaluated: EvaluateConfig,
+    asked: Sequence[Asked],
+    scored: dict[str, Scored],
+    measured: dict[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    """What results.json holds (pipeline/stages/results.py), however the answers were made.
+
+    Args:
+        scored: by arm.
+        measured: as measure_and_count gives it, its methods by what they run with.
+        more: the remaining fields.
+    """
+    return {
+        "title": evaluated.title,
+        "task": evaluated.task,
+        "seed": evaluated.seed,
+        "control_arm": evaluated.control,
+        "num_questions": len(asked),
+        "num_pictures": len({question.record for question in asked}),
+        "prefill_batch": measured["batch"],
+        "decode_tokens": evaluated.decode_tokens,
+        **{name: measured[name] for name in _SHAPE},
+        "arms": _table(evaluated, asked, scored, measured),
+        **more,
+    }
 
 
 _SHAPE = ("num_vision_tokens", "num_layers", "text_tokens", "device", "dtype")
@@ -298,7 +324,7 @@ def workers_that_fit(ctx: StageContext) -> int:
     return max(fewest, min(asked[1], int(room)))
 
 
-def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> _Scored:
+def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> Scored:
     """One pass over an arm's shards; `shown` are question numbers of the first split."""
     scores, answers = [], {}
     seconds = generated = 0.0
@@ -311,13 +337,13 @@ def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> 
         if shard.split == own[0].split and wanted & set(shard.questions):
             pairs = zip(table["number"].to_pylist(), table["answer"].to_pylist(), strict=True)
             answers.update({number: answer for number, answer in pairs if number in wanted})
-    return _Scored(np.concatenate(scores), seconds, generated, answers)
+    return Scored(np.concatenate(scores), seconds, generated, answers)
 
 
 def _table(
     config: EvaluateConfig,
     asked: Sequence[Asked],
-    scored: dict[str, _Scored],
+    scored: dict[str, Scored],
     measured: dict[str, Any],
 ) -> list[dict[str, Any]]:
     bootstrap = Bootstrap([question.record for question in asked], config.seed)
@@ -350,12 +376,21 @@ def _table(
                     for a in row.arms
                     if a.seed is not None
                 ],
+                "over_seeds": over_seeds([float(one.mean()) for one in own]),
+                "difference_over_seeds": _paired_over_seeds(own, other),
                 "seconds_per_question": sum(scored[a.name].seconds for a in row.arms) / count,
                 "generated_tokens": sum(scored[a.name].generated for a in row.arms) / count,
             }
             | _costs(measured, arm.runs_with, dense)
         )
     return table
+
+
+def _paired_over_seeds(own: np.ndarray, control: np.ndarray | None) -> dict[str, float] | None:
+    """Own - control seed by seed; None where they have other numbers of seeds, or one."""
+    if control is None or len(own) != len(control):
+        return None
+    return over_seeds((own.mean(axis=1) - control.mean(axis=1)).tolist())
 
 
 def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:

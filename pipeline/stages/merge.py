@@ -14,19 +14,22 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
-from pipeline.config import Config
+from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
+from pipeline.evaluation.methods import MethodConfig, PeerConfig, build_method
 from pipeline.stage import StageContext
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
 
 
-class MergeConfig(Config):
+class MergeConfig(MethodConfig):
     """What the merged checkpoint carries, and how closely it must match."""
 
     plan: str = ""
     """The plan that the checkpoint runs with; it is stored in its config."""
+    method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
+    """The peer that it runs with instead."""
     probe_rows: int = Field(4, gt=0)
     """Conversations on which merged and adapter model are compared."""
     tolerance: float = Field(1e-3, gt=0)
@@ -46,17 +49,18 @@ MERGE_VERSION = 1
 def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     """Stage body; inputs `base`, `data` (probe rows) and `trained`."""
     base, trained = ctx.inputs["base"].folder, ctx.inputs["trained"].folder / "trained"
-    plan = adsc.PruningPlan.parse(config.plan)
     processor = AutoProcessor.from_pretrained(base)
     rows = PreparedData(ctx.inputs["data"].folder / "train")
     probe = collate(rows.rows(range(min(config.probe_rows, len(rows)))), processor)
     probe.pop("labels")
     ctx.progress(1, 4, "logits with the adapter")
-    adapted = adsc.attach(AutoModelForImageTextToText.from_pretrained(base), plan)
+    adapted = AutoModelForImageTextToText.from_pretrained(base)
+    method = build_method(config, adapted)
+    adsc.attach(adapted, method)
     expected = _logits(load_trained(adapted, trained), probe)
     ctx.progress(2, 4, "merging")
     model: Any = merge_trained(AutoModelForImageTextToText.from_pretrained(base), trained)
-    adsc.attach(model, plan)
+    adsc.attach(model, method)
     got = _logits(model, probe)
     scale = expected.abs().max().item()
     worst = (got - expected).abs().max().item()
@@ -76,7 +80,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
         shutil.copytree(trained / "adapter", ctx.out / "adapter")
     save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
-    return {"plan": config.plan, "worst_logit_difference": worst, "largest_logit": scale}
+    return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}
 
 
 def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ row holds stands in shards.py; batching and padding are the trainer's.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from pipeline.data.worker import TASK, YIELD_BYTES, Work, render_chunks
 from pipeline.stage import Input, StageContext
 
 STORE_BYTES = 256 << 20  # of Ray's object store beside what its cores have in hand
+Render = Callable[[list[dict[str, Any]], Work], Iterable[pa.Table]]
 TASK_CPUS = 0.9  # stages' own processes hold a tenth of a core each: no core may stay idle
 
 
@@ -82,11 +83,13 @@ def prepare_data(
     out: Path,
     progress: Callable[[float, float, str], None],
     flat: bool = False,
+    render: Render | None = None,
 ) -> dict[str, Any]:
     """Shards, manifest.json and quarantine.jsonl below `out`; returns the manifest.
 
     Args:
         flat: put the shards of the (only) split into `out` itself.
+        render: turns chunks into rows, in order; by default on Ray's workers.
 
     Raises: as `prepare`.
     """
@@ -106,7 +109,8 @@ def prepare_data(
             seen[split] = set()
             report = _noted(progress, f"{split} records")
             try:
-                splits[split] = _write_split(tasks, work, writer, seen, quarantine, report)
+                tables = (render or _rendered)(tasks, work)
+                splits[split] = _write_split(tasks, work, tables, writer, seen, quarantine, report)
             finally:
                 writer.abandon()
             prefix = "" if flat else f"{split}/"
@@ -202,12 +206,13 @@ def _plan(
 def _write_split(
     tasks: list[dict[str, Any]],
     work: Work,
+    tables: Iterable[pa.Table],
     writer: ShardWriter,
     seen: dict[str, set[bytes]],
     quarantine: TextIO,
     report: Callable[[float, float], None],
 ) -> dict[str, Any]:
-    """Stream one split through Ray Data into shards; return its counts."""
+    """Stream the rows of one split into shards; return its counts."""
     split, own = list(seen.items())[-1]
     earlier = [keys for name, keys in seen.items() if name != split]
     last = tasks[-1]
@@ -215,7 +220,7 @@ def _write_split(
     reasons: Counter[str] = Counter()
     per_source: dict[str, Counter[str]] = {name: Counter() for name in work.roots}
     done = 0
-    for table in _rendered(tasks, work):
+    for table in tables:
         # Whatever was retried or reordered: each record exactly once, in its place.
         if not np.array_equal(table["position"].to_numpy(), np.arange(done, done + table.num_rows)):
             raise RuntimeError(f"split {split}: records after number {done} came twice or not")

@@ -68,6 +68,10 @@ class Arm(_Part):
     retention: float | None = None
     retention_interval: Interval | None = None
     seeds: list[Seed] = []
+    over_seeds: Interval | None = None
+    """Mean accuracy over seeds with Student's interval; None for one seed."""
+    difference_over_seeds: Interval | None = None
+    """Difference from the control, paired by seed, likewise."""
     average_vision_tokens: float
     reduction: float
     tokens_per_layer: list[int]

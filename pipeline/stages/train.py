@@ -279,4 +279,4 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         if config.carry_optimizer:
             shutil.copyfile(Path(folder) / MOMENTS, ctx.out / MOMENTS)
     metrics = result.metrics
-    return {"plan": config.plan, "steps": metrics["step"], "loss": metrics["loss"]}
+    return {"plan": config.runs_with, "steps": metrics["step"], "loss": metrics["loss"]}

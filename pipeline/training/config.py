@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import OPERATIONAL, Config
+from pipeline.config import ADDED, OPERATIONAL, Config
+from pipeline.evaluation.methods import MethodConfig, PeerConfig
 
 DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -41,11 +42,13 @@ class OffloadSettings(Config):
     """`cpu` or a folder for the parameters (zero3 only); null: on the device."""
 
 
-class TrainConfig(Config):
+class TrainConfig(MethodConfig):
     """One training stage."""
 
     plan: str = ""
     """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
+    method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
+    """A peer while training, instead of a plan."""
     steps: int | None = Field(100, gt=0)
     """Optimizer steps; null where `epochs` is set."""
     epochs: float | None = Field(None, gt=0)

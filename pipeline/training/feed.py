@@ -1,7 +1,7 @@
 """From a loader of steps to the trainer: batches that are ready before they are asked for.
 
-Two ways, with the same batches in the same order: a thread in the trainer's process, or processes
-on any machine of the cluster, through Ray Data.
+Three ways, with the same batches in the same order: a thread in the trainer's process, processes
+beside it, or processes on any machine of the cluster, through Ray Data.
 
 What streams through Ray Data is the numbers of one rank's *steps*, not rows. Ray Train's own splits
 of a data set (`streaming_split(equal=True)`) drop the rows that don't divide evenly, give ranks
@@ -44,6 +44,31 @@ def from_thread(load: Callable[[int], Batch], steps: range, ahead: int = AHEAD) 
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def from_processes(
+    load: Callable[[int], Batch], steps: range, workers: int, ahead: int = AHEAD
+) -> Iterator[Batch]:
+    """load(step) for each step, in order, made by processes on this machine that run up to `ahead`
+    steps ahead each."""
+    from torch.utils.data import DataLoader
+
+    source: Any = _Steps(load)
+    return iter(
+        DataLoader(
+            source, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=ahead
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """A loader of steps as torch's data sets are."""
+
+    load: Callable[[int], Any]
+
+    def __getitem__(self, step: int) -> Any:
+        return self.load(step)
 
 
 def from_ray_data(

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import adsc
 from adsc.decoder_cost import Decoder
 from adsc.geometries import HUB_IDS, geometry
-from adsc.plan import PruningPlan
+from pipeline.evaluation.methods import build_method
 from pipeline.stages.base import resolve
 from pipeline.training.adapters import prepare_trainable
 from pipeline.training.batches import RowShape
@@ -127,7 +127,7 @@ def forecast(
                 f"{name} counts epochs of a set whose size is not known before it is prepared; "
                 "set train.steps for a forecast"
             )
-        plan, steps = PruningPlan.parse(config.plan), config.steps_for(records or 0)
+        plan, steps = build_method(config, prepared), config.steps_for(records or 0)
         checkpointing = config.activation_checkpointing
         cost = TrainingCost(prepared, model, plan, checkpointing=checkpointing)
         dense = adsc.estimate_cost(model, "", assumed.text_tokens).per_layer[0].vision_tokens
@@ -139,7 +139,7 @@ def forecast(
         rows.append(
             StageForecast(
                 name=name,
-                plan=config.plan,
+                plan=config.runs_with,
                 steps=steps,
                 average_vision_tokens=plan.average_tokens(dense, cost.num_layers),
                 flops=flops,
@@ -180,7 +180,8 @@ def memory_bytes(
     if config.offload.parameters:
         found["base"] = found["trained"] = 0.0
     decoder = Decoder.from_config(model.get_text_config())
-    cost = adsc.estimate_cost(model, config.plan, assumed.text_tokens)
+    plan = build_method(config, trainable)
+    cost = adsc.estimate_cost(model, plan, assumed.text_tokens)
     rows = math.ceil(config.batch_size / assumed.workers / config.accumulate)
     if config.micro_tokens is not None:
         full = cost.per_layer[0].vision_tokens + assumed.text_tokens

@@ -1,10 +1,10 @@
 """The training loop. It knows nothing of who launched it: a plain script, torchrun or Ray Train.
 
-One call trains one stage of a curriculum: load the base, attach the stage's plan, add or continue
-the adapter, take optimizer steps, checkpoint on the way, and check at the end that exactly the
-declared parameters moved. The loss of a step is the mean over all supervised tokens of the global
-batch, so it depends neither on the number of workers, nor on micro-batches, nor on the strategy
-(pipeline/training/strategy.py) by which workers share the model.
+One call trains one stage of a curriculum: load the base, attach the stage's plan or peer, add or
+continue the adapter, take optimizer steps, checkpoint on the way, and check at the end that exactly
+the declared parameters moved. The loss of a step is the mean over all supervised tokens of the
+global batch, so it depends neither on the number of workers, nor on micro-batches, nor on the
+strategy (pipeline/training/strategy.py) by which workers share the model.
 """
 
 import statistics
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 import adsc
+from pipeline.evaluation.methods import build_method
 from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
 from pipeline.training.batches import StepBatch, StepLoader, check_packing
 from pipeline.training.checkpoints import Snapshot, read_moments, read_state
@@ -140,7 +141,7 @@ def _prepare(
         )
     if config.packing:
         check_packing(model.config.model_type, config.attention)
-    adsc.attach(model, adsc.PruningPlan.parse(config.plan))
+    adsc.attach(model, build_method(config, model))
     if config.activation_checkpointing:
         # transformers before 5.23 knows the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -215,8 +216,8 @@ class _Run:
         config, context = self.config, self.context
         started = time.monotonic()
         losses: list[float] = []
-        plan = adsc.PruningPlan.parse(config.plan)
-        cost = cost_of(self.strategy.model, plan, checkpointing=config.activation_checkpointing)
+        model, checkpointing = self.strategy.model, config.activation_checkpointing
+        cost = cost_of(model, build_method(config, model), checkpointing=checkpointing)
         throughput = Throughput(cost, self.device, context.world_size)
         batches = context.stream(self.load, range(first, self.steps))
         for step in range(first, self.steps):

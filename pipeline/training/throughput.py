@@ -12,8 +12,8 @@ that were trained, padding left out: padding shows as a lower rate. Of one step 
 
 That is the work that training needs, and MFU is counted on it. Activation checkpointing runs the
 decoder's forward again: with it, HFU counts that too. Kernels that compute attention scores again
-on the way back (flash, sdpa) are not credited with that. Nothing is measured on the device here
-beyond time and memory, and a step costs an append.
+on the way back (flash, sdpa) are not credited with that, nor peers with choosing. Nothing is
+measured on the device here beyond time and memory, and a step costs an append.
 """
 
 import re
@@ -29,6 +29,7 @@ from torch import nn
 
 from adsc.cost_error import CostError
 from adsc.decoder_cost import Decoder
+from adsc.method import Method
 from adsc.plan import PruningPlan
 from adsc.vision_cost import ImageInput, image_cost
 
@@ -75,7 +76,7 @@ class TrainingCost:
         model: with its adapter, before or after it was wrapped or split; only names, sizes and what
             is trained are read.
         config: the model's, from transformers.
-        plan: the pruning plan while training.
+        plan: the pruning plan or the peer while training.
         checkpointing: whether the decoder's activations are computed again.
 
     Raises:
@@ -83,7 +84,12 @@ class TrainingCost:
     """
 
     def __init__(
-        self, model: nn.Module, config: object, plan: PruningPlan, *, checkpointing: bool = False
+        self,
+        model: nn.Module,
+        config: object,
+        plan: PruningPlan | Method,
+        *,
+        checkpointing: bool = False,
     ) -> None:
         text = config.get_text_config()  # type: ignore[attr-defined]
         decoder = Decoder.from_config(text)
@@ -152,7 +158,9 @@ class TrainingCost:
         return StepFlops(needed, needed + again)
 
 
-def cost_of(model: nn.Module, plan: PruningPlan, *, checkpointing: bool) -> TrainingCost | None:
+def cost_of(
+    model: nn.Module, plan: PruningPlan | Method, *, checkpointing: bool
+) -> TrainingCost | None:
     """The training cost of a model, however wrapped; None where it is not known."""
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next((one for one in configs if hasattr(one, "get_text_config")), None)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from pipeline.training.batches import StepBatch
 from pipeline.training.config import TrainConfig
-from pipeline.training.feed import from_thread
+from pipeline.training.feed import from_processes, from_thread
 from pipeline.training.loop import Sources, train
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,19 @@ class FolderContext:
         keep: how many stay.
         rank: of this process.
         world_size: how many processes there are.
+        data_workers: processes that make batches for this one; 0 makes them in a thread.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+        data_workers: int = 0,
+    ) -> None:
         self.folder, self.keep, self.rank, self.world_size = folder, keep, rank, world_size
+        self.data_workers = data_workers
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._told_to_leave = threading.Event()
@@ -74,6 +83,8 @@ class FolderContext:
         yield max(self.checkpoints(), default=None)
 
     def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
+        if self.data_workers:
+            return from_processes(load, steps, self.data_workers)
         return from_thread(load, steps)
 
     def report(
@@ -124,6 +135,9 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="one split of prepared data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--start", type=Path, help="trained weights of the stage before")
+    parser.add_argument(
+        "--data-workers", type=int, default=0, help="processes that make batches for each rank"
+    )
     return parser.parse_args(words)
 
 
@@ -137,7 +151,9 @@ def main(words: list[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    context = FolderContext(arguments.out, config.keep_checkpoints, rank, size)
+    context = FolderContext(
+        arguments.out, config.keep_checkpoints, rank, size, arguments.data_workers
+    )
     signal.signal(signal.SIGTERM, context.leave)
     sources = Sources(base=arguments.base, data=arguments.data, start=arguments.start)
     finished = train(config, sources, context)

@@ -1,0 +1,466 @@
+"""The evidence: ADSC's choices and its peers at three budgets, trained by one recipe, three seeds.
+
+Hypotheses, results and commands stand in docs/evidence.md. Through Ray, on the demo's base (stages
+resume by themselves; hours on two cores):
+
+    adsc run evidence
+
+On one machine without Ray, arm by arm, each a file that is not made twice; `--scale 576` trains a
+larger base with 576 vision tokens first, for a GPU:
+
+    python -m workflows.evidence --out DIR --scale 576 --processes 8
+
+Both share arms, training loop, scoring and the form of the results.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import Field
+
+from adsc.curriculum import curriculum
+from pipeline.config import Config, ConfigError, edit
+from pipeline.evaluation.methods import MethodConfig, PeerConfig
+from pipeline.stage import Stage
+from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest
+from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
+from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
+from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.train import TRAIN_VERSION, train_stage
+from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.workflow import Workflow
+from workflows.demo import BASE
+from workflows.evidence_summary import SUMMARY_VERSION, summarise
+from workflows.fashion import FashionConfig, compose_fashion
+from workflows.tiny_base import TinyBaseConfig, TowerConfig
+from workflows.tiny_llava import TinyLlavaConfig
+
+VARIANTS = {
+    "adsc": ("ADSC", "", "fixed"),
+    "adsc_reverse": ("ADSC, reverse", "", "reverse"),
+    "adsc_forward": ("ADSC, forward", "", "forward"),
+    "adsc_first": ("ADSC, first", ";anchor=first", "fixed"),
+    "adsc_center": ("ADSC, center", ";anchor=center", "fixed"),
+    "adsc_grid": ("ADSC, grid", ";anchor=grid", "fixed"),
+    "adsc_reindex": ("ADSC, reindex", ";positions=reindex", "fixed"),
+}
+"""Trained with our plan: label, its options, curriculum. `adsc` (anchor last, positions kept,
+the target throughout) is what the others differ from in one thing each."""
+ANCHORS = ("adsc", "adsc_first", "adsc_center", "adsc_grid")
+"""Variants that are asked untrained, too."""
+TRAINED_PEERS = ("fastv", "pyramiddrop", "visionzip")
+"""Peers that are trained by the same recipe, at their target throughout."""
+CONTROL = "dense_lora"
+
+
+class BudgetConfig(Config):
+    """One layer average of vision tokens, and what meets it."""
+
+    name: str
+    """In the arms' names."""
+    label: str
+    """For people."""
+    plan: str
+    """Our plan; anchor and positions are the variants'."""
+    peers: tuple[PeerConfig, ...]
+    """Every peer that reaches it, with the options by which it does."""
+
+
+class EvidenceConfig(Config):
+    """All that decides what is compared."""
+
+    base: BaseConfig
+    """The checkpoint that all arms start from."""
+    made: TinyBaseConfig | None = None
+    """How that checkpoint is trained from nothing, where it does not ship; on one machine only."""
+    data: FashionConfig
+    """Grids and questions."""
+    prepare: PrepareConfig
+    """Their rendering."""
+    budgets: tuple[BudgetConfig, ...]
+    """What is compared with one another."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which of VARIANTS are trained."""
+    train: TrainConfig
+    """One training stage of every arm; plan or method, and the seed, are filled in."""
+    stages: int = Field(3, ge=1)
+    """Training stages of every arm, whether its curriculum changes the plan or not."""
+    extreme: float = Field(1.5, gt=1)
+    """Pressure of the first stage of reverse and forward (adsc.curriculum)."""
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Each arm is trained once with each: order of the data and the adapter's initial values."""
+    evaluate: EvaluateConfig
+    """Questions and measurements; the arms are filled in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One row of a table."""
+
+    name: str
+    """Unique over all budgets."""
+    label: str
+    method: MethodConfig
+    """What it is asked with."""
+    way: tuple[MethodConfig, ...] = ()
+    """What each of its training stages runs with; none: it is the base."""
+
+
+def arms(config: EvidenceConfig, budget: BudgetConfig) -> list[Arm]:
+    """Dense, the dense control, everything untrained, everything trained."""
+    return [*_dense(config), *_untrained(budget), *_trained(config, budget)]
+
+
+def _dense(config: EvidenceConfig) -> Iterator[Arm]:
+    dense = MethodConfig()
+    yield Arm(name="dense", label="dense base", method=dense)
+    yield Arm(name=CONTROL, label="dense + LoRA", method=dense, way=(dense,) * config.stages)
+
+
+def _untrained(budget: BudgetConfig) -> Iterator[Arm]:
+    for name in ANCHORS:
+        label, options, _ = VARIANTS[name]
+        yield Arm(
+            name=f"{name}-untrained-{budget.name}",
+            label=f"{label}, untrained",
+            method=MethodConfig(plan=budget.plan + options),
+        )
+    for peer in budget.peers:
+        yield Arm(
+            name=f"{peer.name}-untrained-{budget.name}",
+            label=f"{peer.name}, untrained",
+            method=MethodConfig(method=peer),
+        )
+
+
+def _trained(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
+    for name in config.variants:
+        label, options, order = VARIANTS[name]
+        plan = budget.plan + options
+        plans = curriculum(plan, order, config.stages, config.extreme)
+        yield Arm(
+            name=f"{name}-{budget.name}",
+            label=label,
+            method=MethodConfig(plan=plan),
+            way=tuple(MethodConfig(plan=str(one)) for one in plans),
+        )
+    for peer in budget.peers:
+        if peer.name in TRAINED_PEERS:
+            method = MethodConfig(method=peer)
+            yield Arm(
+                name=f"{peer.name}-{budget.name}",
+                label=f"{peer.name}, trained",
+                method=method,
+                way=(method,) * config.stages,
+            )
+
+
+def trainings(config: EvidenceConfig, arm: Arm, seed: int) -> list[TrainConfig]:
+    """The arm's training stages: the same steps, batches and rates as every other arm's."""
+    return [
+        config.train.model_copy(
+            update={"plan": way.plan, "method": way.method, "seed": 1000 * seed + number}
+        )
+        for number, way in enumerate(arm.way, 1)
+    ]
+
+
+def evaluated(config: EvidenceConfig, budget: BudgetConfig) -> EvaluateConfig:
+    """The questions of a budget to all its arms; trainings of one arm make a row."""
+    asked: list[ArmConfig] = []
+    for arm in arms(config, budget):
+        same: dict[str, Any] = {"label": arm.label, **dict(arm.method)}
+        if not arm.way:
+            asked.append(ArmConfig(name=arm.name, checkpoint="base", **same))
+        asked += [
+            ArmConfig(
+                name=f"{arm.name}-s{seed}",
+                checkpoint=f"merge-{arm.name}-s{seed}",
+                trained=True,
+                group=arm.name,
+                seed=seed,
+                **same,
+            )
+            for seed in config.seeds
+            if arm.way
+        ]
+    return config.evaluate.model_copy(
+        update={
+            "title": f"{config.evaluate.title}, {budget.label}",
+            "arms": tuple(asked),
+            "control": CONTROL,
+        }
+    )
+
+
+def _peers(
+    average: float, options: Mapping[str, Any] = MappingProxyType({}), without: Sequence[str] = ()
+) -> tuple[PeerConfig, ...]:
+    names = ("stride", "random", "pool", "fastv", "pyramiddrop", "sparsevlm", "visionzip", "dart")
+    return tuple(
+        PeerConfig(name=name, average=average, options=options.get(name, {}))
+        for name in (*names, "divprune")
+        if name not in without
+    )
+
+
+AT_LAYER_1: dict[str, Any] = {
+    **{name: {"layer": 1} for name in ("stride", "fastv", "dart")},
+    "pyramiddrop": {"layers": "earlier"},
+}
+"""Where two full layers alone would exceed the budget."""
+LOOSE = {"tolerance": 0.02}  # of 64 tokens, one more or less is 1.6 %
+
+
+def evidence_config() -> EvidenceConfig:
+    """The demo's base: 8 layers, 64 vision tokens."""
+    names = ("random", "pool", "sparsevlm", "visionzip", "divprune", *AT_LAYER_1)
+    loose: dict[str, Any] = dict.fromkeys(names, LOOSE)
+    early = loose | {name: options | LOOSE for name, options in AT_LAYER_1.items()}
+    earliest = {"stride": {"layer": 0} | LOOSE, "pyramiddrop": {"layers": (0, 2, 4)} | LOOSE}
+    return EvidenceConfig(
+        base=BaseConfig(source=BASE),
+        data=FashionConfig(),
+        prepare=PrepareConfig(template="vicuna_short", context=512),
+        budgets=(
+            BudgetConfig(
+                name="667",
+                label="-66.7 %",
+                plan="2:5/32,4:1/2",
+                peers=_peers(64 / 3, loose),
+            ),
+            BudgetConfig(
+                name="778",
+                label="-77.8 %",
+                plan="1:5/32,4:1/2",
+                peers=_peers(128 / 9, early),
+            ),
+            BudgetConfig(
+                name="889",
+                label="-88.9 %",
+                plan="0:9/64,4:1/2",
+                # A full first layer is more than this budget, and these need one.
+                peers=_peers(64 / 9, loose | earliest, without=("fastv", "dart", "sparsevlm")),
+            ),
+        ),
+        train=TrainConfig(
+            steps=100,
+            batch_size=16,
+            accumulate=4,
+            learning_rate=2e-3,
+            lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
+            checkpoint_every=50,
+        ),
+        evaluate=EvaluateConfig(
+            title="ADSC and its peers on the demo's base",
+            task="real pictures, generated questions: Fashion-MNIST things in 3 x 3 grids",
+            prefill_rounds=5,
+            decode_rounds=2,
+        ),
+    )
+
+
+def evidence_576_config() -> EvidenceConfig:
+    """A larger base, trained here: 12 layers of width 256, 576 vision tokens, 4 x 4 grids."""
+    data = FashionConfig(train_pictures=24000, test_pictures=300, grid=4, cell=36, each=4)
+    sizes = TinyLlavaConfig(
+        image_size=144, patch_size=6, vision_width=192, width=256, layers=12, heads=8, mlp_width=512
+    )
+    prepare = PrepareConfig(template="vicuna_short", context=1024)
+    made = TinyBaseConfig(
+        data=data,
+        tower=TowerConfig(model=sizes, steps=1000, batch_size=128, grid=4, cell=36, workers=12),
+        prepare=prepare,
+    )
+    decoder = made.decoder.model_copy(
+        update={"batch_size": 32, "precision": "bf16", "checkpoint_every": 1000, "steps": 4000}
+    )
+    return EvidenceConfig(
+        base=BaseConfig(source="made"),
+        made=made.model_copy(update={"decoder": decoder}),
+        data=data,
+        prepare=prepare,
+        budgets=(
+            BudgetConfig(name="667", label="-66.7 %", plan="2:55/192,6:1/2", peers=_peers(192)),
+            BudgetConfig(
+                name="778",
+                label="-77.8 %",
+                plan="2:55/576,6:1/2",
+                peers=_peers(128, {"pyramiddrop": {"layers": "earlier"}}),
+            ),
+            BudgetConfig(
+                name="889", label="-88.9 %", plan="1:1/24,6:1/2", peers=_peers(64, AT_LAYER_1)
+            ),
+        ),
+        train=TrainConfig(
+            steps=100,
+            batch_size=16,
+            learning_rate=1e-3,
+            lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
+            checkpoint_every=1000,
+        ),
+        evaluate=EvaluateConfig(
+            title="ADSC and its peers at 576 vision tokens",
+            task="real pictures, generated questions: Fashion-MNIST things in 4 x 4 grids",
+            batch_size=256,
+            prefill_rounds=5,
+            decode_rounds=2,
+        ),
+    )
+
+
+def evidence() -> Workflow:
+    return Workflow(
+        name="evidence",
+        title="ADSC's choices and its peers, trained alike: hours on two cores",
+        config=evidence_config(),
+        build=build,
+    )
+
+
+def build(config: EvidenceConfig) -> list[Stage]:
+    """The stages on Ray.
+
+    Raises:
+        ConfigError: a base that would have to be made first.
+    """
+    if config.made is not None:
+        raise ConfigError(
+            "this evidence makes its own base, which is done on one machine: "
+            "python -m workflows.evidence --out DIR --scale 576"
+        )
+    stages = [
+        Stage(
+            name="pictures",
+            title="pictures: real things in grids",
+            body=compose_fashion,
+            version=1,
+            config=config.data,
+        ),
+        Stage(
+            name="base",
+            title="base: the checkpoint that all start from",
+            body=base,
+            version=BASE_VERSION,
+            config=pin_digest(config.base),
+        ),
+        Stage(
+            name="prepare",
+            title="prepare: records to tokens",
+            body=prepare,
+            version=PREPARE_VERSION,
+            config=config.prepare,
+            needs={"data": "pictures", "base": "base"},
+        ),
+    ]
+    everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
+    for seed in config.seeds:
+        for arm in everything.values():
+            stages += _train_and_merge(config, arm, seed)
+    for budget in config.budgets:
+        asked = evaluated(config, budget)
+        merged = {arm.checkpoint: arm.checkpoint for arm in asked.arms if arm.trained}
+        stages += [
+            Stage(
+                name=f"evaluate-{budget.name}",
+                title=f"evaluate: every arm at {budget.label}",
+                body=evaluate,
+                version=EVALUATE_VERSION,
+                config=asked,
+                needs={"data": "prepare", "base": "base", **merged},
+            ),
+            Stage(
+                name=f"report-{budget.name}",
+                title=f"report: page and figure at {budget.label}",
+                body=report,
+                version=REPORT_VERSION,
+                config=ReportConfig(),
+                needs={"evaluate": f"evaluate-{budget.name}"},
+            ),
+        ]
+    return [
+        *stages,
+        Stage(
+            name="summary",
+            title="summary: all budgets in a table and a figure",
+            body=summarise,
+            version=SUMMARY_VERSION,
+            config=Config(),
+            needs={budget.name: f"evaluate-{budget.name}" for budget in config.budgets},
+        ),
+    ]
+
+
+def _train_and_merge(config: EvidenceConfig, arm: Arm, seed: int) -> list[Stage]:
+    name, stages = f"{arm.name}-s{seed}", list[Stage]()
+    inputs = {"base": "base", "data": "prepare"}
+    for number, train in enumerate(trainings(config, arm, seed), 1):
+        start = {"start": stages[-1].name} if stages else {}
+        stages.append(
+            Stage(
+                name=f"train-{name}-{number}",
+                title=f"train {name} {number}/{len(arm.way)}: LoRA",
+                body=train_stage,
+                version=TRAIN_VERSION,
+                config=train,
+                needs={**inputs, **start},
+            )
+        )
+    if stages:
+        stages.append(
+            Stage(
+                name=f"merge-{name}",
+                title=f"merge {name}: adapter into base",
+                body=merge,
+                version=MERGE_VERSION,
+                config=MergeConfig(plan=arm.method.plan, method=arm.method.method),
+                needs={**inputs, "trained": stages[-1].name},
+            )
+        )
+    return stages
+
+
+SCALES = {"demo": evidence_config, "576": evidence_576_config}
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command: 0 when every arm has been run."""
+    from workflows import evidence_here
+
+    parser = argparse.ArgumentParser(
+        prog="workflows.evidence", description="the evidence on one machine, without Ray"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="demo")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the config"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="arms at a time, on one device")
+    parser.add_argument("--arms", nargs="+", help="only these, by name")
+    parser.add_argument("--base-only", action="store_true", help="make base and data, no arm")
+    parser.add_argument(
+        "--stop-after", type=float, default=float("inf"), help="begin no arm after these seconds"
+    )
+    given = parser.parse_args(words)
+    config = edit(SCALES[given.scale](), dict(one.split("=", 1) for one in given.set))
+    return evidence_here.run(
+        config,
+        given.out,
+        processes=given.processes,
+        only=given.arms,
+        base_only=given.base_only,
+        stop_after=given.stop_after,
+    )
+
+
+if __name__ == "__main__":
+    # Bodies of a script are called __main__.something, which is another identity.
+    from workflows import evidence as module
+
+    sys.exit(module.main())

@@ -1,0 +1,427 @@
+"""The evidence on one machine without Ray: base, data, arms, tables.
+
+Stage bodies, training loop, scoring and tables are the pipeline's; here is only who does what when.
+Pictures are decoded once, before processes are forked that share them: on a small model the same
+work would else take longer than training. A training's result is one JSON file with the score of
+every question, named by a digest of what was computed, and is not made twice.
+"""
+
+import json
+import logging
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import adsc
+from pipeline.data.prepared import PreparedData
+from pipeline.data.templates import find_template
+from pipeline.data.worker import TASK, Work, render_chunks
+from pipeline.driver import git_commit
+from pipeline.evaluation.generation import (
+    Questions,
+    build_inputs,
+    generate_tokens,
+    majority_answers,
+    score,
+    share_right,
+    to_device,
+)
+from pipeline.evaluation.methods import MethodConfig, build_method
+from pipeline.evaluation.speed import measure_and_count
+from pipeline.identity import digest
+from pipeline.progress import ProgressHandle
+from pipeline.record import Record
+from pipeline.stage import Input, Inputs, RunContext, StageContext
+from pipeline.stages.base import resolve
+from pipeline.stages.evaluate import Scored, results
+from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.prepare import prepare_data
+from pipeline.tracking.tracker import RunHandle, Tracker
+from pipeline.training.adapters import merge_trained
+from pipeline.training.batches import StepBatch, StepLoader
+from pipeline.training.feed import from_processes, from_thread
+from pipeline.training.loop import Sources, train
+from pipeline.training.torchrun import FolderContext
+from workflows.evidence import Arm, EvidenceConfig, arms, evaluated, trainings
+from workflows.evidence_summary import write_summary
+from workflows.fashion import write_grids
+from workflows.tiny_base import TinyBaseConfig, start_decoder, train_tower
+
+log = logging.getLogger(__name__)
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class World(NamedTuple):
+    """What all arms share; made before processes are forked, so that they share its memory."""
+
+    out: Path
+    config: EvidenceConfig
+    streams: dict[tuple[int, int], list[StepBatch]]
+    """Batches of each training stage by its seed: they are the same for all arms."""
+    questions: Questions
+    batches: list[tuple[list[int], dict[str, torch.Tensor]]]
+    """Question numbers and inputs."""
+
+
+class Task(NamedTuple):
+    """One training of one arm, or the asking of an untrained one."""
+
+    arm: Arm
+    seed: int | None
+    file: Path
+
+
+_WORLD: World | None = None  # of a forked process
+
+
+def run(
+    config: EvidenceConfig,
+    out: Path,
+    *,
+    processes: int,
+    only: Sequence[str] | None,
+    base_only: bool,
+    stop_after: float,
+) -> int:
+    """Everything that `out` lacks: 0, or 1 where arms are left out or failed."""
+    _log()
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "arms").mkdir(exist_ok=True)
+    with ProcessPoolExecutor(processes, mp_context=SPAWN) as pool:
+        _make_world(config, out, pool.map)
+    if base_only:
+        return 0
+    todo = _tasks(config, out, only)
+    missing = [task for task in todo if not task.file.exists()]
+    log.info("%d of %d arms are to be run", len(missing), len(todo))
+    failed = _run_all(config, out, missing, processes, began + stop_after) if missing else 0
+    if failed or only:
+        return int(failed > 0)
+    _write_results(config, out)
+    return 0
+
+
+def _make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[Any]]) -> None:
+    """Pictures, base and prepared data below `out`."""
+    quiet = ProgressHandle(stage="evidence")
+
+    def pictures(folder: Path) -> None:
+        folder.mkdir()
+        write_grids(folder, config.data, quiet, partial(each, chunksize=50))
+
+    def prepared(folder: Path, base: str = "base") -> None:
+        folder.mkdir()
+        given = _input(out / "pictures"), _input(out / base)
+        prepare_data(*given, config.prepare, folder, quiet, render=partial(_render, each=each))
+
+    _once(out / "pictures", pictures)
+    if config.made is None:
+        _once(out / "base", lambda folder: shutil.copytree(resolve(config.base.source), folder))
+        _once(out / "prepared", prepared)
+        return
+    _once(out / "tower", lambda folder: _apart(_train_tower, config.made, out, folder))
+    _once(out / "prepared", lambda folder: prepared(folder, "tower"))
+    _once(out / "base", lambda folder: _apart(_train_base, config.made, out, folder))
+
+
+def _once(folder: Path, make: Callable[[Path], object]) -> None:
+    """The folder appears whole or not at all."""
+    if folder.exists():
+        return
+    began = time.monotonic()
+    scratch = folder.with_name(folder.name + ".making")
+    shutil.rmtree(scratch, ignore_errors=True)
+    make(scratch)
+    scratch.rename(folder)
+    log.info("%s: %.0f s", folder.name, time.monotonic() - began)
+
+
+def _apart(work: Callable[..., None], *arguments: Any) -> None:
+    """In a process of its own: this one is forked later, and must not hold a device by then."""
+    with ProcessPoolExecutor(1, mp_context=SPAWN, initializer=_log) as pool:
+        pool.submit(work, *arguments).result()
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+
+def _render(
+    tasks: list[dict[str, Any]], work: Work, each: Callable[..., Iterable[Any]]
+) -> Iterator[pa.Table]:
+    """pipeline.stages.prepare's rows, by this machine's processes."""
+    for tables in each(partial(_render_one, work=work), tasks):
+        yield from tables
+
+
+def _render_one(task: dict[str, Any], work: Work) -> list[pa.Table]:
+    return list(render_chunks(pa.Table.from_pylist([task], schema=TASK), work))
+
+
+def _train_tower(made: TinyBaseConfig, out: Path, folder: Path) -> None:
+    found = train_tower(_context(folder, data=out / "pictures"), made.tower)
+    log.info("tower: %s", found)
+
+
+def _train_base(made: TinyBaseConfig, out: Path, folder: Path) -> None:
+    """Projector and decoder, tower frozen; a checkpoint of a killed training is gone on with."""
+    _once(out / "start", lambda at: start_decoder(_context(at, tower=out / "tower"), made.start))
+    steps = out / "base-steps"
+    context = FolderContext(steps, data_workers=made.tower.workers)
+    train(made.decoder, Sources(base=out / "start", data=out / "prepared" / "train"), context)
+    context.close()
+    inputs = {"base": out / "start", "data": out / "prepared", "trained": context.checkpoints()[-1]}
+    merge(_context(folder, template=made.prepare.template, **inputs), MergeConfig())
+    (folder / "probe.safetensors").unlink()
+
+
+def _context(out: Path, template: str = "", **inputs: Path) -> StageContext:
+    """What a stage's body needs, around folders of this machine; nothing is tracked."""
+    out.mkdir()
+    return StageContext(
+        name=out.stem,
+        fingerprint="0" * 64,
+        run=RunContext(root=str(out.parent), workflow="evidence"),
+        inputs=Inputs({name: _input(place, template) for name, place in inputs.items()}),
+        out=out,
+        train_storage=(str(out.parent), "run"),
+        track=Tracker(RunHandle("", None)),
+        progress_handle=ProgressHandle(stage=out.stem),
+    )
+
+
+def _input(place: Path, template: str = "") -> Input:
+    record = Record(
+        stage=place.name,
+        fingerprint="0" * 64,
+        attempt="1",
+        outputs={"template": template},
+        uri=str(place.resolve()),
+    )
+    return Input(record)
+
+
+def _tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list[Task]:
+    """Untrained arms first, then one seed after the other: what is cut short has fewer seeds."""
+    everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
+    if unknown := set(only or ()) - everything.keys():
+        raise ValueError(
+            f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(everything)}"
+        )
+    chosen = [arm for name, arm in everything.items() if only is None or name in only]
+    tasks: list[tuple[Arm, int | None]] = [(arm, None) for arm in chosen if not arm.way]
+    tasks += [(arm, seed) for seed in config.seeds for arm in chosen if arm.way]
+    return [Task(arm, seed, _file(config, out, arm, seed)) for arm, seed in tasks]
+
+
+def _file(config: EvidenceConfig, out: Path, arm: Arm, seed: int | None) -> Path:
+    """Where a result lies: its name holds a digest of what decides it."""
+    about: list[Any] = [config.data, config.prepare, config.base, config.made, arm.method]
+    about += [config.evaluate.max_new_tokens]
+    about += [] if seed is None else trainings(config, arm, seed)
+    ending = "" if seed is None else f"-s{seed}"
+    return out / "arms" / f"{arm.name}{ending}-{digest(about)[:8]}.json"
+
+
+def _run_all(
+    config: EvidenceConfig, out: Path, tasks: Sequence[Task], processes: int, deadline: float
+) -> int:
+    """Run the tasks on one device; how many failed or were not begun."""
+    global _WORLD
+    world = _load_world(config, out, tasks, processes)
+    log.info("batches are loaded")
+    _WORLD = world
+    failed = done = 0
+    with ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("fork"), initializer=_set_up
+    ) as pool:
+        running = {pool.submit(_run_task, task, deadline): task for task in tasks}
+        for future in as_completed(running):
+            error = future.exception()
+            failed += error is not None
+            done += 1
+            if error is not None:
+                log.error("%s failed: %s: %s", running[future].file.stem, type(error), error)
+            else:
+                log.info("%d of %d: %s", done, len(tasks), future.result())
+    _WORLD = None
+    return failed + sum(not task.file.exists() for task in tasks)
+
+
+def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], processes: int) -> World:
+    base, train_folder = out / "base", out / "prepared" / "train"
+    streams = {}
+    trained = [task for task in tasks if task.seed is not None]
+    for stage in [one for task in trained for one in trainings(config, task.arm, task.seed or 0)]:
+        if (key := (stage.seed, stage.steps or 0)) not in streams:
+            load = StepLoader(data=train_folder, processor=base, config=stage)
+            steps = range(load.steps)
+            streams[key] = [_owned(batch) for batch in from_processes(load, steps, processes)]
+    questions = Questions(out / "prepared" / "test")
+    processor = _processor(config, base)
+    numbers = questions.batches(
+        range(len(questions)), config.evaluate.batch_size, processor.tokenizer
+    )
+    ask = partial(_inputs_of, numbers=numbers, questions=questions, processor=processor)
+    inputs = from_thread(ask, range(len(numbers)))
+    return World(out, config, streams, questions, list(zip(numbers, inputs, strict=True)))
+
+
+def _owned(batch: StepBatch) -> StepBatch:
+    """In this process's memory: shared tensors hold a file descriptor each."""
+    micro = [{name: tensor.clone() for name, tensor in one.items()} for one in batch.micro]
+    return StepBatch(**vars(batch) | {"micro": micro})
+
+
+def _inputs_of(
+    batch: int, numbers: Sequence[Sequence[int]], questions: Questions, processor: Any
+) -> dict[str, torch.Tensor]:
+    return build_inputs(questions.load(numbers[batch]), processor)
+
+
+def _processor(config: EvidenceConfig, base: Path) -> Any:
+    """Asks as training asked."""
+    processor = AutoProcessor.from_pretrained(base)
+    processor.chat_template = find_template(config.prepare.template, processor).jinja()
+    return processor
+
+
+def _set_up() -> None:
+    logging.getLogger("pipeline").setLevel(logging.WARNING)  # steps of single trainings
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
+class SharedBatches(FolderContext):
+    """Checkpoints in a folder, batches from the memory that all processes share."""
+
+    def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
+        assert _WORLD is not None and isinstance(load, StepLoader)
+        batches = _WORLD.streams[load.config.seed, load.config.steps or 0]
+        return (batches[step] for step in steps)
+
+
+def _run_task(task: Task, deadline: float) -> str:
+    """Train, if the arm is trained, and ask; the result into the task's file."""
+    world = _WORLD
+    assert world is not None
+    if time.monotonic() > deadline:
+        return f"{task.file.stem} was not begun"
+    began = time.monotonic()
+    base = world.out / "base"
+    work = world.out / "training" / task.file.stem
+    start: Path | None = None
+    losses: list[list[float]] = []
+    stages = trainings(world.config, task.arm, task.seed or 0)
+    for number, stage in enumerate(stages, 1):
+        sources = Sources(base=base, data=world.out / "prepared" / "train", start=start)
+        with closing(SharedBatches(work / str(number), keep=1)) as context:
+            train(stage, sources, context)
+        start = context.checkpoints()[-1] / "trained"
+        losses.append(json.loads((start / "history.json").read_text()))
+    trained = time.monotonic() - began
+    model = _load(base, start)
+    adsc.attach(model, build_method(task.arm.method, model))
+    scores = _ask(world, model)
+    found = {
+        "arm": task.arm.name,
+        "seed": task.seed,
+        "method": task.arm.method.runs_with,
+        "trainings": [stage.model_dump(mode="json") for stage in stages],
+        "losses": losses,
+        "training_seconds": trained,
+        "asking_seconds": time.monotonic() - began - trained,
+        "commit": git_commit(),
+        "scores": [int(one) for one in scores],
+    }
+    scratch = task.file.with_suffix(".writing")
+    scratch.write_text(json.dumps(found))
+    scratch.rename(task.file)
+    shutil.rmtree(work, ignore_errors=True)
+    seconds = time.monotonic() - began
+    return f"{task.file.stem}: {100 * scores.mean():.1f} % in {seconds:.0f} s ({trained:.0f} s)"
+
+
+def _load(base: Path, trained: Path | None) -> Any:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = AutoModelForImageTextToText.from_pretrained(base)
+    if trained is not None:
+        model = merge_trained(model, trained)
+    return model.to(device).eval()
+
+
+def _ask(world: World, model: Any) -> np.ndarray:
+    """(Q,) exact matches of greedy answers."""
+    tokenizer = _processor(world.config, world.out / "base").tokenizer
+    scores = np.zeros(len(world.questions))
+    for numbers, inputs in world.batches:
+        new = generate_tokens(model, to_device(inputs, model), world.config.evaluate.max_new_tokens)
+        answers = tokenizer.batch_decode(new, skip_special_tokens=True)
+        expected = [world.questions.asked[number].expected for number in numbers]
+        scores[numbers] = [score(*pair) for pair in zip(answers, expected, strict=True)]
+    return scores
+
+
+def _write_results(config: EvidenceConfig, out: Path) -> None:
+    """results-BUDGET.json of each budget, and the summary."""
+    measured = _measured(config, out)
+    questions = Questions(out / "prepared" / "test")
+    guesses = majority_answers(PreparedData(out / "prepared" / "train"))
+    for budget in config.budgets:
+        scored, commits = {}, set()
+        for arm in arms(config, budget):
+            for seed in config.seeds if arm.way else (None,):
+                found = json.loads(_file(config, out, arm, seed).read_text())
+                name = arm.name if seed is None else f"{arm.name}-s{seed}"
+                scored[name] = Scored(np.array(found["scores"], dtype=float))
+                commits.add(found["commit"])
+        asked = evaluated(config, budget)
+        made = results(
+            asked,
+            questions.asked,
+            scored,
+            measured,
+            workflow="evidence",
+            commit=", ".join(sorted(map(str, commits))),
+            config={"evidence": config.model_dump(mode="json")},
+            majority=share_right(questions.asked, guesses) | {"source": "train"},
+        )
+        (out / f"results-{budget.name}.json").write_text(json.dumps(made, indent=1))
+    write_summary({b.name: out / f"results-{b.name}.json" for b in config.budgets}, out)
+
+
+def _measured(config: EvidenceConfig, out: Path) -> dict[str, Any]:
+    """Times and costs of every method of every budget, on the base, by this process alone."""
+    _set_up()
+    base = out / "base"
+    model, processor = _load(base, None), _processor(config, base)
+    questions = Questions(out / "prepared" / "test")
+    numbers = list(range(min(config.evaluate.prefill_batch, len(questions))))
+    inputs = to_device(build_inputs(questions.load(numbers), processor), model)
+    methods: dict[str, MethodConfig] = {
+        arm.method.runs_with: arm.method
+        for budget in config.budgets
+        for arm in arms(config, budget)
+    }
+    measured = measure_and_count(
+        model,
+        inputs,
+        [build_method(method, model) for method in methods.values()],
+        rounds=config.evaluate.prefill_rounds,
+        decode_rounds=config.evaluate.decode_rounds,
+        decode_tokens=config.evaluate.decode_tokens,
+    )
+    return measured | {"methods": dict(zip(methods, measured["methods"], strict=True))}
