@@ -107,10 +107,9 @@ def run(
     missing = [task for task in todo if not task.file.exists()]
     log.info("%d of %d arms are to be run", len(missing), len(todo))
     failed = _run_all(config, out, missing, processes, began + stop_after) if missing else 0
-    if failed or only:
-        return int(failed > 0)
-    _write_results(config, out)
-    return 0
+    if not only:
+        _write_results(config, out)
+    return int(failed > 0)
 
 
 def _make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[Any]]) -> None:
@@ -376,7 +375,7 @@ def _ask(world: World, model: Any) -> np.ndarray:
 
 
 def _write_results(config: EvidenceConfig, out: Path) -> None:
-    """results-BUDGET.json of each budget, and the summary."""
+    """results-BUDGET.json of each budget, and the summary, of the arms that are there."""
     measured = _measured(config, out)
     questions = Questions(out / "prepared" / "test")
     guesses = majority_answers(PreparedData(out / "prepared" / "train"))
@@ -384,13 +383,18 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
         scored, commits = {}, set()
         for arm in arms(config, budget):
             for seed in config.seeds if arm.way else (None,):
-                found = json.loads(_file(config, out, arm, seed).read_text())
+                file = _file(config, out, arm, seed)
+                if not file.exists():
+                    log.warning("%s is left out: it has not been run", file.stem)
+                    continue
+                found = json.loads(file.read_text())
                 name = arm.name if seed is None else f"{arm.name}-s{seed}"
                 scored[name] = Scored(np.array(found["scores"], dtype=float))
                 commits.add(found["commit"])
         asked = evaluated(config, budget)
+        there = tuple(arm for arm in asked.arms if arm.name in scored)
         made = results(
-            asked,
+            asked.model_copy(update={"arms": there}),
             questions.asked,
             scored,
             measured,
