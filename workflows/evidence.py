@@ -279,7 +279,7 @@ def evidence_576_config() -> EvidenceConfig:
         prepare=prepare,
     )
     decoder = made.decoder.model_copy(
-        update={"batch_size": 32, "precision": "bf16", "checkpoint_every": 1000, "steps": 4000}
+        update={"batch_size": 32, "precision": "bf16", "checkpoint_every": 1000, "steps": 1800}
     )
     return EvidenceConfig(
         base=BaseConfig(source="made"),
@@ -299,7 +299,7 @@ def evidence_576_config() -> EvidenceConfig:
             ),
         ),
         train=TrainConfig(
-            steps=100,
+            steps=50,
             batch_size=16,
             learning_rate=1e-3,
             lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
@@ -308,7 +308,7 @@ def evidence_576_config() -> EvidenceConfig:
         evaluate=EvaluateConfig(
             title="ADSC and its peers at 576 vision tokens",
             task="real pictures, generated questions: Fashion-MNIST things in 4 x 4 grids",
-            batch_size=256,
+            batch_size=128,
             prefill_rounds=5,
             decode_rounds=2,
         ),
