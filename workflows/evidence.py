@@ -268,7 +268,7 @@ def evidence_config() -> EvidenceConfig:
 
 def evidence_576_config() -> EvidenceConfig:
     """A larger base, trained here: 12 layers of width 256, 576 vision tokens, 4 x 4 grids."""
-    data = FashionConfig(train_pictures=24000, test_pictures=300, grid=4, cell=36, each=4)
+    data = FashionConfig(train_pictures=24000, test_pictures=200, grid=4, cell=36, each=4)
     sizes = TinyLlavaConfig(
         image_size=144, patch_size=6, vision_width=192, width=256, layers=12, heads=8, mlp_width=512
     )
@@ -308,7 +308,7 @@ def evidence_576_config() -> EvidenceConfig:
         evaluate=EvaluateConfig(
             title="ADSC and its peers at 576 vision tokens",
             task="real pictures, generated questions: Fashion-MNIST things in 4 x 4 grids",
-            batch_size=128,
+            batch_size=256,
             prefill_rounds=5,
             decode_rounds=2,
         ),
