@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 WORKFLOWS = {
     "demo": "workflows.demo",
     "tiny_base": "workflows.tiny_base",
+    "evidence": "workflows.evidence",
     "llava15_7b": "workflows.llava15_7b",
     "llava15_7b_128": "workflows.llava15_7b",
     "llava15_7b_64": "workflows.llava15_7b",

@@ -90,9 +90,9 @@ def run(
     out: Path,
     *,
     processes: int,
-    only: Sequence[str] | None,
-    base_only: bool,
-    stop_after: float,
+    only: Sequence[str] | None = None,
+    base_only: bool = False,
+    stop_after: float = float("inf"),
 ) -> int:
     """Everything that `out` lacks: 0, or 1 where arms are left out or failed."""
     _log()
@@ -213,15 +213,19 @@ def _input(place: Path, template: str = "") -> Input:
 
 
 def _tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list[Task]:
-    """Untrained arms first, then one seed after the other: what is cut short has fewer seeds."""
+    """Seed by seed, so that what is cut short has fewer seeds; untrained peers last: they are asked
+    more slowly than an arm is trained where they loop over pictures."""
     everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
     if unknown := set(only or ()) - everything.keys():
         raise ValueError(
             f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(everything)}"
         )
     chosen = [arm for name, arm in everything.items() if only is None or name in only]
-    tasks: list[tuple[Arm, int | None]] = [(arm, None) for arm in chosen if not arm.way]
+    untrained = [arm for arm in chosen if not arm.way]
+    tasks: list[tuple[Arm, int | None]]
+    tasks = [(arm, None) for arm in untrained if arm.method.method is None]
     tasks += [(arm, seed) for seed in config.seeds for arm in chosen if arm.way]
+    tasks += [(arm, None) for arm in untrained if arm.method.method is not None]
     return [Task(arm, seed, _file(config, out, arm, seed)) for arm, seed in tasks]
 
 

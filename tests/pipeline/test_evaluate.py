@@ -191,6 +191,9 @@ def test_seeds_of_a_group_are_one_row(inputs: Any, tmp_path: Path) -> None:
     assert rows[1].accuracy.mean == pytest.approx(np.mean(single))
     assert rows[1].difference is not None
     assert rows[1].difference.mean == pytest.approx(rows[1].accuracy.mean - rows[0].accuracy.mean)
+    assert rows[0].over_seeds is None and rows[1].over_seeds is not None
+    assert rows[1].over_seeds.mean == pytest.approx(np.mean(single))
+    assert rows[1].difference_over_seeds is None  # the control has one training, not two
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from pipeline.config import OPERATIONAL, Config
+from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.graph import GraphError, fingerprints, lint
 from pipeline.identity import IdentityError, body_name, canonical, digest
 from pipeline.stage import Stage
@@ -47,6 +47,21 @@ class Batched(Config):
 def test_operational_fields_are_no_part_of_an_identity() -> None:
     assert digest(Batched(batch=8)) == digest(Batched(batch=64)) != digest(Batched(rate=2.0))
     assert canonical(Loose(value=Batched())) == {"value": {"rate": 1.0}}
+
+
+class Older(Config):
+    rate: float = 1.0
+    """As it was."""
+
+
+class Newer(Older):
+    window: int | None = Field(None, json_schema_extra=ADDED)
+    """What came later."""
+
+
+def test_a_field_that_came_later_changes_no_older_identity() -> None:
+    assert digest(Newer()) == digest(Older()) != digest(Newer(window=3))
+    assert digest(Newer(window=3)) != digest(Newer(window=4))
 
 
 def test_how_a_stage_is_trained_is_no_part_of_its_identity() -> None:

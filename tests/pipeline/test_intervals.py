@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.evaluation.intervals import Bootstrap
+from pipeline.evaluation.intervals import Bootstrap, over_seeds
 
 
 def test_bootstrap_resamples_pictures_not_questions() -> None:
@@ -72,3 +72,14 @@ def test_a_kind_that_few_resamples_hold_still_has_an_interval() -> None:
     rare = np.arange(50) == 7
     interval = Bootstrap(records, seed=0).mean(np.ones(50), rare)
     assert interval == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    # By hand: standard deviation 0.02, t(2) = 4.303, 4.303 * 0.02 / sqrt(3) = 0.0497.
+    interval = over_seeds([0.80, 0.82, 0.84])
+    assert interval is not None and interval["mean"] == pytest.approx(0.82)
+    assert interval["low"] == pytest.approx(0.7703, abs=1e-4)
+    assert interval["high"] == pytest.approx(0.8697, abs=1e-4)
+    assert over_seeds([0.8]) is None
+    spread = over_seeds([0.8, 0.84] * 10)
+    assert spread is not None and spread["high"] - spread["low"] < 0.03

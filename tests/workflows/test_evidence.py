@@ -1,0 +1,172 @@
+"""The evidence: its arms reach their budgets, one machine runs it and goes on, Ray runs it."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from pipeline import graph
+from pipeline.config import ConfigError, edit
+from pipeline.evaluation.methods import PeerConfig, build_method
+from pipeline.stages.base import resolve
+from pipeline.stages.results import Arm, Interval, Results, Seed
+from tests.small import Small
+from workflows import evidence, evidence_here
+from workflows.demo import BASE
+from workflows.evidence import BudgetConfig, EvidenceConfig, arms, trainings
+from workflows.evidence_summary import differences
+from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+
+SHARES = {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}
+
+
+def demo_model() -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(resolve(BASE)))
+
+
+def large_model() -> torch.nn.Module:
+    made = evidence.evidence_576_config().made
+    assert made is not None
+    sizes: TinyLlavaConfig = made.tower.model
+    return build_model(build_processor(["a"], sizes), sizes, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "tokens", "layers", "tolerance"), [("demo", 64, 8, 0.021), ("576", 576, 12, 0.01)]
+)
+def test_every_arm_meets_its_budget(scale: str, tokens: int, layers: int, tolerance: float) -> None:
+    config = evidence.SCALES[scale]()
+    model = demo_model() if scale == "demo" else large_model()
+    for budget in config.budgets:
+        target = tokens * SHARES[budget.name]
+        for arm in arms(config, budget):
+            if arm.method.runs_with:
+                average = build_method(arm.method, model).average_tokens(tokens, layers)
+                assert average == pytest.approx(target, rel=tolerance), arm.name
+
+
+def test_all_arms_are_trained_by_one_recipe() -> None:
+    config = evidence.evidence_config()
+    recipes = set()
+    for budget in config.budgets:
+        for arm in arms(config, budget):
+            if arm.way:
+                stages = trainings(config, arm, seed=2)
+                assert (stages[-1].plan, stages[-1].method) == (arm.method.plan, arm.method.method)
+                recipes.add(tuple(s.model_dump_json(exclude={"plan", "method"}) for s in stages))
+    assert len(recipes) == 1
+
+
+def test_the_stages_of_ray_fit_together() -> None:
+    stages = evidence.evidence().stages()
+    graph.lint(stages)
+    trained = 1 + sum(
+        7 + len([p for p in b.peers if p.name in evidence.TRAINED_PEERS])
+        for b in evidence.evidence_config().budgets
+    )
+    assert sum(stage.name.startswith("train-") for stage in stages) == 3 * 3 * trained
+    with pytest.raises(ConfigError, match="python -m workflows.evidence"):
+        evidence.build(evidence.evidence_576_config())
+
+
+def small_config(small: Small) -> EvidenceConfig:
+    """A budget with two arms of two trainings each, on the model of `small`."""
+    budget = BudgetConfig(
+        name="b",
+        label="less",
+        plan="1:1/4,2:1/2",
+        peers=(PeerConfig(name="fastv", average=28, options={"layer": 1}),),
+    )
+    config = evidence.evidence_config().model_copy(update={"budgets": (budget,)})
+    return edit(
+        config,
+        {
+            "base.source": str(small.base),
+            "data.train_pictures": 24,
+            "data.test_pictures": 3,
+            "variants": ["adsc_reverse"],
+            "stages": 2,
+            "seeds": [0, 1],
+            "train.steps": 2,
+            "train.batch_size": 4,
+            "evaluate.prefill_batch": 2,
+            "evaluate.prefill_rounds": 1,
+            "evaluate.decode_rounds": 1,
+            "evaluate.decode_tokens": 2,
+        },
+    )
+
+
+def test_one_machine_runs_what_is_missing(
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(small)
+
+    def run() -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert evidence_here.run(config, tmp_path, processes=1) == 0
+        return caplog.text
+
+    assert "12 of 12 arms are to be run" in run()
+    files = {file: file.read_text() for file in (tmp_path / "arms").iterdir()}
+    assert len(files) == 12  # dense, 4 anchors and fastv untrained; 3 trained with 2 seeds each
+    found = Results.read(tmp_path / "results-b.json")
+    assert [len(arm.seeds) for arm in found.arms] == [0, 2, 0, 0, 0, 0, 0, 2, 2]
+    assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    text = (tmp_path / "evidence.md").read_text()
+    assert "| ADSC, reverse, untrained" not in text and "| fastv, trained |" in text
+
+    lost = next(file for file in files if file.name.startswith("fastv-b-s1"))
+    lost.unlink()
+    assert "1 of 12 arms are to be run" in run()
+    again = json.loads(lost.read_text())
+    before = json.loads(files[lost])
+    assert (again["scores"], again["losses"]) == (before["scores"], before["losses"])
+    assert all(file.read_text() == text for file, text in files.items() if file != lost)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    def arm(*seeds: float, mean: float = 0.5) -> Arm:
+        return Arm.model_construct(
+            accuracy=Interval(mean=mean, low=0, high=1),
+            seeds=[Seed(seed=number, accuracy=share) for number, share in enumerate(seeds)],
+        )
+
+    assert differences(arm(0.5, 0.7), arm(0.4, 0.8)) == pytest.approx([0.1, -0.1])
+    assert differences(arm(0.5, 0.7), arm(mean=0.4)) == pytest.approx([0.1, 0.3])
+
+
+@pytest.mark.slow
+def test_ray_runs_a_small_evidence(small: Small, tmp_path: Path) -> None:
+    budget = (
+        "[{name: b, label: less, plan: '1:1/4,2:1/2', "
+        "peers: [{name: fastv, average: 28, options: {layer: 1}}]}]"
+    )
+    changes = {
+        "base.source": small.base,
+        "budgets": budget,
+        "variants": "[adsc]",
+        "seeds": "[0]",
+        "stages": 1,
+        "data.train_pictures": 24,
+        "data.test_pictures": 3,
+        "train.steps": 2,
+        "train.batch_size": 4,
+        "evaluate.prefill_rounds": 1,
+        "evaluate.decode_rounds": 1,
+    }
+    words = ["run", "evidence", "--root", str(tmp_path)]
+    words += [f"--set={key}={value}" for key, value in changes.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "workflows.cli", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = tmp_path.glob("summary-*/attempts/*/evidence.md")
+    assert "fastv, trained" in table.read_text()
