@@ -71,7 +71,7 @@ def test_the_stages_of_ray_fit_together() -> None:
         for b in evidence.evidence_config().budgets
     )
     assert sum(stage.name.startswith("train-") for stage in stages) == 3 * 3 * trained
-    with pytest.raises(ConfigError, match="python -m workflows.evidence"):
+    with pytest.raises(ConfigError, match=r"python -m workflows\.evidence"):
         evidence.build(evidence.evidence_576_config())
 
 
