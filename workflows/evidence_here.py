@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -379,7 +380,7 @@ def _ask(world: World, model: Any) -> np.ndarray:
 
 
 def _write_results(config: EvidenceConfig, out: Path) -> None:
-    """results-BUDGET.json of each budget, and the summary, of the arms that are there."""
+    """results.json and samples.parquet of each budget, and the summary: of what has been run."""
     measured = _measured(config, out)
     questions = Questions(out / "prepared" / "test")
     guesses = majority_answers(PreparedData(out / "prepared" / "train"))
@@ -407,8 +408,17 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
             config={"evidence": config.model_dump(mode="json")},
             majority=share_right(questions.asked, guesses) | {"source": "train"},
         )
-        (out / f"results-{budget.name}.json").write_text(json.dumps(made, indent=1))
-    write_summary({b.name: out / f"results-{b.name}.json" for b in config.budgets}, out)
+        folder = out / f"budget-{budget.name}"
+        folder.mkdir(exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(made, indent=1))
+        records = [question.record for question in questions.asked]
+        columns = [
+            pa.table({"arm": [name] * len(records), "record": records, "score": own.scores})
+            for name, own in scored.items()
+        ]
+        numbered = [table.append_column("number", [range(len(records))]) for table in columns]
+        pq.write_table(pa.concat_tables(numbered), folder / "samples.parquet")
+    write_summary({b.name: out / f"budget-{b.name}" for b in config.budgets}, out)
 
 
 def _measured(config: EvidenceConfig, out: Path) -> dict[str, Any]:

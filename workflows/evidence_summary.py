@@ -1,7 +1,7 @@
 """What the evidence says, over all budgets: a table, the comparisons that were announced, a figure.
 
-Everything is computed from the results.json of each budget; comparisons are paired by seed, since
-arms of one seed saw the same batches. What they mean is said in docs/evidence.md.
+Everything is computed from results.json and samples.parquet of each budget. Comparisons are paired
+by seed, since arms of one seed saw the same batches. What they mean is said in docs/evidence.md.
 """
 
 import io
@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.config import Config
-from pipeline.evaluation.intervals import over_seeds
+from pipeline.evaluation.intervals import Bootstrap, over_seeds
 from pipeline.stage import StageContext
 from pipeline.stages.figures import STYLE
 from pipeline.stages.results import Arm, Interval, Results
@@ -46,61 +50,68 @@ class Comparison(NamedTuple):
     one: str
     other: str
     budget: str
-    """Empty: the mean over all budgets."""
+    seeds: int
+    """Seeds that were paired; 0 where neither was trained."""
     difference: Interval
+    """Student's interval over several seeds; of one seed, the bootstrap's over pictures."""
 
 
 def summarise(ctx: StageContext, config: Config) -> dict[str, Any]:
     """Stage body; the inputs are the evaluations, by budget."""
-    write_summary({name: i.folder / "results.json" for name, i in ctx.inputs.items()}, ctx.out)
+    write_summary({name: given.folder for name, given in ctx.inputs.items()}, ctx.out)
     for name in ("evidence.md", "evidence.png"):
         ctx.track.artifact(ctx.out / name)
     return {}
 
 
-def write_summary(files: Mapping[str, Path], out: Path) -> None:
-    """evidence.md, evidence.json and evidence.png below `out`, from results.json by budget."""
-    results = {name: Results.read(file) for name, file in files.items()}
-    compared = list(comparisons(results))
+def write_summary(folders: Mapping[str, Path], out: Path) -> None:
+    """evidence.md, evidence.json and evidence.png below `out`, from the evaluations by budget."""
+    results = {name: Results.read(folder / "results.json") for name, folder in folders.items()}
+    compared: list[Comparison] = []
+    for budget, folder in folders.items():
+        compared += comparisons(budget, results[budget], folder / "samples.parquet")
     (out / "evidence.md").write_text(tables(results, compared))
     rows = [row._asdict() | {"difference": row.difference.model_dump()} for row in compared]
     (out / "evidence.json").write_text(json.dumps(rows, indent=1))
     (out / "evidence.png").write_bytes(figure(results))
 
 
-def comparisons(results: Mapping[str, Results]) -> Iterator[Comparison]:
-    """Those of COMPARISONS whose arms are there; intervals are Student's over seeds."""
+def comparisons(budget: str, found: Results, samples: Path) -> Iterator[Comparison]:
+    """Those of COMPARISONS whose arms are there, on the seeds that both have; an untrained arm has
+    the same score for every seed."""
+    table = pq.read_table(samples, columns=["arm", "number", "record", "score"])
+    arms = {arm.name.removesuffix(f"-{budget}"): arm for arm in found.arms}
     for one, other in COMPARISONS:
-        by_budget: dict[str, list[float]] = {}
-        for budget, found in results.items():
-            arms = {arm.name: arm for arm in found.arms}
-            pair = arms.get(f"{one}-{budget}"), arms.get(f"{other}-{budget}")
-            if pair[0] is not None and pair[1] is not None:
-                by_budget[budget] = differences(pair[0], pair[1])
-        for budget, values in by_budget.items():
-            yield Comparison(one, other, budget, _interval(values))
-        if len(by_budget) > 1:
-            means = [sum(seed) / len(seed) for seed in zip(*by_budget.values(), strict=True)]
-            yield Comparison(one, other, "", _interval(means))
+        if one not in arms or other not in arms:
+            continue
+        pair = arms[one], arms[other]
+        trained = [{seed.seed for seed in arm.seeds} for arm in pair if arm.seeds]
+        seeds = sorted(set.intersection(*trained)) if trained else []
+        if trained and not seeds:
+            continue
+        scores = [
+            np.stack([_scores(table, arm, seed) for seed in (seeds if arm.seeds else [None])])
+            for arm in pair
+        ]
+        values = (scores[0].mean(axis=1) - scores[1].mean(axis=1)).tolist()
+        interval = over_seeds(values)
+        if interval is None:
+            records = _of(table, _first_arm(pair[0]))["record"].to_pylist()
+            interval = Bootstrap(records, seed=0).difference(*scores)
+        yield Comparison(one, other, budget, len(seeds), Interval.model_validate(interval))
 
 
-def differences(one: Arm, other: Arm) -> list[float]:
-    """Accuracy of one minus the other's, seed by seed; an untrained arm is the same for all."""
-    firsts, seconds = _by_seed(one), _by_seed(other)
-    seeds = sorted(firsts.keys() | seconds.keys()) or [0]
-    return [
-        firsts.get(seed, one.accuracy.mean) - seconds.get(seed, other.accuracy.mean)
-        for seed in seeds
-    ]
+def _scores(table: pa.Table, arm: Arm, seed: int | None) -> np.ndarray:
+    name = arm.name if seed is None else f"{arm.name}-s{seed}"
+    return _of(table, name)["score"].to_numpy()  # type: ignore[no-any-return]
 
 
-def _by_seed(arm: Arm) -> dict[int, float]:
-    return {seed.seed: seed.accuracy for seed in arm.seeds}
+def _of(table: pa.Table, name: str) -> pa.Table:
+    return table.filter(pc.equal(table["arm"], name)).sort_by("number")
 
 
-def _interval(values: list[float]) -> Interval:
-    mean = sum(values) / len(values)
-    return Interval.model_validate(over_seeds(values) or {"mean": mean, "low": mean, "high": mean})
+def _first_arm(arm: Arm) -> str:
+    return f"{arm.name}-s{arm.seeds[0].seed}" if arm.seeds else arm.name
 
 
 def tables(results: Mapping[str, Results], compared: list[Comparison]) -> str:
@@ -115,19 +126,20 @@ def tables(results: Mapping[str, Results], compared: list[Comparison]) -> str:
         label = next(iter(by_budget.values())).label
         cells = [_cell(by_budget.get(budget)) for budget in results]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", "| comparison | " + " | ".join(results) + " | all |"]
-    lines.append("|---" * (len(results) + 2) + "|")
+    lines += ["", "| comparison | " + " | ".join(results) + " |"]
+    lines.append("|---" * (len(results) + 1) + "|")
     for one, other in COMPARISONS:
         own = {c.budget: c.difference for c in compared if (c.one, c.other) == (one, other)}
         if own:
-            cells = [_points(own.get(budget)) for budget in (*results, "")]
+            cells = [_points(own.get(budget)) for budget in results]
             lines.append(f"| {one} − {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(arm: Arm | None) -> str:
+    """Its accuracy; empty where the arm can't reach the budget or was not run."""
     if arm is None:
-        return "out of reach"
+        return ""
     interval = arm.over_seeds or arm.accuracy
     share = f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
     return f"{share} ({arm.average_vision_tokens:.1f})"

@@ -14,12 +14,11 @@ from pipeline import graph
 from pipeline.config import ConfigError, edit
 from pipeline.evaluation.methods import PeerConfig, build_method
 from pipeline.stages.base import resolve
-from pipeline.stages.results import Arm, Interval, Results, Seed
+from pipeline.stages.results import Results
 from tests.small import Small
 from workflows import evidence, evidence_here
 from workflows.demo import BASE
 from workflows.evidence import BudgetConfig, EvidenceConfig, arms, trainings
-from workflows.evidence_summary import differences
 from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
 SHARES = {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}
@@ -90,7 +89,7 @@ def small_config(small: Small) -> EvidenceConfig:
             "base.source": str(small.base),
             "data.train_pictures": 24,
             "data.test_pictures": 3,
-            "variants": ["adsc_reverse"],
+            "variants": ["adsc", "adsc_reverse"],
             "stages": 2,
             "seeds": [0, 1],
             "train.steps": 2,
@@ -114,33 +113,35 @@ def test_one_machine_runs_what_is_missing(
             assert evidence_here.run(config, tmp_path, processes=1) == 0
         return caplog.text
 
-    assert "12 of 12 arms are to be run" in run()
+    assert "14 of 14 arms are to be run" in run()
     files = {file: file.read_text() for file in (tmp_path / "arms").iterdir()}
-    assert len(files) == 12  # dense, 4 anchors and fastv untrained; 3 trained with 2 seeds each
-    found = Results.read(tmp_path / "results-b.json")
-    assert [len(arm.seeds) for arm in found.arms] == [0, 2, 0, 0, 0, 0, 0, 2, 2]
+    assert len(files) == 14  # dense, 4 anchors and fastv untrained; 4 trained with 2 seeds each
+    found = Results.read(tmp_path / "budget-b" / "results.json")
+    assert [len(arm.seeds) for arm in found.arms] == [0, 2, 0, 0, 0, 0, 0, 2, 2, 2]
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    compared = {
+        (row["one"], row["other"]): row
+        for row in json.loads((tmp_path / "evidence.json").read_text())
+    }
+    row = compared["adsc_first-untrained", "adsc-untrained"]
+    accuracy = {arm.name: arm.accuracy.mean for arm in found.arms}
+    expected = accuracy["adsc_first-untrained-b"] - accuracy["adsc-untrained-b"]
+    assert row["difference"]["mean"] == pytest.approx(expected) and row["seeds"] == 0
+    row = compared["adsc_reverse", "adsc"]
+    assert row["seeds"] == 2
+    seeds = {arm.name: [seed.accuracy for seed in arm.seeds] for arm in found.arms}
+    pairs = zip(seeds["adsc_reverse-b"], seeds["adsc-b"], strict=True)
+    assert row["difference"]["mean"] == pytest.approx(sum(a - b for a, b in pairs) / 2)
     text = (tmp_path / "evidence.md").read_text()
     assert "| ADSC, reverse, untrained" not in text and "| fastv, trained |" in text
 
     lost = next(file for file in files if file.name.startswith("fastv-b-s1"))
     lost.unlink()
-    assert "1 of 12 arms are to be run" in run()
+    assert "1 of 14 arms are to be run" in run()
     again = json.loads(lost.read_text())
     before = json.loads(files[lost])
     assert (again["scores"], again["losses"]) == (before["scores"], before["losses"])
     assert all(file.read_text() == text for file, text in files.items() if file != lost)
-
-
-def test_differences_are_paired_by_seed() -> None:
-    def arm(*seeds: float, mean: float = 0.5) -> Arm:
-        return Arm.model_construct(
-            accuracy=Interval(mean=mean, low=0, high=1),
-            seeds=[Seed(seed=number, accuracy=share) for number, share in enumerate(seeds)],
-        )
-
-    assert differences(arm(0.5, 0.7), arm(0.4, 0.8)) == pytest.approx([0.1, -0.1])
-    assert differences(arm(0.5, 0.7), arm(mean=0.4)) == pytest.approx([0.1, 0.3])
 
 
 @pytest.mark.slow
