@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -47,13 +48,13 @@ def ray_for(context: RunContext) -> Iterator[None]:
     """Ray for the length of a `with`; where this process has a Ray already, that one, untouched."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    set_auth_mode()
+    address = context.address or os.environ.get("RAY_ADDRESS")
+    set_auth_mode(own=not address)
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = context.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
@@ -118,11 +119,19 @@ def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
                 ) from error
 
 
-def set_auth_mode() -> None:
+def set_auth_mode(own: bool = False) -> None:
     """Choose Ray's authentication before Ray is imported, unless the user has: by token where there
-    is one. Left unset, Ray itself and its clients take different modes, and refuse each other."""
+    is one. Left unset, Ray itself and its clients take different modes, and refuse each other.
+
+    Args:
+        own: of a Ray that lives as long as this process: it gets a token that nobody else knows,
+            since Ray's inner processes listen on every network of the machine.
+    """
     token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     there = bool(token) or Path("~/.ray/auth_token").expanduser().is_file()
+    if own and not there and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        there = True
     os.environ.setdefault("RAY_AUTH_MODE", "token" if there else "disabled")
 
 

@@ -9,6 +9,8 @@ import os
 import pickle
 import secrets
 import shutil
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -176,3 +178,44 @@ def test_a_template_can_not_reach_python(stranger: Path, tmp_path: Path) -> None
     with pytest.raises(SecurityError):
         processor.apply_chat_template([{"role": "user", "content": "hello"}])
     assert not trace.exists()
+
+
+@pytest.mark.slow
+def test_the_embedded_ray_is_on_loopback_or_behind_a_token(tmp_path: Path) -> None:
+    """Dashboard and job server on loopback; Ray's inner processes listen everywhere, and let nobody
+    in without the token that this process made."""
+    (tmp_path / "client.py").write_text(
+        "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR')\n"
+        "print(ray.get(ray.remote(lambda: 'executed').remote()))"
+    )
+    (tmp_path / "host.py").write_text(
+        "import os, json, subprocess, sys, urllib.request, urllib.error, psutil\n"
+        "from pipeline.driver import ray_for; from pipeline.stage import RunContext\n"
+        "with ray_for(RunContext(root='.', workflow='x')):\n"
+        "    import ray; assert ray.get(ray.remote(lambda: 1).remote()) == 1\n"
+        "    url = os.environ['RAY_API_SERVER_ADDRESS']; port = int(url.rpartition(':')[2])\n"
+        "    own = [psutil.Process(), *psutil.Process().children(recursive=True)]\n"
+        "    at = [c.laddr.ip for p in own for c in p.net_connections('tcp')"
+        " if c.status == 'LISTEN' and c.laddr.port == port]\n"
+        "    try: urllib.request.urlopen(url + '/api/jobs/'); code = 200\n"
+        "    except urllib.error.HTTPError as error: code = error.code\n"
+        "    address = ray.get_runtime_context().gcs_address\n"
+        "    for mode in ('disabled', 'token'):\n"
+        "        other = {**os.environ, 'RAY_AUTH_MODE': mode, 'RAY_AUTH_TOKEN': '0' * 64}\n"
+        "        done = subprocess.run([sys.executable, sys.argv[1], address], env=other,"
+        " capture_output=True, text=True, timeout=120)\n"
+        "        print(json.dumps([at, code, done.returncode, done.stdout]))\n"
+    )
+    set_here = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS")
+    environment = {k: v for k, v in os.environ.items() if k not in set_here}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "host.py"), str(tmp_path / "client.py")],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(answers) == 2
+    for listens, code, status, said in answers:
+        assert (listens, code) == (["127.0.0.1"], 401)
+        assert status != 0 and "executed" not in said
