@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
-export RAY_AUTH_MODE ?= disabled
 
 .PHONY: install demo test test-slow lint audit bench lmms-eval
 install: $(VENV)/.installed
@@ -46,6 +45,7 @@ $(LMMS)/.installed: pyproject.toml
 	touch $@
 
 # Ratios on this machine, a few minutes each; docs/performance.md says how to read them.
+bench: export RAY_AUTH_MODE ?= disabled
 bench: install
 	$(BIN)/python -m benchmarks.prefill --json runs/bench/prefill.json
 	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
