@@ -26,6 +26,7 @@ from pipeline.stages.prepare import (
     PrepareConfig,
     TooManyBadRecords,
     _plan,
+    _rendered,
     _write_split,
     prepare,
 )
@@ -230,7 +231,15 @@ def test_a_killed_worker_loses_and_repeats_nothing(damaged: Path, small: Small) 
     work = replace(work, roots={"train": DiesOnce(damaged / "images", records[20]["image"])})
     writer = ShardWriter(ctx.out, 1000, 1 << 30, 64)
     with (ctx.out / "quarantine.jsonl").open("w") as quarantine:
-        counts = _write_split(tasks, work, writer, {"train": set()}, quarantine, lambda *_: None)
+        counts = _write_split(
+            tasks,
+            work,
+            _rendered(tasks, work),
+            writer,
+            {"train": set()},
+            quarantine,
+            lambda *_: None,
+        )
     assert (damaged / "images" / "died").exists()
     lines = (ctx.out / "quarantine.jsonl").read_text().splitlines()
     assert counts["in"] == 25 * 13 == counts["out"] + len(lines)
@@ -256,7 +265,15 @@ def test_a_store_that_refuses_is_an_error_not_a_bad_record(small: Small, tmp_pat
         (ctx.out / "quarantine.jsonl").open("w") as quarantine,
         pytest.raises(StoreError, match="access is denied") as caught,
     ):
-        _write_split(tasks, work, writer, {"train": set()}, quarantine, lambda *_: None)
+        _write_split(
+            tasks,
+            work,
+            _rendered(tasks, work),
+            writer,
+            {"train": set()},
+            quarantine,
+            lambda *_: None,
+        )
     assert str(caught.value).startswith("can't use s3://bucket")
 
 
