@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 TINY = ["--geometry", "tiny", "--device", "cpu", "--text", "20"]
 MACHINE = ("device", "torch", "transformers", "commit", "date")
 # Parts that take seconds; `--all` on a CPU runs the others as well.
-QUICK = ("ceilings", "families", "caches", "prefill-8", "decode-1", "graphs-1", "train-4")
+QUICK = ("ceilings", "families", "static-caches", "prefill-8", "decode-1", "graphs-1", "train-4")
 
 
 def test_each_benchmark_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,12 +118,12 @@ def test_all_skips_what_is_there_and_tells_what_is_not_well(
 ) -> None:
     ran = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: ran.append(command[4]))
-    document = {"benchmark": "caches", "machine": dict.fromkeys(MACHINE), "settings": {}}
+    document = {"benchmark": "static-caches", "machine": dict.fromkeys(MACHINE), "settings": {}}
     row = agreement.check("a cache", "a case", 0.0, lambda: 1.0)
-    (tmp_path / "caches.json").write_text(json.dumps(document | {"rows": [row]}))
+    (tmp_path / "static-caches.json").write_text(json.dumps(document | {"rows": [row]}))
     assert not gpu.run_all(gpu.parse(["--all", "--out", str(tmp_path), *TINY]))
-    assert set(ran) == gpu.PARTS.keys() - {"caches"}
+    assert set(ran) == gpu.PARTS.keys() - {"static-caches"}
     printed = capsys.readouterr().out
-    assert "caches: is there" in printed
+    assert "static-caches: is there" in printed
     assert "| a cache | a case | 1.000 | 0.000     | FAILED |" in printed
-    assert "caches" in printed.splitlines()[-1]
+    assert "static-caches" in printed.splitlines()[-1]
