@@ -106,6 +106,7 @@ def test_chat_answers_from_the_exported_checkpoint(undisturbed: Path, small: Sma
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_nothing(undisturbed: Path, small: Small, tmp_path: Path) -> None:
     """kill -9 as soon as the second training stage has a checkpoint, then the same command."""
     root = tmp_path / "killed"

@@ -102,6 +102,7 @@ def small_config(small: Small) -> EvidenceConfig:
     )
 
 
+@pytest.mark.slow
 def test_one_machine_runs_what_is_missing(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
