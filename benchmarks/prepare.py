@@ -171,7 +171,9 @@ def measure_speed(model: Path, folder: Path, args: argparse.Namespace) -> Iterat
     def stream(name: str) -> dict[str, Any]:
         made = writer(name)
         with (folder / f"{name}.jsonl").open("w") as quarantine:
-            stage._write_split(tasks, work, made, {"train": set()}, quarantine, lambda *_: None)
+            rows = stage._rendered(tasks, work)
+            seen: dict[str, set[bytes]] = {"train": set()}
+            stage._write_split(tasks, work, rows, made, seen, quarantine, lambda *_: None)
         return made.files
 
     times: dict[str, list[float]] = {"loop": [], "stage": []}
