@@ -4,6 +4,7 @@ A workflow (see workflows/) brings a config and the stages that make its data; e
 that is the same for the small demo and for a 7B model. Nothing here runs anything.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 from pydantic import model_validator
@@ -100,30 +101,16 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         )
     if config.train.lora is None and not config.train.tune:
         raise ValueError("nothing to train: set train.lora or train.tune")
-    stages = [
-        data,
-        Stage(
-            name="base",
-            title="base: the checkpoint to compress",
-            body=base,
-            version=BASE_VERSION,
-            config=pin_digest(config.base),
-        ),
-        Stage(
-            name="prepare",
-            title="prepare: real records to tokens",
-            body=prepare,
-            version=PREPARE_VERSION,
-            config=config.prepare,
-            needs={"data": data.name, "base": "base"},
-        ),
-    ]
-    stages += _search(config)
+    stages = [data, *base_and_prepare(data, config.base, config.prepare), *_search(config)]
     plans = training_plans(config)
     # Stages that run with a found plan are told by its stage, and known by its fingerprint.
     found = {FOUND: "search"} if config.searched else {}
-    stages += _train_and_merge("train", "merge", plans, config)
-    stages += _train_and_merge("control", "merge-control", [""] * len(plans), config)
+    for prefix, merged, each in (
+        ("train", "merge", plans),
+        ("control", "merge-control", [""] * len(plans)),
+    ):
+        merging = config.merge.model_copy(update={"plan": each[-1]})
+        stages += train_and_merge(prefix, merged, training_configs(config, each), merging)
     arms = (
         ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
         ArmConfig(
@@ -177,6 +164,27 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ),
     ]
     return stages
+
+
+def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConfig) -> list[Stage]:
+    """The stages `base` and `prepare`, which others need; `data` writes records and pictures."""
+    return [
+        Stage(
+            name="base",
+            title="base: the checkpoint to compress",
+            body=base,
+            version=BASE_VERSION,
+            config=pin_digest(checkpoint),
+        ),
+        Stage(
+            name="prepare",
+            title="prepare: real records to tokens",
+            body=prepare,
+            version=PREPARE_VERSION,
+            config=rendering,
+            needs={"data": data.name, "base": "base"},
+        ),
+    ]
 
 
 def training_plans(config: CompressConfig) -> list[str]:
@@ -235,24 +243,30 @@ def _search(config: CompressConfig) -> list[Stage]:
     ]
 
 
-def _train_and_merge(
-    prefix: str, merged: str, plans: list[str], config: CompressConfig
+def train_and_merge(
+    prefix: str, merged: str, trainings: Sequence[TrainConfig], merging: MergeConfig
 ) -> list[Stage]:
+    """A chain of training stages on `base` and `prepare`, each from the adapter of the one before,
+    and the stage that folds the last one's in.
+
+    Args:
+        prefix: of the training stages' names, which are numbered from 1.
+        merged: the name of the last stage.
+    """
     stages: list[Stage] = []
-    searched = plans[-1] == FOUND
-    found = {FOUND: "search"} if searched else {}
-    for number, train in enumerate(training_configs(config, plans), 1):
-        needs = {"base": "base", "data": "prepare", **found}
-        if stages:
-            needs["start"] = stages[-1].name
+    searched = merging.plan == FOUND
+    needs = {"base": "base", "data": "prepare", **({FOUND: "search"} if searched else {})}
+    for number, train in enumerate(trainings, 1):
+        start = {"start": stages[-1].name} if stages else {}
         stages.append(
             Stage(
                 name=f"{prefix}-{number}",
-                title=f"{prefix} {number}/{len(plans)}: LoRA with {train.plan or 'no drop'}",
+                title=f"{prefix} {number}/{len(trainings)}: "
+                f"LoRA with {train.runs_with or 'no drop'}",
                 body=train_found if searched else train_stage,
                 version=TRAIN_VERSION,
                 config=train,
-                needs=needs,
+                needs=needs | start,
             )
         )
     stages.append(
@@ -261,8 +275,8 @@ def _train_and_merge(
             title=f"{merged}: adapter into base",
             body=merge_found if searched else merge,
             version=MERGE_VERSION,
-            config=config.merge.model_copy(update={"plan": plans[-1]}),
-            needs={"base": "base", "data": "prepare", "trained": stages[-1].name, **found},
+            config=merging,
+            needs=needs | {"trained": stages[-1].name},
         )
     )
     return stages

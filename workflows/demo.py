@@ -13,7 +13,7 @@ from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
-from workflows.fashion import FashionConfig, compose_fashion
+from workflows.fashion import FashionConfig, pictures
 
 BASE = "package://workflows/assets/tiny_base"
 
@@ -56,11 +56,4 @@ def demo() -> Workflow:
 
 
 def build(config: DemoConfig) -> list[Stage]:
-    pictures = Stage(
-        name="pictures",
-        title="pictures: real things in grids",
-        body=compose_fashion,
-        version=1,
-        config=config.data,
-    )
-    return compress(config, pictures)
+    return compress(config, pictures(config.data))

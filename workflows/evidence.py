@@ -26,18 +26,18 @@ from pydantic import Field
 from adsc.curriculum import curriculum
 from pipeline.config import Config, ConfigError, edit
 from pipeline.evaluation.methods import MethodConfig, PeerConfig
+from pipeline.recipe import base_and_prepare, train_and_merge
 from pipeline.stage import Stage
-from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest
+from pipeline.stages.base import BaseConfig
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
-from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
+from pipeline.stages.merge import MergeConfig
+from pipeline.stages.prepare import PrepareConfig
 from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
-from pipeline.stages.train import TRAIN_VERSION, train_stage
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.demo import BASE
 from workflows.evidence_summary import SUMMARY_VERSION, summarise
-from workflows.fashion import FashionConfig, compose_fashion
+from workflows.fashion import FashionConfig, pictures
 from workflows.tiny_base import TinyBaseConfig, TowerConfig
 from workflows.tiny_llava import TinyLlavaConfig
 
@@ -335,34 +335,16 @@ def build(config: EvidenceConfig) -> list[Stage]:
             "this evidence makes its own base, which is done on one machine: "
             "python -m workflows.evidence --out DIR --scale 576"
         )
-    stages = [
-        Stage(
-            name="pictures",
-            title="pictures: real things in grids",
-            body=compose_fashion,
-            version=1,
-            config=config.data,
-        ),
-        Stage(
-            name="base",
-            title="base: the checkpoint that all start from",
-            body=base,
-            version=BASE_VERSION,
-            config=pin_digest(config.base),
-        ),
-        Stage(
-            name="prepare",
-            title="prepare: records to tokens",
-            body=prepare,
-            version=PREPARE_VERSION,
-            config=config.prepare,
-            needs={"data": "pictures", "base": "base"},
-        ),
-    ]
+    data = pictures(config.data)
+    stages = [data, *base_and_prepare(data, config.base, config.prepare)]
     everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
     for seed in config.seeds:
         for arm in everything.values():
-            stages += _train_and_merge(config, arm, seed)
+            if arm.way:
+                name = f"{arm.name}-s{seed}"
+                merging = MergeConfig(plan=arm.method.plan, method=arm.method.method)
+                each = trainings(config, arm, seed)
+                stages += train_and_merge(f"train-{name}", f"merge-{name}", each, merging)
     for budget in config.budgets:
         asked = evaluated(config, budget)
         merged = {arm.checkpoint: arm.checkpoint for arm in asked.arms if arm.trained}
@@ -395,35 +377,6 @@ def build(config: EvidenceConfig) -> list[Stage]:
             needs={budget.name: f"evaluate-{budget.name}" for budget in config.budgets},
         ),
     ]
-
-
-def _train_and_merge(config: EvidenceConfig, arm: Arm, seed: int) -> list[Stage]:
-    name, stages = f"{arm.name}-s{seed}", list[Stage]()
-    inputs = {"base": "base", "data": "prepare"}
-    for number, train in enumerate(trainings(config, arm, seed), 1):
-        start = {"start": stages[-1].name} if stages else {}
-        stages.append(
-            Stage(
-                name=f"train-{name}-{number}",
-                title=f"train {name} {number}/{len(arm.way)}: LoRA",
-                body=train_stage,
-                version=TRAIN_VERSION,
-                config=train,
-                needs={**inputs, **start},
-            )
-        )
-    if stages:
-        stages.append(
-            Stage(
-                name=f"merge-{name}",
-                title=f"merge {name}: adapter into base",
-                body=merge,
-                version=MERGE_VERSION,
-                config=MergeConfig(plan=arm.method.plan, method=arm.method.method),
-                needs={**inputs, "trained": stages[-1].name},
-            )
-        )
-    return stages
 
 
 SCALES = {"demo": evidence_config, "576": evidence_576_config}

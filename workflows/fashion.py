@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.config import ADDED, Config
-from pipeline.stage import StageContext
+from pipeline.stage import Stage, StageContext
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "sandal", "sneaker", "bag", "boot")
 ROWS = {3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
@@ -163,6 +163,17 @@ def make_record(
         {"id": name, "image": f"{name}.png", "conversations": turns, "kinds": kinds},
         picture,
         contents,
+    )
+
+
+def pictures(config: FashionConfig) -> Stage:
+    """The stage that makes the data."""
+    return Stage(
+        name="pictures",
+        title="pictures: real things in grids",
+        body=compose_fashion,
+        version=1,
+        config=config,
     )
 
 

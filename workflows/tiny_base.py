@@ -40,9 +40,9 @@ from workflows.fashion import (
     THING,
     FashionConfig,
     compose,
-    compose_fashion,
     draw_contents,
     load_things,
+    pictures,
 )
 from workflows.tiny_llava import (
     TinyLlavaConfig,
@@ -238,13 +238,7 @@ def build(config: TinyBaseConfig) -> list[Stage]:
     data = {"base": "start", "data": "prepare"}
     dense = ArmConfig(name="dense", label="dense base", checkpoint="merge", plan="", trained=True)
     return [
-        Stage(
-            name="pictures",
-            title="pictures: real things in grids",
-            body=compose_fashion,
-            version=1,
-            config=config.data,
-        ),
+        pictures(config.data),
         Stage(
             name="tower",
             title="tower: naming what is in the cells",
