@@ -206,7 +206,7 @@ def _beside(out: Path) -> Iterator[Path]:
 
 def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
     from pipeline.data.mixture import Source
-    from pipeline.data.remote import is_remote
+    from pipeline.data.remote import GLOB, is_remote
     from pipeline.data.sources import find_files
     from pipeline.stages.prepare import PrepareConfig
 
@@ -216,7 +216,11 @@ def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
     images = options.images or f"{places[0].rpartition('/')[0]}/images"
     if not is_remote(images):
         images = str(Path(images).absolute())
-        if options.images and not Path(images).exists() and "*" not in images:
+        if (
+            options.images
+            and not Path(images).exists()
+            and not GLOB.intersection(Path(images).name)
+        ):
             raise ValueError(f"there is no folder or tar file {images!r} for --images")
     weights = _weights(options.weights, len(places))
     sources: dict[str, Source] = {}

@@ -186,11 +186,7 @@ class TarPictures:
         if size == _GONE:
             raise BadRecord("path", f"{name!r} is a link or special file in the tar file")
         _check_bytes(name, size, limits)
-        if self.waits:
-            return remote.read_part(self.files[number], offset, offset + size)
-        with Path(self.files[number]).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return remote.read_part(self.files[number], offset, offset + size)
 
     def _find(self, name: str) -> tuple[int, int, int] | None:
         first, second = np.frombuffer(_name_key(name), ">u8").astype("u8")

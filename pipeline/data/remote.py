@@ -60,7 +60,11 @@ def open_file(place: str, ahead: int = _AHEAD) -> BinaryIO:
 
 
 def read_part(place: str, start: int, end: int) -> bytes:
-    """Bytes from `start` up to `end` of a file at an address."""
+    """Bytes from `start` up to `end` of a file at a path or an address."""
+    if not is_remote(place):
+        with Path(place).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
     root, name = _split(place)
     return _store(root).read_part(name, start, end)
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.remote import find, is_remote, open_file
+from pipeline.data.remote import GLOB, find, is_remote, open_file, read_part
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 4 << 20
@@ -90,7 +90,7 @@ def _local_files(place: Path, split: str) -> list[Path]:
         return [place]
     if place.is_dir():
         return _files_of_folder(place, split)
-    if any(character in place.name for character in "*?["):
+    if GLOB.intersection(place.name):
         found = sorted(path for path in place.parent.glob(place.name) if path.is_file())
         if found:
             return found
@@ -337,9 +337,7 @@ def read_chunk(chunk: Chunk, place: str | Path) -> Iterator[tuple[int, Any]]:
     """(line, record) of each record of a chunk; an `Unreadable` instead of one that can't be."""
     place = str(place)
     if chunk.kind in ("list", "lines"):
-        with open_file(place) as file:
-            file.seek(chunk.start)
-            data = file.read(chunk.end - chunk.start)
+        data = read_part(place, chunk.start, chunk.end)
         found = (_elements if chunk.kind == "list" else _lines)(data, chunk.line)
     else:
         found = _rows(chunk, place)

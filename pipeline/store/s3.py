@@ -117,7 +117,7 @@ class S3Store(Store):
     def delete(self, key: str, version: str | None = None) -> bool:
         name, gone = self._name(key), ("NoSuchKey", "404", "PreconditionFailed", "412")
         # A DELETE of what isn't there succeeds: look first, to be able to tell.
-        if self._call("head_object", *gone, Key=name) is None:
+        if self.size(key) is None:
             return False
         condition: dict[str, Any] = {"IfMatch": version} if version else {}
         return self._call("delete_object", *gone, Key=name, **condition) is not None
