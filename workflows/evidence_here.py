@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 import adsc
 from pipeline.data.prepared import PreparedData
@@ -361,7 +361,7 @@ def _run_task(task: Task, deadline: float) -> str:
 
 def _load(base: Path, trained: Path | None) -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForImageTextToText.from_pretrained(base)
+    model: Any = adsc.from_pretrained(base)
     if trained is not None:
         model = merge_trained(model, trained)
     return model.to(device).eval()

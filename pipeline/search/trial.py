@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 import adsc
 from adsc.outputs import full_length_logits
@@ -150,11 +150,10 @@ class Bench:
     def model(self) -> Any:
         """The base, loaded once."""
         if self._loaded is None:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            loaded = adsc.from_pretrained(
                 self._base,
                 dtype=torch.bfloat16 if self._half else torch.float32,
                 attn_implementation=self.job.train.attention,
-                use_safetensors=True,
             )
             self._loaded = loaded.to(self.device)
         return self._loaded
