@@ -88,7 +88,7 @@ class Run:
         self, handle: RunHandle, report: Callable[[str], object], replay: bool = False
     ) -> None:
         self.handle, self.run_id, self._report = handle, handle.run_id, report
-        self.closed = handle.run_id is None and not handle.token
+        self.closed = handle.nowhere
         self.kept: Callable[[Path], Path] = Path
         self._search = replay
         self._away = False

@@ -117,7 +117,7 @@ def child_run(parent: Tracker, name: str, tags: Mapping[str, str]) -> Tracker:
     """A run below another one, such as a trial below its search; `finish` closes it. Below a
     tracker that writes nowhere, it writes nowhere."""
     handle = parent.handle
-    if handle.run_id is None and not handle.token:
+    if handle.nowhere:
         return Tracker(RunHandle("", None))
     tags = {"mlflow.parentRunId": parent.id_for_children, **tags}
     return _open_run(handle.tracking_uri, handle.experiment, name, tags, handle.spool or None)
@@ -135,6 +135,11 @@ class RunHandle:
     """A tag of the run, by which it is found where MLflow could not be asked for its id."""
     spool: str = ""
     """Folder of the journals; a folder for temporary files if it is empty."""
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether what is tracked goes nowhere."""
+        return self.run_id is None and not self.token
 
     def tracker(self) -> Tracker:
         return Tracker(self)
@@ -212,7 +217,7 @@ class Tracker:
 
         Returns its addresses `models:/m-...` and `models:/NAME/VERSION`, or None when that failed.
         """
-        if not self._handle.token and self.run_id is None:
+        if self.handle.nowhere:
             return None
         if not self.flush() or self.run_id is None:
             self._report(f"the model was not logged: no run at {self._handle.tracking_uri}")
