@@ -1,4 +1,8 @@
-"""The run that nobody disturbs, which every fault test compares with."""
+"""The run that nobody disturbs, which every fault test compares with; and disks that are small."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +17,18 @@ def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[
     status, said = run.end()
     assert status == 0, said
     return results(run.record())
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of the size that the test names, as `mount` writes it: 40m."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(place)],
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs the superuser")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +23,7 @@ from tests.small import Small
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs the superuser")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+SMALL_DISK = pytest.mark.parametrize("small_disk", ["40m"], indirect=True)
 
 
 def fill(place: Path) -> Path:
@@ -50,6 +37,7 @@ def fill(place: Path) -> Path:
             return filler
 
 
+@SMALL_DISK
 def test_training_goes_on_when_a_full_disk_has_room_again(
     undisturbed: dict[str, str], small: Small, small_disk: Path
 ) -> None:
@@ -78,6 +66,7 @@ def write(context: StageContext, config: Megabytes) -> dict[str, Any]:
     return {}
 
 
+@SMALL_DISK
 def test_a_stage_that_does_not_fit_says_so(small_disk: Path, ray_address: str) -> None:
     stage = Stage(name="write", title="write", body=write, version=1, config=Megabytes())
     with pytest.raises(RunFailed, match=r"the disk is full .*free some space") as caught:

@@ -301,20 +301,8 @@ def test_killed_in_mid_export(
     note("export: kill -9 in mid-upload", fault.seen, outcome)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB: the checkpoint fits, and not much else."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs the superuser")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
+# The checkpoint fits, and not much else.
+@pytest.mark.parametrize("small_disk", ["16m"], indirect=True)
 def test_a_full_disk(
     proxy: Proxy, place: Store, checkpoint: Path, small_disk: Path, note: Any
 ) -> None:
