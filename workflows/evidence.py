@@ -56,6 +56,9 @@ ANCHORS = ("adsc", "adsc_first", "adsc_center", "adsc_grid")
 """Variants that are asked untrained, too."""
 TRAINED_PEERS = ("fastv", "pyramiddrop", "visionzip")
 """Peers that are trained by the same recipe, at their target throughout."""
+REINDEXED = ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")
+"""Peers that renumber positions as published: each runs with kept ones as well (`NAME_keep`), so
+that its choice of tokens can be told from that."""
 CONTROL = "dense_lora"
 
 
@@ -132,9 +135,10 @@ def _untrained(budget: BudgetConfig) -> Iterator[Arm]:
             method=MethodConfig(plan=budget.plan + options),
         )
     for peer in budget.peers:
+        name, label = _names(peer)
         yield Arm(
-            name=f"{peer.name}-untrained-{budget.name}",
-            label=f"{peer.name}, untrained",
+            name=f"{name}-untrained-{budget.name}",
+            label=f"{label}, untrained",
             method=MethodConfig(method=peer),
         )
 
@@ -153,12 +157,20 @@ def _trained(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
     for peer in budget.peers:
         if peer.name in TRAINED_PEERS:
             method = MethodConfig(method=peer)
+            name, label = _names(peer)
             yield Arm(
-                name=f"{peer.name}-{budget.name}",
-                label=f"{peer.name}, trained",
+                name=f"{name}-{budget.name}",
+                label=f"{label}, trained",
                 method=method,
                 way=(method,) * config.stages,
             )
+
+
+def _names(peer: PeerConfig) -> tuple[str, str]:
+    """Of its arms, and for people."""
+    if peer.options.get("positions") != "keep":
+        return peer.name, peer.name
+    return f"{peer.name}_keep", f"{peer.name}, positions kept"
 
 
 def trainings(config: EvidenceConfig, arm: Arm, seed: int) -> list[TrainConfig]:
@@ -203,11 +215,15 @@ def _peers(
     average: float, options: Mapping[str, Any] = MappingProxyType({}), without: Sequence[str] = ()
 ) -> tuple[PeerConfig, ...]:
     names = ("stride", "random", "pool", "fastv", "pyramiddrop", "sparsevlm", "visionzip", "dart")
-    return tuple(
-        PeerConfig(name=name, average=average, options=options.get(name, {}))
-        for name in (*names, "divprune")
-        if name not in without
-    )
+    peers: list[PeerConfig] = []
+    for name in (*names, "divprune"):
+        if name not in without:
+            own = options.get(name, {})
+            peers.append(PeerConfig(name=name, average=average, options=own))
+            if name in REINDEXED:
+                kept = own | {"positions": "keep"}
+                peers.append(PeerConfig(name=name, average=average, options=kept))
+    return tuple(peers)
 
 
 AT_LAYER_1: dict[str, Any] = {

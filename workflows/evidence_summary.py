@@ -38,7 +38,13 @@ COMPARISONS = (
     ("adsc", "fastv"),
     ("adsc", "pyramiddrop"),
     ("adsc", "visionzip"),
+    ("adsc", "pyramiddrop_keep"),
+    ("adsc", "visionzip_keep"),
     ("adsc_first-untrained", "adsc-untrained"),
+    *(
+        (f"{name}_keep-untrained", f"{name}-untrained")
+        for name in ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")
+    ),
 )
 """Pairs of arms, by their names without the budget: the first minus the second."""
 TRAINED, PEER, UNTRAINED = "#D55E00", "#0072B2", "#888888"
