@@ -266,7 +266,7 @@ def evidence_config() -> EvidenceConfig:
             ),
         ),
         train=TrainConfig(
-            steps=100,
+            steps=50,
             batch_size=16,
             accumulate=4,
             learning_rate=2e-3,
