@@ -160,7 +160,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             body=report,
             version=REPORT_VERSION,
             config=config.report,
-            needs={"evaluate": "evaluate"},
+            needs={"evaluate": "evaluate", **found},
         ),
     ]
     return stages

@@ -216,7 +216,11 @@ class Bench:
         store, inputs = open_store(job.storage), dict(job.inputs)
         # A number can come back with another plan after a kill; a training must not.
         home = f"trainings/{number:05d}-{digest(plan)[:8]}"
-        elsewhere = ray.remote(num_cpus=run.cpus_per_worker, num_gpus=run.gpus_per_worker)(_judge)
+        elsewhere = ray.remote(
+            num_cpus=run.cpus_per_worker,
+            num_gpus=run.gpus_per_worker,
+            scheduling_strategy="DEFAULT",  # and not in the share of a machine that Tune gave us
+        )(_judge)
         steps = 0
         for place, config in enumerate(trainings):
             name = f"{home}-{place}"

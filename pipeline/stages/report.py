@@ -22,7 +22,7 @@ from pipeline.stages import figures
 from pipeline.stages.results import Arm, Interval, Results, Sample
 
 if TYPE_CHECKING:
-    from pipeline.stage import StageContext
+    from pipeline.stage import Input, StageContext
 
 TEMPLATE = Path(__file__).with_name("report.html")
 KINDS_ACROSS = 6
@@ -45,7 +45,8 @@ REPORT_VERSION = 2
 
 
 def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
-    """Write report.html and report.png from the evaluate stage's results.json.
+    """Write report.html and report.png from the evaluate stage's results.json; input `search`,
+    where there is one, is shown as well.
 
     Raises:
         ResultsError: results.json is missing or has another shape.
@@ -56,7 +57,8 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     ctx.progress(0, 2, "figures")
     (ctx.out / "report.png").write_bytes(figures.summary_png(results, tied(sentence)))
     ctx.progress(1, 2, "page")
-    (ctx.out / "report.html").write_text(render(results, folder, config))
+    search = ctx.inputs.get("search")
+    (ctx.out / "report.html").write_text(render(results, folder, config, search))
     for name in ("report.html", "report.png"):
         ctx.track.artifact(ctx.out / name)
     ctx.track.note(sentence)
@@ -64,7 +66,9 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     return {"finding": sentence, "html": "report.html", "png": "report.png"}
 
 
-def render(results: Results, folder: Path, config: ReportConfig) -> str:
+def render(
+    results: Results, folder: Path, config: ReportConfig, search: Input | None = None
+) -> str:
     """The page. Strings come from configs and models, so the template escapes all of them."""
     from jinja2 import Environment, StrictUndefined
 
@@ -108,6 +112,12 @@ def render(results: Results, folder: Path, config: ReportConfig) -> str:
             ),
         ],
         per_batch=figures.per_batch(results),
+        search=search
+        and {
+            "finding": tied(search.outputs["finding"]),
+            "page": f"{search.uri}/search.html",
+            "picture": _source((search.folder / "search.png").read_bytes()),
+        },
         samples=samples(results, folder, config),
         config=flatten(results.config),
     )
@@ -243,4 +253,8 @@ def thumbnail(folder: Path, picture: str, side: int) -> str | None:
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _source(buffer.getvalue())
+
+
+def _source(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

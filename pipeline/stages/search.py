@@ -130,7 +130,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     """
     from pipeline.search.page import write_page
     from pipeline.search.trial import Job, segments
-    from pipeline.search.workers import kept_trials, run_trials
+    from pipeline.search.tuning import kept_trials, run_trials
 
     path, name = ctx.train_storage
     store = open_store(open_store(path).uri(name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,11 +21,12 @@ from adsc.plan import PlanError, PruningPlan
 from adsc.solve import PlacementSearch
 from pipeline import graph
 from pipeline.config import ConfigError
+from pipeline.search import tuning
 from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, Job, TrialRefused, segments
-from pipeline.search.workers import Worker, ended, goes_on, kept_trials, key_of
+from pipeline.search.tuning import Worker, ended, goes_on, kept_trials, key_of, run_trials
 from pipeline.stage import Input
 from pipeline.stages.search import (
     SearchDataConfig,
@@ -35,6 +38,7 @@ from pipeline.stages.search import (
     search_data,
 )
 from pipeline.store import open_store
+from pipeline.store.local import LocalStore
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
 from tests.pipeline.contexts import stage_context
@@ -456,16 +460,18 @@ def test_a_trial_that_raises_is_recorded_and_no_other_ends(
 ) -> None:
     """The actor's own steps, one after the other in this process."""
     job = job_of(small, held, tmp_path, trials=9, startup=9, rungs=(2,), rows=6)
-    from transformers import AutoConfig
-
-    model = AutoConfig.from_pretrained(small.base)
-    study = Study(Space(Costs(model, job.search), job.search), job.search)
-    store, worker = open_store(job.storage), Worker(job)
+    study, store, worker = study_of(job), open_store(job.storage), object.__new__(Worker)
     while (proposal := study.next()) is not None:
         tried = proposal._replace(plan="9:1/2") if proposal.number == 6 else proposal
-        progress = worker.begin(tried)
-        while goes_on(study, proposal, progress):
-            progress = worker.go_on()
+        given = {"proposal": tuple(tried)}
+        if study.trials:
+            assert worker.reset_config(given)
+        else:
+            worker.setup(given, job)
+        while not (result := worker.step())["done"]:
+            if not goes_on(study, proposal, result["progress"]):
+                break
+        progress = result["progress"]
         trial = ended(proposal, progress)
         store.create(key_of(trial.number), json.dumps(trial.to_dict()).encode())
         study.over(trial)
@@ -535,6 +541,69 @@ def test_trials_that_fail_are_told_and_all_of_them_end_the_stage(
     assert len(kept) == 3 and all(it["state"] == "failed" for it in kept)
 
 
+def study_of(job: Job) -> Study:
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(job.inputs["base"].folder)
+    return Study(Space(Costs(model, job.search), job.search), job.search)
+
+
+def test_a_trial_whose_worker_is_lost_begins_again(
+    small: Small, held: Path, tmp_path: Path
+) -> None:
+    """Killed, as a machine that runs out of memory does it; no trial fails."""
+    job = job_of(small, held, tmp_path, trials=6, startup=6, rows=6)
+    killed: list[str] = []
+
+    def told(trial: Trial) -> None:
+        if not killed:
+            killed.append(trial.worker)
+            os.kill(int(trial.worker.rpartition("/")[2]), signal.SIGKILL)
+
+    study, store = study_of(job), open_store(job.storage)
+    run_trials(study, job, store, 1, told)
+    assert [trial.number for trial in study.trials] == list(range(6))
+    assert {trial.state for trial in study.trials} == {"finished"}
+    assert len({trial.worker for trial in study.trials}) == 2
+    assert kept_trials(store) == study.trials
+    run_trials(study, job, store, 1, told)  # nothing is left
+    assert len(study.trials) == 6
+
+
+def test_a_trial_that_always_loses_its_worker_is_recorded(
+    small: Small, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deadly:
+        @property
+        def folder(self) -> Path:
+            os._exit(1)
+
+    monkeypatch.setattr(tuning, "MAX_LOST", 1)
+    job = job_of(small, held, tmp_path, trials=1, rows=6)
+    study, store = study_of(job), open_store(job.storage)
+    run_trials(study, replace(job, inputs={"base": Deadly()}), store, 1)
+    assert [trial.state for trial in kept_trials(store)] == ["failed"]
+    assert "lost 2 times" in study.trials[0].reason
+
+
+def test_a_trial_that_cannot_be_kept_ends_the_search(
+    small: Small, held: Path, tmp_path: Path
+) -> None:
+    """A store that refuses is nothing that the trial did."""
+
+    class Full(LocalStore):
+        def create(self, key: str, data: bytes) -> str | None:
+            if key == key_of(1):
+                raise OSError(28, "No space left on device")
+            return super().create(key, data)
+
+    job = job_of(small, held, tmp_path, trials=4, startup=4, rows=6)
+    study, store = study_of(job), Full(Path(job.storage))
+    with pytest.raises(OSError, match="No space left on device"):
+        run_trials(study, job, store, 1)
+    assert [trial.number for trial in kept_trials(store)] == [0]
+
+
 @pytest.mark.slow
 def test_a_trial_of_several_workers_is_a_ray_train_run(
     small: Small, held: Path, tmp_path: Path
@@ -550,6 +619,29 @@ def test_a_trial_of_several_workers_is_a_ray_train_run(
     one = search(other, given)
     assert both["plan"] == one["plan"]
     assert both["value"] == pytest.approx(one["value"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [{"average": (20, 40)}, {"prefill_ms": (0.1, 1000.0)}])
+def test_fronts_are_found_with_trials_on_s3(
+    small: Small, held: Path, tmp_path: Path, s3_endpoint: str, budget: dict[str, Any]
+) -> None:
+    """Two objectives, with costs from the plan and from measured times."""
+    config = SearchConfig(**budget, trials=9, startup=2, rows=6, confirm_rows=6, drops=(1, 2))
+    ctx, given = stage_of(small, held, tmp_path, config, num_workers=2)
+    ctx.train_storage = ("s3://lab/search", tmp_path.name)
+    outputs = search(ctx, given)
+    results = json.loads((ctx.out / "results.json").read_text())
+    kept = kept_trials(open_store(f"s3://lab/search/{tmp_path.name}"))
+    assert len(kept) == 9 and outputs["counts"] == {"finished": 9, "stopped": 0, "failed": 0}
+    points = {trial.plan: (trial.value, trial.cost) for trial in kept}
+    best = {
+        plan
+        for plan, (value, cost) in points.items()
+        if not any(v <= value and c <= cost and (v, c) != (value, cost) for v, c in points.values())
+    }
+    assert set(results["front"]) == best and outputs["plan"] in best
+    assert (results["prefill_ms"] is not None) == ("prefill_ms" in budget)
 
 
 def test_inputs_of_a_trial_travel(small: Small, held: Path, tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ def test_a_run_goes_on_from_the_search(
     assert evaluated is not None
     plans = {name: arm["plan"] for name, arm in evaluated.outputs["arms"].items()}
     assert plans["plan_trained"] == plans["plan_untrained"] == results["plan"]
+    report = found["report"]
+    assert report is not None
+    page = (Path(report.uri) / "report.html").read_text()
+    assert "How the plan was found" in page and f"{searched.uri}/search.html" in page
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("adsc")
     assert experiment is not None

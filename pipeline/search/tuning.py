@@ -1,0 +1,255 @@
+"""The study on a cluster: Ray Tune places trials, hands an actor from one to the next, says which
+were lost, and stops what the study stops.
+
+What is tried next is the study's business, what a trial does the bench's; what is kept is a file
+per trial that is over. docs/search.md says why neither is left to Tune.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from pipeline import record as records
+from pipeline.search.study import Proposal, Rung, Study, Trial
+from pipeline.search.trial import Bench, Job, Reached
+from pipeline.store import Store
+
+MAX_LOST = 3
+"""How often a trial starts again whose worker or machine was lost."""
+SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # tables of results that nobody reads
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupts are the driver's
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # of a state that is not restored from
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""Tune reads them from the environment."""
+
+
+class Progress(NamedTuple):
+    """What a worker tells of its trial after a rung, or at its end."""
+
+    started: float
+    worker: str
+    rungs: tuple[Rung, ...]
+    last: Reached | None = None
+    """Of a trial that is through."""
+    failed: str = ""
+    """Why it can't go on."""
+
+
+class Worker(tune.Trainable):
+    """The actor: one Bench, loaded once, for one trial after the other; a step is a rung."""
+
+    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
+        """A first trial."""
+        self._job = job
+        self._bench: Bench | None = None
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._proposal, self._started = Proposal(*config["proposal"]), time.time()
+        self._trial: Iterator[Reached] | None = None
+        self._reached: list[Rung] = []
+
+    def step(self) -> dict[str, Any]:
+        """The trial up to its next rung."""
+        import ray
+
+        name = f"{ray.util.get_node_ip_address()}/{os.getpid()}"
+        failed, reached = "", None
+        try:
+            self._bench = self._bench or Bench(self._job)
+            if self._trial is None:
+                self._trial = self._bench.trial(self._proposal.number, self._proposal.plan)
+            reached = next(self._trial)
+            seconds = time.time() - self._started
+            self._reached.append(Rung(reached.resource, reached.judged.value, seconds))
+        # Whatever a model, a plan or a library raises ends this trial, and no other.
+        except Exception as error:  # noqa: BLE001
+            failed = records.clean(f"{type(error).__name__}: {error}")
+        last = reached if reached is not None and reached.confirm is not None else None
+        progress = Progress(self._started, name, tuple(self._reached), last, failed)
+        return {"progress": progress, "done": bool(failed) or last is not None}
+
+    def cleanup(self) -> None:
+        """End the trial where it is; the base is given back."""
+        if self._trial is not None:
+            self._trial.close()  # type: ignore[attr-defined]  # a generator
+
+
+class _Unsaved:
+    """Tune pickles what it is given, to restore an experiment from: here that is the store."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+
+class Proposals(_Unsaved, Searcher):
+    """Tune asks the study what is next."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__()
+        self._study = study
+        self.of: dict[str, Proposal] = {}
+        """By Tune's names of trials."""
+        self.again: list[Proposal] = []
+        """Those that lost their workers."""
+
+    def suggest(self, trial_id: str) -> Any:
+        proposal = self.again.pop() if self.again else self._study.next()
+        if proposal is None:  # but one that runs may have to begin again
+            return None if self._study.running else Searcher.FINISHED
+        self.of[trial_id] = proposal
+        return {"proposal": tuple(proposal)}
+
+    def on_trial_complete(self, trial_id: str, *given: Any, **more: Any) -> None:
+        """Nothing: `Ended` tells the study, when the trial is kept."""
+
+
+class Halving(_Unsaved, FIFOScheduler):
+    """Tune asks the study whether a trial goes on."""
+
+    def __init__(self, study: Study, proposals: Proposals) -> None:
+        super().__init__()
+        self._study, self._proposals = study, proposals
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        proposal = self._proposals.of[trial.trial_id]
+        goes_on_ = goes_on(self._study, proposal, result["progress"])
+        return TrialScheduler.CONTINUE if goes_on_ else TrialScheduler.STOP
+
+
+class Ended(_Unsaved, tune.Callback):
+    """Keeps each trial that ends, before the study knows of it.
+
+    At the end of Tune's step, since what is raised there ends the search; elsewhere Tune would take
+    it for the trial's own failure.
+    """
+
+    def __init__(
+        self, study: Study, proposals: Proposals, store: Store, told: Callable[[Trial], None]
+    ) -> None:
+        self._study, self._proposals, self._store, self._told = study, proposals, store, told
+        self._new: list[tuple[Proposal, Progress]] = []
+        self._lost: Counter[int] = Counter()
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        proposal = self._proposals.of.pop(trial.trial_id)
+        self._new.append((proposal, trial.last_result["progress"]))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A step never raises, so its worker was lost."""
+        proposal = self._proposals.of.pop(trial.trial_id)
+        self._lost[proposal.number] += 1
+        if (times := self._lost[proposal.number]) <= MAX_LOST:
+            self._proposals.again.append(proposal)
+            return
+        error = str(trial.get_pickled_error()).strip().partition("\n")[0]
+        reason = records.clean(f"its worker was lost {times} times: {error}")
+        self._new.append((proposal, Progress(time.time(), "", (), failed=reason)))
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        new, self._new = self._new, []
+        for proposal, progress in new:
+            trial = ended(proposal, progress)
+            self._store.create(key_of(trial.number), json.dumps(trial.to_dict()).encode())
+            self._study.over(trial)
+            self._told(trial)
+
+
+def run_trials(
+    study: Study,
+    job: Job,
+    store: Store,
+    count: int,
+    told: Callable[[Trial], None] = lambda trial: None,
+) -> None:
+    """Run what is left of a study, `count` trials at a time."""
+    os.environ.update(SETTINGS)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is told by the study
+    several = study.config.workers_per_trial > 1
+    # Where Ray Train's workers do the work, the trial's own process only waits.
+    cpus, gpus = (0.1, 0.0) if several else (job.run.cpus_per_worker, job.run.gpus_per_worker)
+    proposals = Proposals(study)
+    with tempfile.TemporaryDirectory(prefix="adsc-tune-") as scratch:
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(Worker, job=job), {"CPU": cpus, "GPU": gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=proposals,
+                scheduler=Halving(study, proposals),
+                num_samples=-1,  # the study says when it is over
+                max_concurrent_trials=count,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=scratch,
+                verbose=0,
+                # A trial's state is what the study keeps; and one that can't be saved would be
+                # an error to Tune, which then does not use its actor again.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=[Ended(study, proposals, store, told)],
+            ),
+        ).fit()
+
+
+def goes_on(study: Study, proposal: Proposal, progress: Progress) -> bool:
+    """Whether there is a next rung for this trial."""
+    if progress.failed or progress.last is not None:
+        return False
+    rung = len(progress.rungs) - 1
+    return study.goes_on(proposal.number, rung, progress.rungs[-1].value)
+
+
+def ended(proposal: Proposal, progress: Progress) -> Trial:
+    """The trial as it is kept."""
+    last = progress.last
+    confirm = last.confirm if last else None
+    return Trial(
+        number=proposal.number,
+        name=proposal.name,
+        plan=proposal.plan,
+        cost=proposal.cost,
+        known=proposal.known,
+        state="failed" if progress.failed else "stopped" if last is None else "finished",
+        reason=progress.failed,
+        rungs=progress.rungs,
+        rows=tuple(last.judged.sums.tolist()) if last else (),
+        confirm=tuple(confirm.sums.tolist()) if confirm else (),
+        weights=tuple(confirm.weights.tolist()) if confirm else (),
+        worker=progress.worker,
+        started=progress.started,
+        ended=time.time(),
+    )
+
+
+def key_of(number: int) -> str:
+    """Where a trial that is over is kept, below the search's folder."""
+    return f"trials/{number:05d}.json"
+
+
+def kept_trials(store: Store) -> list[Trial]:
+    """The trials that are over, in the order in which they ended."""
+    found = [store.read(entry.key) for entry in store.list("trials")]
+    trials = [Trial.from_dict(json.loads(data)) for data in found if data is not None]
+    return sorted(trials, key=lambda trial: trial.ended)
