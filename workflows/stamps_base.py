@@ -73,8 +73,8 @@ class StampsBaseConfig(Config):
 
 
 def start_stamps(ctx: StageContext, config: StampsStartConfig) -> dict[str, Any]:
-    """Stage body: model and processor as safetensors; input `data`, whose pictures set the scale of
-    the projector.
+    """Stage body: model and processor as safetensors; input `data`, whose training pictures
+    set the scale of the projector.
 
     Raises:
         MissingParts: parts that are not installed.
@@ -94,9 +94,8 @@ def start_stamps(ctx: StageContext, config: StampsStartConfig) -> dict[str, Any]
     tower = LiteTower(LiteConfig())
     tower.load_state_dict(folded(torch.load(weights, weights_only=True), tower))
     model = build_model(decoder, tower, processor)
-    scale = set_scale(
-        model, processor, sorted((ctx.inputs["data"].folder / "images").rglob("*.png"))
-    )
+    seen = ctx.inputs["data"].folder / "images" / "train"
+    scale = set_scale(model, processor, sorted(seen.glob("*.png")))
     model.save_pretrained(ctx.out)
     processor.save_pretrained(ctx.out)
     return {"projector_scale": scale}

@@ -17,9 +17,10 @@ import adsc
 from adsc.families import UnsupportedModel
 from pipeline import graph
 from pipeline.config import edit
+from pipeline.driver import ray_for
 from pipeline.evaluation.methods import build_method
 from pipeline.identity import digest
-from pipeline.stage import Stage
+from pipeline.stage import RunContext, Stage
 from workflows import evidence, evidence_here, stamps_parts, stamps_scenes
 from workflows.evidence import EvidenceConfig, arms, controls
 from workflows.fashion import KINDS, FashionConfig
@@ -327,6 +328,19 @@ def small_config(folder: Path) -> EvidenceConfig:
             "evaluate.decode_tokens": 2,
         },
     )
+
+
+@pytest.mark.slow
+def test_workers_of_ray_know_the_tower(tmp_path: Path) -> None:
+    """A nameless function is sent by value, so that a worker imports nothing of ours for it."""
+    import ray
+
+    asked = "'efficientnet_lite0' in __import__('transformers').CONFIG_MAPPING"
+    for setup, known in ((stamps().setup, True), (None, False)):
+        context = RunContext(root=str(tmp_path), workflow="stamps", setup=setup)
+        with ray_for(context):
+            told = ray.remote(lambda text: eval(text))
+            assert ray.get(told.remote(asked)) is known
 
 
 @pytest.mark.slow
