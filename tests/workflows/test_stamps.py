@@ -313,6 +313,7 @@ def small_config(folder: Path) -> EvidenceConfig:
             "data.stamps": str(folder),
             "data.train_pictures": 8,
             "data.test_pictures": 2,
+            "data.each": 1,
             "made.decoder.steps": 2,
             "made.decoder.batch_size": 2,
             "made.decoder.accumulate": 1,
