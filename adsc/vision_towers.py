@@ -24,13 +24,17 @@ def square_tower(config: Any) -> tuple[int, int]:
 
     Counts CLIP (with its class token), SigLIP, the SigLIP of Idefics3 and SmolVLM, and InternViT.
     All layers count: transformers runs them all, even where `vision_feature_layer` picks one
-    further down.
+    further down. A tower that isn't transformers' own says its cost itself: its config has a method
+    `tile_cost` that returns the same.
 
     Args:
         config: of the whole model.
     """
     tower = config.vision_config
     kind = getattr(tower, "model_type", None)
+    if (own := getattr(tower, "tile_cost", None)) is not None:
+        tokens, macs = own()
+        return int(tokens), int(macs)
     if kind not in _SQUARE_TOWERS:
         raise CostError(
             f"no exact cost for vision tower {kind!r} in {config.model_type!r}: counted towers are "

@@ -55,9 +55,12 @@ def ray_for(context: RunContext) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    setup: dict[str, Any] = {}
+    if context.setup is not None:
+        setup["runtime_env"] = {"worker_process_setup_hook": context.setup}
     if address:
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **setup)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"no Ray answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
@@ -82,6 +85,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
             dashboard_port=port,
             logging_level=logging.ERROR,
             log_to_driver=False,
+            **setup,
         )
         with contextlib.closing(_Shutdown()):
             yield

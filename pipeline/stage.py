@@ -106,6 +106,8 @@ class RunContext:
     """GiB that these copies may take; those that nobody uses go, least recently used first."""
     commit: str | None = None
     """The code's git commit; the driver fills it in."""
+    setup: str | None = None
+    """What every process of Ray's calls first (`Workflow.setup`)."""
 
     @property
     def most_workers(self) -> int:

@@ -23,6 +23,9 @@ class Workflow:
     config: Config
     build: Callable[[Any], list[Stage]]
     """From the config to stages; runs nothing."""
+    setup: str | None = None
+    """A function by its full name, such as one that makes transformers know a model: every process
+    of Ray's calls it first."""
 
     def edit(self, changes: Mapping[str, Any], name: str | None = None) -> Workflow:
         """The workflow with dotted keys of its config changed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -34,6 +35,7 @@ WORKFLOWS = {
     "demo": "workflows.demo",
     "tiny_base": "workflows.tiny_base",
     "evidence": "workflows.evidence",
+    "stamps": "workflows.stamps",
     "llava15_7b": "workflows.llava15_7b",
     "llava15_7b_128": "workflows.llava15_7b",
     "llava15_7b_64": "workflows.llava15_7b",
@@ -307,7 +309,7 @@ def _run(options: argparse.Namespace) -> int:
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
     if options.dry_run:
         return dry_run.show(console, workflow.config, options)
-    context = _context(options)
+    context = dataclasses.replace(_context(options), setup=workflow.setup)
     found = graph.run(stages, context, console)
     if told := settle(context.root, context.tracking_uri, context.cache):
         console.print(told, markup=False)

@@ -15,7 +15,7 @@ Both share arms, training loop, scoring and the form of the results.
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import Field
 
 from adsc.curriculum import curriculum
-from pipeline.config import Config, ConfigError, edit
+from pipeline.config import ADDED, Config, ConfigError, edit
 from pipeline.evaluation.methods import MethodConfig, PeerConfig
 from pipeline.recipe import base_and_prepare, train_and_merge
 from pipeline.stage import Stage
@@ -38,6 +38,8 @@ from pipeline.workflow import Workflow
 from workflows.demo import BASE
 from workflows.evidence_summary import SUMMARY_VERSION, summarise
 from workflows.fashion import FashionConfig, pictures
+from workflows.stamps_base import StampsBaseConfig, make_base
+from workflows.stamps_scenes import ScenesConfig, scenes
 from workflows.tiny_base import TinyBaseConfig, TowerConfig
 from workflows.tiny_llava import TinyLlavaConfig
 
@@ -80,16 +82,22 @@ class EvidenceConfig(Config):
 
     base: BaseConfig
     """The checkpoint that all arms start from."""
-    made: TinyBaseConfig | None = None
-    """How that checkpoint is trained from nothing, where it does not ship; on one machine only."""
-    data: FashionConfig
-    """Grids and questions."""
+    made: TinyBaseConfig | StampsBaseConfig | None = None
+    """How that checkpoint is trained, where it does not ship; from nothing on one machine only."""
+    data: FashionConfig | ScenesConfig
+    """Pictures and questions."""
     prepare: PrepareConfig
     """Their rendering."""
     budgets: tuple[BudgetConfig, ...]
     """What is compared with one another."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which of VARIANTS are trained."""
+    anchors: tuple[str, ...] = Field(ANCHORS, json_schema_extra=ADDED)
+    """Which of VARIANTS are asked untrained, too."""
+    trained_peers: tuple[str, ...] = Field(TRAINED_PEERS, json_schema_extra=ADDED)
+    """Which of the budgets' peers are trained, too."""
+    control_splits: tuple[str, ...] = Field((), json_schema_extra=ADDED)
+    """Splits besides `test` that only the dense base is asked: what it knows without looking."""
     train: TrainConfig
     """One training stage of every arm; plan or method, and the seed, are filled in."""
     stages: int = Field(3, ge=1)
@@ -113,11 +121,13 @@ class Arm:
     """What it is asked with."""
     way: tuple[MethodConfig, ...] = ()
     """What each of its training stages runs with; none: it is the base."""
+    split: str = "test"
+    """Whose questions it is asked."""
 
 
 def arms(config: EvidenceConfig, budget: BudgetConfig) -> list[Arm]:
     """Dense, the dense control, everything untrained, everything trained."""
-    return [*_dense(config), *_untrained(budget), *_trained(config, budget)]
+    return [*_dense(config), *_untrained(config, budget), *_trained(config, budget)]
 
 
 def _dense(config: EvidenceConfig) -> Iterator[Arm]:
@@ -126,8 +136,16 @@ def _dense(config: EvidenceConfig) -> Iterator[Arm]:
     yield Arm(name=CONTROL, label="dense + LoRA", method=dense, way=(dense,) * config.stages)
 
 
-def _untrained(budget: BudgetConfig) -> Iterator[Arm]:
-    for name in ANCHORS:
+def controls(config: EvidenceConfig) -> list[Arm]:
+    """The dense base on other splits; no rows of a table."""
+    return [
+        Arm(name=f"dense-{split}", label=f"dense base, {split}", method=MethodConfig(), split=split)
+        for split in config.control_splits
+    ]
+
+
+def _untrained(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
+    for name in config.anchors:
         label, options, _ = VARIANTS[name]
         yield Arm(
             name=f"{name}-untrained-{budget.name}",
@@ -155,7 +173,7 @@ def _trained(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
             way=tuple(MethodConfig(plan=str(one)) for one in plans),
         )
     for peer in budget.peers:
-        if peer.name in TRAINED_PEERS:
+        if peer.name in config.trained_peers:
             method = MethodConfig(method=peer)
             name, label = _names(peer)
             yield Arm(
@@ -346,13 +364,7 @@ def build(config: EvidenceConfig) -> list[Stage]:
     Raises:
         ConfigError: a base that would have to be made first.
     """
-    if config.made is not None:
-        raise ConfigError(
-            "this evidence makes its own base, which is done on one machine: "
-            "python -m workflows.evidence --out DIR --scale 576"
-        )
-    data = pictures(config.data)
-    stages = [data, *base_and_prepare(data, config.base, config.prepare)]
+    stages = _world(config)
     everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
     for seed in config.seeds:
         for arm in everything.values():
@@ -382,6 +394,8 @@ def build(config: EvidenceConfig) -> list[Stage]:
                 needs={"evaluate": f"evaluate-{budget.name}"},
             ),
         ]
+    if config.control_splits:
+        stages.append(_control_stage(config))
     return [
         *stages,
         Stage(
@@ -395,7 +409,43 @@ def build(config: EvidenceConfig) -> list[Stage]:
     ]
 
 
-SCALES = {"demo": evidence_config, "576": evidence_576_config}
+def _world(config: EvidenceConfig) -> list[Stage]:
+    """The stages that make the data and the base, up to `base` and `prepare`."""
+    if isinstance(config.made, TinyBaseConfig):
+        raise ConfigError(
+            "this evidence makes its own base, which is done on one machine: "
+            "python -m workflows.evidence --out DIR --scale 576"
+        )
+    data = scenes(config.data) if isinstance(config.data, ScenesConfig) else pictures(config.data)
+    if config.made is not None:
+        return [data, *make_base(config.made, config.prepare)]
+    return [data, *base_and_prepare(data, config.base, config.prepare)]
+
+
+def _control_stage(config: EvidenceConfig) -> Stage:
+    dense = ArmConfig(name="dense", label="dense base", checkpoint="base")
+    return Stage(
+        name="evaluate-controls",
+        title="evaluate: the dense base without what it needs",
+        body=evaluate,
+        version=EVALUATE_VERSION,
+        config=config.evaluate.model_copy(
+            update={
+                "title": f"{config.evaluate.title}, controls",
+                "arms": (dense,),
+                "control": "dense",
+                "splits": ("test", *config.control_splits),
+            }
+        ),
+        needs={"data": "prepare", "base": "base"},
+    )
+
+
+def scales() -> dict[str, Callable[[], EvidenceConfig]]:
+    """What `--scale` takes."""
+    from workflows.stamps import stamps_config  # which is made of what is here
+
+    return {"demo": evidence_config, "576": evidence_576_config, "stamps": stamps_config}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -406,7 +456,7 @@ def main(words: list[str] | None = None) -> int:
         prog="workflows.evidence", description="the evidence on one machine, without Ray"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
-    parser.add_argument("--scale", choices=tuple(SCALES), default="demo")
+    parser.add_argument("--scale", choices=tuple(scales()), default="demo")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the config"
     )
@@ -417,7 +467,7 @@ def main(words: list[str] | None = None) -> int:
         "--stop-after", type=float, default=float("inf"), help="begin no arm after these seconds"
     )
     given = parser.parse_args(words)
-    config = edit(SCALES[given.scale](), dict(one.split("=", 1) for one in given.set))
+    config = edit(scales()[given.scale](), dict(one.split("=", 1) for one in given.set))
     return evidence_here.run(
         config,
         given.out,

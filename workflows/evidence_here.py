@@ -54,13 +54,23 @@ from pipeline.training.batches import StepBatch, StepLoader
 from pipeline.training.feed import from_processes, from_thread
 from pipeline.training.loop import Sources, train
 from pipeline.training.torchrun import FolderContext
-from workflows.evidence import Arm, EvidenceConfig, arms, evaluated, trainings
+from workflows.evidence import Arm, EvidenceConfig, arms, controls, evaluated, trainings
 from workflows.evidence_summary import write_summary
 from workflows.fashion import write_grids
+from workflows.stamps_base import StampsBaseConfig, start_stamps
+from workflows.stamps_scenes import ScenesConfig, write_scenes
 from workflows.tiny_base import TinyBaseConfig, start_decoder, train_tower
 
 log = logging.getLogger(__name__)
 SPAWN = multiprocessing.get_context("spawn")
+
+
+class Asking(NamedTuple):
+    """A split's questions."""
+
+    questions: Questions
+    batches: list[tuple[list[int], dict[str, torch.Tensor]]]
+    """Question numbers and inputs."""
 
 
 class World(NamedTuple):
@@ -70,9 +80,8 @@ class World(NamedTuple):
     config: EvidenceConfig
     streams: dict[tuple[int, int], list[StepBatch]]
     """Batches of each training stage by its seed: they are the same for all arms."""
-    questions: Questions
-    batches: list[tuple[list[int], dict[str, torch.Tensor]]]
-    """Question numbers and inputs."""
+    asked: dict[str, Asking]
+    """By split."""
 
 
 class Task(NamedTuple):
@@ -119,7 +128,10 @@ def _make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[
 
     def pictures(folder: Path) -> None:
         folder.mkdir()
-        write_grids(folder, config.data, quiet, partial(each, chunksize=50))
+        if isinstance(config.data, ScenesConfig):
+            write_scenes(folder, config.data, quiet, partial(each, chunksize=50))
+        else:
+            write_grids(folder, config.data, quiet, partial(each, chunksize=50))
 
     def prepared(folder: Path, base: str = "base") -> None:
         folder.mkdir()
@@ -131,9 +143,11 @@ def _make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[
         _once(out / "base", lambda folder: shutil.copytree(resolve(config.base.source), folder))
         _once(out / "prepared", prepared)
         return
-    _once(out / "tower", lambda folder: _apart(_train_tower, config.made, out, folder))
-    _once(out / "prepared", lambda folder: prepared(folder, "tower"))
-    _once(out / "base", lambda folder: _apart(_train_base, config.made, out, folder))
+    made, first = config.made, "tower" if isinstance(config.made, TinyBaseConfig) else "start"
+    begin = _train_tower if isinstance(made, TinyBaseConfig) else _start_stamps
+    _once(out / first, lambda folder: _apart(begin, made, out, folder))
+    _once(out / "prepared", lambda folder: prepared(folder, first))
+    _once(out / "base", lambda folder: _apart(_train_base, config, out, folder))
 
 
 def _once(folder: Path, make: Callable[[Path], object]) -> None:
@@ -175,15 +189,25 @@ def _train_tower(made: TinyBaseConfig, out: Path, folder: Path) -> None:
     log.info("tower: %s", found)
 
 
-def _train_base(made: TinyBaseConfig, out: Path, folder: Path) -> None:
-    """Projector and decoder, tower frozen; a checkpoint of a killed training is gone on with."""
-    _once(out / "start", lambda at: start_decoder(_context(at, tower=out / "tower"), made.start))
-    steps = out / "base-steps"
-    context = FolderContext(steps, data_workers=made.tower.workers)
+def _start_stamps(made: StampsBaseConfig, out: Path, folder: Path) -> None:
+    start_stamps(_context(folder, data=out / "pictures"), made.start)
+
+
+def _train_base(config: EvidenceConfig, out: Path, folder: Path) -> None:
+    """What `made.decoder` trains, tower frozen; a checkpoint of a killed training is gone on
+    with."""
+    made, workers = config.made, 0
+    assert made is not None
+    if isinstance(made, TinyBaseConfig):
+        _once(
+            out / "start", lambda at: start_decoder(_context(at, tower=out / "tower"), made.start)
+        )
+        workers = made.tower.workers
+    context = FolderContext(out / "base-steps", data_workers=workers)
     train(made.decoder, Sources(base=out / "start", data=out / "prepared" / "train"), context)
     context.close()
     inputs = {"base": out / "start", "data": out / "prepared", "trained": context.checkpoints()[-1]}
-    merge(_context(folder, template=made.prepare.template, **inputs), MergeConfig())
+    merge(_context(folder, template=config.prepare.template, **inputs), MergeConfig())
     (folder / "probe.safetensors").unlink()
 
 
@@ -217,6 +241,7 @@ def _tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> lis
     """Seed by seed, so that what is cut short has fewer seeds; untrained peers last: they are asked
     more slowly than an arm is trained where they loop over pictures."""
     everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
+    everything |= {arm.name: arm for arm in controls(config)}
     if unknown := set(only or ()) - everything.keys():
         raise ValueError(
             f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(everything)}"
@@ -235,6 +260,7 @@ def _file(config: EvidenceConfig, out: Path, arm: Arm, seed: int | None) -> Path
     about: list[Any] = [config.data, config.prepare, config.base, config.made, arm.method]
     about += [config.evaluate.max_new_tokens]
     about += [] if seed is None else trainings(config, arm, seed)
+    about += [] if arm.split == "test" else [arm.split]
     ending = "" if seed is None else f"-s{seed}"
     return out / "arms" / f"{arm.name}{ending}-{digest(about)[:8]}.json"
 
@@ -273,14 +299,21 @@ def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], proces
             load = StepLoader(data=train_folder, processor=base, config=stage)
             steps = range(load.steps)
             streams[key] = [_owned(batch) for batch in from_processes(load, steps, processes)]
-    questions = Questions(out / "prepared" / "test")
-    processor = _processor(config, base)
+    splits = {task.arm.split for task in tasks}
+    return World(
+        out, config, streams, {split: _load_asking(config, out, split) for split in splits}
+    )
+
+
+def _load_asking(config: EvidenceConfig, out: Path, split: str) -> Asking:
+    questions = Questions(out / "prepared" / split)
+    processor = _processor(config, out / "base")
     numbers = questions.batches(
         range(len(questions)), config.evaluate.batch_size, processor.tokenizer
     )
     ask = partial(_inputs_of, numbers=numbers, questions=questions, processor=processor)
     inputs = from_thread(ask, range(len(numbers)))
-    return World(out, config, streams, questions, list(zip(numbers, inputs, strict=True)))
+    return Asking(questions, list(zip(numbers, inputs, strict=True)))
 
 
 def _owned(batch: StepBatch) -> StepBatch:
@@ -339,7 +372,7 @@ def _run_task(task: Task, deadline: float) -> str:
     trained = time.monotonic() - began
     model = _load(base, start)
     adsc.attach(model, build_method(task.arm.method, model))
-    scores = _ask(world, model)
+    scores = _ask(world, task.arm.split, model)
     found = {
         "arm": task.arm.name,
         "seed": task.seed,
@@ -367,14 +400,15 @@ def _load(base: Path, trained: Path | None) -> Any:
     return model.to(device).eval()
 
 
-def _ask(world: World, model: Any) -> np.ndarray:
+def _ask(world: World, split: str, model: Any) -> np.ndarray:
     """(Q,) exact matches of greedy answers."""
     tokenizer = _processor(world.config, world.out / "base").tokenizer
-    scores = np.zeros(len(world.questions))
-    for numbers, inputs in world.batches:
+    questions, batches = world.asked[split]
+    scores = np.zeros(len(questions))
+    for numbers, inputs in batches:
         new = generate_tokens(model, to_device(inputs, model), world.config.evaluate.max_new_tokens)
         answers = tokenizer.batch_decode(new, skip_special_tokens=True)
-        expected = [world.questions.asked[number].expected for number in numbers]
+        expected = [questions.asked[number].expected for number in numbers]
         scores[numbers] = [score(*pair) for pair in zip(answers, expected, strict=True)]
     return scores
 
@@ -419,6 +453,24 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
         numbered = [table.append_column("number", [range(len(records))]) for table in columns]
         pq.write_table(pa.concat_tables(numbered), folder / "samples.parquet")
     write_summary({b.name: out / f"budget-{b.name}" for b in config.budgets}, out)
+    if config.control_splits:
+        _write_controls(config, out, share_right(questions.asked, guesses))
+
+
+def _write_controls(config: EvidenceConfig, out: Path, majority: dict[str, Any]) -> None:
+    """controls.json: accuracy of the dense base, of the same without what it needs, and of the most
+    frequent answer, in all and by kind."""
+    found = {"majority": majority}
+    for arm in [*arms(config, config.budgets[0]), *controls(config)]:
+        file = _file(config, out, arm, None)
+        if arm.method == MethodConfig() and not arm.way and file.exists():
+            scores = np.array(json.loads(file.read_text())["scores"], dtype=float)
+            kinds = np.array([one.kind for one in Questions(out / "prepared" / arm.split).asked])
+            found[arm.name] = {
+                "accuracy": float(scores.mean()),
+                "by_kind": {str(k): float(scores[kinds == k].mean()) for k in np.unique(kinds)},
+            }
+    (out / "controls.json").write_text(json.dumps(found, indent=1))
 
 
 def _measured(config: EvidenceConfig, out: Path) -> dict[str, Any]:

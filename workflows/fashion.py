@@ -10,7 +10,7 @@ of official test instances only.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -68,16 +68,28 @@ def places(grid: int) -> tuple[str, ...]:
 
 
 def plural(name: str) -> str:
-    return name + ("es" if name.endswith("s") else "s")
+    """
+    >>> plural("boot"), plural("dress"), plural("brush"), plural("canary")
+    ('boots', 'dresses', 'brushes', 'canaries')
+    """
+    if name.endswith("y") and name[-2:-1] not in "aeiou":
+        return name[:-1] + "ies"
+    return name + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
 
 
-def draw_contents(rng: np.random.Generator, cells: int = 9) -> np.ndarray:
-    """What stands in each of the cells: a class index, or -1 for an empty one.
+def article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
+
+
+def draw_contents(
+    rng: np.random.Generator, cells: int = 9, number: int = len(CLASSES)
+) -> np.ndarray:
+    """What stands in each of the cells: an index of `number` classes, or -1 for an empty one.
 
     Two or three classes occur once (so that "where" has one answer), one to three occur several
     times (so that "how many" has answers above one), and the rest of the cells is empty.
     """
-    classes = rng.permutation(len(CLASSES))
+    classes = rng.permutation(number)
     singles = int(rng.integers(2, 4))
     contents = list(classes[:singles])
     for multiple in classes[singles : singles + int(rng.integers(1, 4))]:
@@ -110,7 +122,10 @@ def compose(
 
 
 def ask(
-    rng: np.random.Generator, contents: np.ndarray, each: int = 2
+    rng: np.random.Generator,
+    contents: np.ndarray,
+    each: int = 2,
+    classes: Sequence[str] = CLASSES,
 ) -> list[tuple[str, str, str]]:
     """(kind, question, answer), `each` of each kind as far as the grid offers them. Of two, none
     gives away another's answer."""
@@ -119,13 +134,13 @@ def ask(
     single = rng.permutation([content for content, count in counts.items() if count == 1])[:each]
     where = [int(np.flatnonzero(contents == content)[0]) for content in single]
     questions = [
-        ("where", f"where is the {CLASSES[content]}?", names[cell])
+        ("where", f"where is the {classes[content]}?", names[cell])
         for content, cell in zip(single, where, strict=True)
     ]
     for cell in rng.permutation([cell for cell in range(len(names)) if cell not in where])[:each]:
-        answer = CLASSES[contents[cell]] if contents[cell] >= 0 else "nothing"
+        answer = classes[contents[cell]] if contents[cell] >= 0 else "nothing"
         questions.append(("what", f"what is at the {names[cell]}?", answer))
-    others = [content for content in range(len(CLASSES)) if content not in single]
+    others = [content for content in range(len(classes)) if content not in single]
     # Counts from zero up are asked equally often, as far as a picture offers them.
     by_count: dict[int, list[int]] = {}
     for content in others:
@@ -133,14 +148,18 @@ def ask(
     offered = rng.permutation(sorted(by_count))
     asked = [int(rng.choice(by_count[int(offered[i % len(offered)])])) for i in range(each)]
     questions += [
-        ("count", f"how many {plural(CLASSES[content])} are there?", NUMBERS[counts[content]])
+        ("count", f"how many {plural(classes[content])} are there?", NUMBERS[counts[content]])
         for content in asked
     ]
     for wanted in rng.permutation([True, False] * (each // 2)):
         pool = [c for c in others if (counts[c] > 0) == wanted and c not in asked]
         content = int(rng.choice(pool or others))
         questions.append(
-            ("any", f"is there a {CLASSES[content]}?", "yes" if counts[content] else "no")
+            (
+                "any",
+                f"is there {article(classes[content])} {classes[content]}?",
+                "yes" if counts[content] else "no",
+            )
         )
     questions = list(dict.fromkeys(questions)) if each > 2 else questions
     return [questions[i] for i in rng.permutation(len(questions))]
@@ -153,17 +172,19 @@ def make_record(
     rng = np.random.default_rng([config.seed, split == "test", index])
     contents = draw_contents(rng, config.grid**2)
     picture = compose(rng, contents, load_things(split), config.cell)
+    name = f"{split}/{index:06d}"
+    record = conversation(name, f"{name}.png", ask(rng, contents, config.each))
+    return record, picture, contents
+
+
+def conversation(name: str, image: str, asked: Iterable[tuple[str, str, str]]) -> dict:
+    """LLaVA's record of (kind, question, answer) about a picture."""
     turns, kinds = [], []
-    for turn, (kind, question, answer) in enumerate(ask(rng, contents, config.each)):
+    for turn, (kind, question, answer) in enumerate(asked):
         marker = "<image>\n" if turn == 0 else ""
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
         kinds.append(kind)
-    name = f"{split}/{index:06d}"
-    return (
-        {"id": name, "image": f"{name}.png", "conversations": turns, "kinds": kinds},
-        picture,
-        contents,
-    )
+    return {"id": name, "image": image, "conversations": turns, "kinds": kinds}
 
 
 def pictures(config: FashionConfig) -> Stage:

@@ -40,7 +40,7 @@ def large_model() -> torch.nn.Module:
     ("scale", "tokens", "layers", "tolerance"), [("demo", 64, 8, 0.021), ("576", 576, 12, 0.01)]
 )
 def test_every_arm_meets_its_budget(scale: str, tokens: int, layers: int, tolerance: float) -> None:
-    config = evidence.SCALES[scale]()
+    config = evidence.scales()[scale]()
     model = demo_model() if scale == "demo" else large_model()
     for budget in config.budgets:
         target = tokens * SHARES[budget.name]
