@@ -219,10 +219,14 @@ def drive(arguments: Sequence[str]) -> int:
     from pipeline import preflight
     from pipeline.driver import ray_for
     from pipeline.stage import RunContext
+    from pipeline.store import open_store
     from workflows import cli
 
     given = json.loads(arguments[0])
     try:
+        # All that is imported before every node was asked is imported before Ray knows of us: where
+        # two nodes share a machine, the other one unpacks this code once more under our feet.
+        open_store(given["root"])
         with ray_for(RunContext(root=given["root"], workflow="", address="auto")):
             signal.signal(signal.SIGTERM, _interrupt)  # Ray has set a handler of its own by now
             for node, said in preflight.check(given["root"], given["expected"]).items():
