@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 CHECKPOINT is a folder, s3://, package://NAME/FOLDER or a hub id. A task file holds conversations
 in LLaVA's JSON; its pictures lie in `images` beside it. Methods: `own` (the checkpoint's plan),
-`dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average and options, `fastv:22,layer=3`.
+`dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average and options, `fastv:32,layer=3`.
 """
 
 

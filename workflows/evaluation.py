@@ -155,6 +155,7 @@ def _data(
     lines.append(str(content_digest(str(folder / PrepareConfig().images))))
     config = TaskConfig(
         splits=splits,
+        template="auto",
         context=CONTEXT,
         max_quarantined=0,
         digest=hashlib.sha256("\n".join(lines).encode()).hexdigest(),

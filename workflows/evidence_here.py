@@ -417,6 +417,7 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
     """results.json and samples.parquet of each budget, and the summary: of what has been run."""
     measured = _measured(config, out)
     questions = Questions(out / "prepared" / "test")
+    scenes = questions.scenes()
     guesses = majority_answers(PreparedData(out / "prepared" / "train"))
     for budget in config.budgets:
         scored, commits = {}, set()
@@ -435,6 +436,7 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
         made = results(
             asked.model_copy(update={"arms": there}),
             questions.asked,
+            scenes,
             scored,
             measured,
             workflow="evidence",
@@ -445,12 +447,11 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
         folder = out / f"budget-{budget.name}"
         folder.mkdir(exist_ok=True)
         (folder / "results.json").write_text(json.dumps(made, indent=1))
-        records = [question.record for question in questions.asked]
         columns = [
-            pa.table({"arm": [name] * len(records), "record": records, "score": own.scores})
+            pa.table({"arm": [name] * len(scenes), "record": scenes, "score": own.scores})
             for name, own in scored.items()
         ]
-        numbered = [table.append_column("number", [range(len(records))]) for table in columns]
+        numbered = [table.append_column("number", [range(len(scenes))]) for table in columns]
         pq.write_table(pa.concat_tables(numbered), folder / "samples.parquet")
     write_summary({b.name: out / f"budget-{b.name}" for b in config.budgets}, out)
     if config.control_splits:

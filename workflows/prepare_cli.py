@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", help="one number for each DATA, such as 3,1: shares of a mix")
     parser.add_argument("--cap", type=_count, help="most records taken from each DATA")
-    parser.add_argument("--seed", type=int, default=0, help="seed of which records a mix takes")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of which records a mix takes")
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
     parser.add_argument("--json", action="store_true", help="counts as JSON in the last line")
     parser.set_defaults(run=run)
@@ -80,6 +80,12 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
 
 
 def _count(text: str) -> int:
@@ -141,7 +147,7 @@ def _print_summary(manifest: dict[str, Any], out: Path) -> None:
 def _check_out(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name a new folder with --out, or remove it")
-    if (out.exists() or out.is_symlink()) and not out.is_dir():
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ValueError(f"{out} is not a folder; name a new one with --out")
 
 
@@ -156,6 +162,7 @@ def _prepare(options: argparse.Namespace, out: Path) -> dict[str, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are parallel already
     model = _model_folder(options.model)
     config = _config(options, model)
+    kept = out.with_name(f"{out.name}.quarantine.jsonl")
     context = RunContext(root=str(out.parent), workflow="prepare", address=options.address)
     display = Display(Console(stderr=True), {"prepare": "prepare"})
     with _beside(out) as folder:
@@ -173,12 +180,12 @@ def _prepare(options: argparse.Namespace, out: Path) -> dict[str, Any]:
                     _input(Path.cwd()), _input(model), config, folder, show, flat=True
                 )
         except TooManyBadRecords as error:
-            kept = out.with_name(f"{out.name}.quarantine.jsonl")
             shutil.move(folder / "quarantine.jsonl", kept)
             message = f"{error}. Nothing was published; all that was set aside is in {kept}"
             raise TooManyBadRecords(message, error.counts) from None
         folder.chmod(0o755)
         folder.rename(out)
+    kept.unlink(missing_ok=True)  # of a run before, which failed
     return manifest
 
 
@@ -213,25 +220,22 @@ def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
     places = [p if is_remote(p) else str(Path(p).absolute()) for p in options.data]
     for place in places:
         find_files(place, Path(), "train")
-    images = options.images or f"{places[0].rpartition('/')[0]}/images"
-    if not is_remote(images):
+    images = options.images
+    if images and not is_remote(images):
         images = str(Path(images).absolute())
-        if (
-            options.images
-            and not Path(images).exists()
-            and not GLOB.intersection(Path(images).name)
-        ):
+        if not Path(images).exists() and not GLOB.intersection(Path(images).name):
             raise ValueError(f"there is no folder or tar file {images!r} for --images")
+    beside = [images or f"{place.rpartition('/')[0]}/images" for place in places]
     weights = _weights(options.weights, len(places))
     sources: dict[str, Source] = {}
-    for place, weight in zip(places, weights, strict=True):
+    for place, pictures, weight in zip(places, beside, weights, strict=True):
         name = place.rstrip("/").rpartition("/")[2]
         while name in sources:
             name += "'"
-        sources[name] = Source(data=place, weight=weight, cap=options.cap)
+        sources[name] = Source(data=place, images=pictures, weight=weight, cap=options.cap)
     return PrepareConfig(
         splits={"train": sources},
-        images=images,
+        images=beside[0],
         template=options.template,
         context=options.context or _model_context(model),
         max_quarantined=options.max_quarantined,
@@ -246,8 +250,10 @@ def _weights(text: str | None, count: int) -> Sequence[float | None]:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != count or min(weights) <= 0:
-        raise ValueError(f"--weights {text!r} is not {count} numbers above 0, one for each DATA")
+    if len(weights) != count or not all(1e-9 <= weight <= 1e9 for weight in weights):
+        raise ValueError(
+            f"--weights {text!r} is not {count} numbers from 1e-9 to 1e9, one for each DATA"
+        )
     return weights
 
 

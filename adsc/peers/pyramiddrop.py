@@ -46,7 +46,10 @@ class PyramidDrop(Method):
         quarter = max(1, budget.layers // 4)
         positions = budget.positions(positions, "reindex")
         if layers == "quarters":
-            return cls(stages=_stages(budget, _steps(budget, quarter)), positions=positions)
+            published = tuple(number * budget.layers // 4 for number in (1, 2, 3))
+            possible = published[0] >= max(1, budget.first)
+            chosen = published if possible else _steps(budget, quarter)
+            return cls(stages=_stages(budget, chosen), positions=positions)
         if layers == "earlier":
             each = [_stages(budget, _steps(budget, step)) for step in range(1, quarter + 1)]
             half = Fraction(1, 2)

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from pipeline.config import Config
+from pipeline.config import ADDED, Config
 from pipeline.data.mixture import Source
 from pipeline.data.pictures import PictureLimits
 
@@ -31,6 +31,8 @@ class PrepareConfig(Config):
     """Largest allowed area of a picture, pixels."""
     max_picture_bytes: int = Field(64 << 20, gt=0)
     """Largest allowed encoded picture, bytes."""
+    max_aspect: float = Field(100, ge=1, json_schema_extra=ADDED)
+    """Most times that a picture's longer side may be as long as its shorter one."""
     max_quarantined: float = Field(0.01, ge=0, le=1)
     """Share of records that may be set aside before the stage fails."""
     rows_per_shard: int = Field(5000, gt=0)
@@ -44,7 +46,10 @@ class PrepareConfig(Config):
 
     def limits(self) -> PictureLimits:
         return PictureLimits(
-            min_side=self.min_side, max_pixels=self.max_pixels, max_bytes=self.max_picture_bytes
+            min_side=self.min_side,
+            max_pixels=self.max_pixels,
+            max_bytes=self.max_picture_bytes,
+            max_aspect=self.max_aspect,
         )
 
     def sources(self, split: str) -> dict[str, Source]:

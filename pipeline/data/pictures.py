@@ -44,6 +44,9 @@ class PictureLimits:
     """Largest allowed area, pixels; checked before decoding, so a bomb is never unpacked."""
     max_bytes: int
     """Largest encoded size."""
+    max_aspect: float
+    """Most times that the longer side may be as long as the shorter one: processors bring the
+    shorter one to a fixed length, and the other one with it."""
 
 
 class Pictures(Protocol):
@@ -276,11 +279,17 @@ def check_picture(encoded: bytes, name: str, limits: PictureLimits) -> tuple[int
             warnings.simplefilter("ignore")  # bombs are refused below, odd metadata is no matter
             with _open(encoded) as picture:
                 width, height = picture.size
-            if min(width, height) < limits.min_side or width * height > limits.max_pixels:
+            short, long = sorted((width, height))
+            if (
+                short < limits.min_side
+                or width * height > limits.max_pixels
+                or long > limits.max_aspect * short
+            ):
                 raise BadRecord(
                     "picture_size",
-                    f"{name!r} is {width} x {height}; sides from {limits.min_side}, "
-                    f"area up to {limits.max_pixels} pixels",
+                    f"{name!r} is {width} x {height}; sides from {limits.min_side}, area up to "
+                    f"{limits.max_pixels} pixels, one side up to {limits.max_aspect:g} times the "
+                    "other",
                 )
             decoded = decode_picture(encoded)
     except BadRecord:

@@ -395,9 +395,15 @@ def _rows(chunk: Chunk, place: str) -> Iterator[tuple[int, Any]]:
 
 def _batches(chunk: Chunk, place: str) -> Iterator[pa.RecordBatch]:
     if chunk.kind == "parquet":
-        with open_file(place) as opened, pq.ParquetFile(opened) as file:
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            yield from file.iter_batches(_TABLE_ROWS, row_groups=[chunk.start], columns=columns)
+        try:
+            with open_file(place) as opened, pq.ParquetFile(opened) as file:
+                columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+                yield from file.iter_batches(_TABLE_ROWS, row_groups=[chunk.start], columns=columns)
+        except (OSError, pa.ArrowException) as error:  # a damaged page is an OSError
+            raise SourceError(
+                f"can't read row group {chunk.start} of {_name(place)}: {error}; if the file is "
+                "damaged, fetch or write it again"
+            ) from None
         return
     with _open_arrow(place) as reader:
         for number, batch in enumerate(reader):

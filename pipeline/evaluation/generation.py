@@ -1,12 +1,14 @@
 """Questions and answers: prompts from prepared shards, greedy generation, exact match.
 
 One question is one prompt: its pictures, its text, the checkpoint's chat template; earlier turns of
-the conversation are not shown. Pictures stay on the disk until their batch is due. Which questions
+the conversation are not shown. Its pictures are those of its own turn, or, where that has none,
+those of the turns before it. Pictures stay on the disk until their batch is due. Which questions
 share a batch follows from the question list alone, never from how many workers there are. Spreading
 the work over machines is pipeline/evaluation/answers.py's; an error in generation is an error, and
 never becomes an empty answer.
 """
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -39,6 +41,7 @@ class Question:
     record: str
     kind: str
     text: str
+    """Several pictures of its own are marked in it; others come before it."""
     expected: str
     pictures: tuple[bytes, ...]
 
@@ -71,6 +74,8 @@ class Asked(NamedTuple):
     kind: str
     text: str
     expected: str
+    pictures: tuple[int, int]
+    """Which of the row's, from and to."""
 
 
 class Questions:
@@ -87,9 +92,13 @@ class Questions:
         for number, row in enumerate(self.data.scan(["id", "kinds", "turns"])):
             turns = json.loads(row["turns"])
             kinds = row["kinds"] or ["other"] * (len(turns) // 2)
+            seen = 0
             for kind, (_, asked), (_, answer) in zip(kinds, turns[::2], turns[1::2], strict=True):
-                text = asked.replace(MARKER, "").strip()
-                self.asked.append(Asked(number, row["id"], kind, text, answer.strip()))
+                own = asked.count(MARKER)
+                text = (asked if own > 1 else asked.replace(MARKER, "")).strip()
+                pictures = (seen, seen + own) if own else (0, seen)
+                seen += own
+                self.asked.append(Asked(number, row["id"], kind, text, answer.strip(), pictures))
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -99,8 +108,23 @@ class Questions:
         chosen = [self.asked[number] for number in numbers]
         rows = self.data.rows([asked.row for asked in chosen], ["pictures"])
         return [
-            Question(a.record, a.kind, a.text, a.expected, tuple(row["pictures"]))
+            Question(
+                a.record, a.kind, a.text, a.expected, tuple(row["pictures"][slice(*a.pictures)])
+            )
             for a, row in zip(chosen, rows, strict=True)
+        ]
+
+    def scenes(self) -> list[str]:
+        """What each question is about: a digest of its pictures, or its row where it has none.
+        Questions about one scene are no independent ones. Reads all pictures once."""
+        digests = [
+            [hashlib.sha256(picture).hexdigest() for picture in row["pictures"]]
+            for row in self.data.scan(["pictures"])
+        ]
+        return [
+            " ".join(digests[asked.row][slice(*asked.pictures)])
+            or f"{self.folder.name}/{asked.row}"
+            for asked in self.asked
         ]
 
     def batches(self, numbers: range, size: int, tokenizer: Any) -> list[list[int]]:
@@ -135,9 +159,16 @@ def majority_answers(data: PreparedData) -> dict[str, str]:
 
 
 def render_prompt(question: Question, processor: Any) -> str:
-    """The text that goes to the processor: pictures first, then the question."""
-    content = [{"type": "image"}] * len(question.pictures)
-    message = {"role": "user", "content": [*content, {"type": "text", "text": question.text}]}
+    """The text that goes to the processor: pictures where they are marked, else first."""
+    content: list[dict[str, str]] = []
+    if MARKER in question.text:
+        for number, piece in enumerate(question.text.split(MARKER)):
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": piece}] if piece else []
+    else:
+        content += [{"type": "image"}] * len(question.pictures)
+        content += [{"type": "text", "text": question.text}]
+    message = {"role": "user", "content": content}
     prompt: str = processor.apply_chat_template([message], add_generation_prompt=True)
     return prompt
 

@@ -34,15 +34,16 @@ class Bootstrap:
     """Percentile intervals of scores.
 
     Args:
-        records: the picture (or other record) of each question, (Q,).
+        records: the picture (or what else it is about) of each question, (Q,).
         seed: of the draws.
 
     Scores are arrays (Q,), or (S, Q) for S seeds of the same method.
     """
 
     def __init__(self, records: Sequence[str], seed: int) -> None:
-        _, self._picture = np.unique(np.array(records), return_inverse=True)
-        count = int(self._picture.max()) + 1
+        numbers: dict[str, int] = {}  # in the order in which they come
+        self._picture = np.array([numbers.setdefault(it, len(numbers)) for it in records])
+        count = len(numbers)
         self._seed = seed
         draws = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
         # float32 holds these counts exactly, at half the memory.

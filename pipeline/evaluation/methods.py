@@ -78,7 +78,8 @@ def parse_method(text: str) -> MethodConfig:
     if text == "dense":
         return MethodConfig()
     if text.startswith(PLAN):
-        adsc.PruningPlan.parse(text.removeprefix(PLAN))
+        if not adsc.PruningPlan.parse(text.removeprefix(PLAN)).stages:
+            raise MethodError(f"{text!r} drops nothing: write dense")
         return MethodConfig(plan=text.removeprefix(PLAN))
     name, colon, rest = text.partition(":")
     average, *options = re.split(r",(?![^\[]*\])", rest)  # at commas outside of brackets

@@ -134,7 +134,7 @@ class Scored(NamedTuple):
     """Answers that the report shows, by question."""
 
 
-EVALUATE_VERSION = 2
+EVALUATE_VERSION = 3
 """To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
@@ -158,6 +158,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     found = results(
         config,
         asked,
+        [scene for questions in splits.values() for scene in questions.scenes()],
         scored,
         measured,
         workflow=ctx.run.workflow,
@@ -191,6 +192,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
 def results(
     evaluated: EvaluateConfig,
     asked: Sequence[Asked],
+    scenes: Sequence[str],
     scored: dict[str, Scored],
     measured: dict[str, Any],
     **more: Any,
@@ -198,6 +200,7 @@ def results(
     """What results.json holds (pipeline/stages/results.py), however the answers were made.
 
     Args:
+        scenes: what each question is about (`Questions.scenes`).
         scored: by arm.
         measured: as measure_and_count gives it, its methods by what they run with.
         more: the remaining fields.
@@ -208,11 +211,11 @@ def results(
         "seed": evaluated.seed,
         "control_arm": evaluated.control,
         "num_questions": len(asked),
-        "num_pictures": len({question.record for question in asked}),
+        "num_pictures": len(set(scenes)),
         "prefill_batch": measured["batch"],
         "decode_tokens": evaluated.decode_tokens,
         **{name: measured[name] for name in _SHAPE},
-        "arms": _table(evaluated, asked, scored, measured),
+        "arms": _table(evaluated, asked, scenes, scored, measured),
         **more,
     }
 
@@ -343,10 +346,11 @@ def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> 
 def _table(
     config: EvaluateConfig,
     asked: Sequence[Asked],
+    scenes: Sequence[str],
     scored: dict[str, Scored],
     measured: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    bootstrap = Bootstrap([question.record for question in asked], config.seed)
+    bootstrap = Bootstrap(scenes, config.seed)
     kinds = np.array([question.kind for question in asked])
     rows = _rows(config.arms)
     scores = {row.name: np.stack([scored[arm.name].scores for arm in row.arms]) for row in rows}

@@ -174,8 +174,8 @@ def _plan(
             for file in files
             for chunk in index_file(locate(file, data.folder))
         ]
-        if not chunks[name]:
-            raise SourceError(f"{', '.join(files)} is empty: no record in it")
+        if not any(chunk.count for chunk in chunks[name]):
+            raise SourceError(f"{', '.join(files) or source.data} is empty: no record in it")
     available = {name: sum(chunk.count for chunk in found) for name, found in chunks.items()}
     taken = sizes(sources, available)
     tasks: list[dict[str, Any]] = []
@@ -294,4 +294,7 @@ def _quarantine_line(table: pa.Table, row: int, reason: str, split: str) -> str:
     given = cells.pop("given_id")
     line = {"id": given if len(given) > 990 else json.loads(given), "split": split, **cells}
     line |= {"reason": reason, "detail": details.get(reason) or cells["detail"]}
-    return json.dumps(line | {"meaning": REASONS[reason]})
+    try:
+        return json.dumps(line | {"meaning": REASONS[reason]}, allow_nan=False)
+    except ValueError:  # an id that JSON has no number for
+        return json.dumps(line | {"id": given, "meaning": REASONS[reason]})

@@ -62,6 +62,15 @@ def test_pyramiddrop_at_270_has_the_published_ratio(seven_b):
     assert method.counts(576) == [288, 144, 72]
 
 
+def test_quarters_are_quarters_of_any_depth():
+    config = geometry("llava-1.5-7b")
+    config.text_config.num_hidden_layers = 30
+    with torch.device("meta"):
+        model = hf.LlavaForConditionalGeneration(config)
+    method = peers.make("pyramiddrop", model, 270)
+    assert [layer for layer, _ in method.stages] == [7, 15, 22]
+
+
 def test_an_average_out_of_reach_names_the_nearest(seven_b):
     with pytest.raises(
         adsc.PlanError, match=r"can't average 128 .* is 144\.75 .*; layers='earlier' reaches"

@@ -23,6 +23,7 @@ from pipeline.evaluation.generation import (
     generate_answers,
     generate_batch,
     majority_answers,
+    render_prompt,
 )
 from pipeline.evaluation.methods import MethodError, parse_method
 from pipeline.evaluation.speed import measure
@@ -210,6 +211,11 @@ def test_arms_that_make_no_table_are_refused(arms: list[dict[str, Any]], says: s
         EvaluateConfig(arms=tuple(ArmConfig(label="x", checkpoint="base", **arm) for arm in arms))
 
 
+def test_a_plan_that_drops_nothing_is_said() -> None:
+    with pytest.raises(MethodError, match="'plan:' drops nothing: write dense"):
+        parse_method("plan:")
+
+
 @pytest.mark.parametrize("text", ["fastv", "fastv:", "fastv:x", "plan", "fastv:22,k", ":3"])
 def test_what_is_no_method_is_refused(text: str) -> None:
     with pytest.raises(MethodError, match="is not a method: write dense, plan"):
@@ -295,6 +301,40 @@ def test_majority_is_the_most_frequent_training_answer(small: Small) -> None:
     majority = majority_answers(PreparedData(small.prepared / "train"))
     assert set(majority) == {"what", "where", "count", "any"}
     assert answers.count(majority["any"]) >= len(answers) / 2
+
+
+def test_a_question_has_its_own_pictures(small: Small, tmp_path: Path) -> None:
+    """Those of its turn in their places, else those of the turns before; and intervals know which
+    questions are about the same ones, whatever their records are called."""
+    rows = pq.read_table(small.prepared / "test").to_pylist()[:3]
+    a, b, c = (row["pictures"][0] for row in rows)
+
+    def talk(*asked: str) -> str:
+        return json.dumps([turn for text in asked for turn in (("human", text), ("gpt", "bag"))])
+
+    rows[0] |= {"pictures": [a, b], "turns": talk("A <image> or B <image>?", "and both?")}
+    rows[1] |= {"pictures": [c], "turns": talk("hello", "<image>\nwhat?", "and now?")}
+    rows[2] |= {"pictures": [a, c], "turns": talk("what?<image>", "and <image>this?")}
+    for row in rows:
+        row |= {"kinds": [], "id": "same"}
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "0.parquet")
+    questions = Questions(tmp_path)
+    asked = questions.load(range(len(questions)))
+    assert [question.pictures for question in asked] == [
+        (a, b), (a, b), (), (c,), (c,), (a,), (c,),
+    ]  # fmt: skip
+    processor = AutoProcessor.from_pretrained(small.base)
+    assert [render_prompt(question, processor) for question in asked] == [
+        "USER: A <image>\n or B <image>\n? ASSISTANT:",
+        "USER: <image>\n<image>\nand both? ASSISTANT:",
+        "USER: hello ASSISTANT:",
+        "USER: <image>\nwhat? ASSISTANT:",
+        "USER: <image>\nand now? ASSISTANT:",
+        "USER: <image>\nwhat? ASSISTANT:",
+        "USER: <image>\nand this? ASSISTANT:",
+    ]
+    scenes = questions.scenes()
+    assert [scenes.index(scene) for scene in scenes] == [0, 0, 2, 3, 3, 5, 3]
 
 
 def test_records_without_kinds_or_pictures_are_asked_too(small: Small, tmp_path: Path) -> None:

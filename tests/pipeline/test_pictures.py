@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.data.conversations import BadRecord
 from pipeline.data.pictures import PictureLimits, check_picture, decode_picture, open_pictures
 
-LIMITS = PictureLimits(min_side=14, max_pixels=10_000, max_bytes=50_000)
+LIMITS = PictureLimits(min_side=14, max_pixels=10_000, max_bytes=50_000, max_aspect=20)
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -73,6 +73,7 @@ def test_orientation_and_the_size_that_follows_from_it() -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "broken_picture"),
         (encoded(Image.new("RGB", (1, 1))), "picture_size"),
         (encoded(Image.new("RGB", (40, 3))), "picture_size"),
+        (encoded(Image.new("RGB", (14, 281))), "picture_size"),  # resizing would make it a bomb
         (encoded(Image.new("RGB", (400, 400))), "picture_size"),
         (bomb(), "picture_size"),
     ],

@@ -21,7 +21,7 @@ from pipeline.data.templates import (
 from tests.small import Small
 
 PROMPTS = Path(__file__).parent / "prompts"
-LIMITS = PictureLimits(min_side=14, max_pixels=10_000, max_bytes=100_000)
+LIMITS = PictureLimits(min_side=14, max_pixels=10_000, max_bytes=100_000, max_aspect=20)
 CONVERSATIONS = {
     "picture first": [
         ("human", "<image>\nwhat is at the top left?"),
@@ -258,6 +258,7 @@ def test_a_record_is_rendered_or_named(small: Small) -> None:
         (record("<image>what?", image=[image, image]), "markers"),
         (record("what?", "a </s> b"), "control_token"),
         (record("<pad>"), "control_token"),
+        (record("</<image>s> what?", image=image), "control_token"),
         (record("<image>", image="none.png"), "missing_picture"),
         (record("what? " * 500), "too_long"),
     ):

@@ -131,6 +131,13 @@ def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(SourceError, match="not a readable Parquet file"):
         list(index_file(tmp_path / "d.parquet"))
+    words = [[{"from": "human", "value": f"word {n}" * 50}] for n in range(500)]
+    pq.write_table(pa.table({"conversations": words}), tmp_path / "e.parquet")
+    data = bytearray((tmp_path / "e.parquet").read_bytes())
+    data[200:1200] = bytes(1000)
+    (tmp_path / "e.parquet").write_bytes(data)
+    with pytest.raises(SourceError, match=r"can't read row group 0 of e\.parquet"):
+        list(iter_records(tmp_path / "e.parquet"))
     for empty in ("", "[]", "\n \n"):
         (tmp_path / "e.json").write_text(empty)
         assert list(index_file(tmp_path / "e.json")) == []

@@ -1,8 +1,11 @@
 """`adsc prepare` on files as people have them: what comes out, and what it says when it refuses."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +18,13 @@ Captured = pytest.CaptureFixture[str]
 
 def turns(question: str, answer: str = "bag") -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def empty_table() -> bytes:
+    """Parquet with the right columns and no row."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"conversations": pa.array([], pa.list_(pa.string()))}), buffer)
+    return buffer.getvalue()
 
 
 def test_good_and_bad_records(small: Small, tmp_path: Path, capsys: Captured) -> None:
@@ -71,19 +81,41 @@ def test_good_and_bad_records(small: Small, tmp_path: Path, capsys: Captured) ->
     assert f"{out} is not empty" in capsys.readouterr().err
 
 
+def test_each_file_has_the_pictures_beside_it(
+    small: Small, tmp_path: Path, capsys: Captured
+) -> None:
+    own = sorted((small.pictures / "images" / "train").iterdir())[:2]
+    for folder, picture in zip(("a", "b"), own, strict=True):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        shutil.copy(picture, tmp_path / folder / "images" / "x.png")
+        record = {"id": folder, "image": "x.png", "conversations": turns("<image>\nwhat?")}
+        (tmp_path / folder / "d.json").write_text(json.dumps([record]))
+    files = [str(tmp_path / folder / "d.json") for folder in ("a", "b")]
+    out = tmp_path / "out"
+    stale = tmp_path / "out.quarantine.jsonl"
+    stale.touch()
+    assert main(["prepare", *files, "--model", str(small.base), "--out", str(out)]) == 0
+    rows = pq.read_table(out / "00000.parquet").to_pylist()
+    assert {row["id"]: row["pictures"][0] for row in rows} == {
+        folder: picture.read_bytes() for folder, picture in zip(("a", "b"), own, strict=True)
+    }
+    assert not stale.exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "is empty: no record in it"),
         ("[]", "is empty: no record in it"),
+        (empty_table(), "a.json is empty: no record in it"),
         ('[{"id": 1},]', "line 1: a comma before the closing bracket"),
         ('{"id": 1}\n', "no good record is left"),
     ],
 )
 def test_bad_files(
-    content: str, message: str, small: Small, tmp_path: Path, capsys: Captured
+    content: str | bytes, message: str, small: Small, tmp_path: Path, capsys: Captured
 ) -> None:
-    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     out = tmp_path / "out"
     command = ["prepare", str(tmp_path / "a.json"), "--model", str(small.base), "--out", str(out)]
     assert main(command) == 2
@@ -99,7 +131,8 @@ def test_bad_files(
         ({"--model": "none"}, "there is no checkpoint folder 'none'"),
         ({"--model": "."}, "no processor can be loaded"),
         ({"--template": "vicuna"}, "template 'vicuna' is unknown; there are"),
-        ({"--weights": "1,2"}, "is not 1 numbers above 0"),
+        ({"--weights": "1,2"}, "is not 1 numbers from 1e-9 to 1e9"),
+        ({"--weights": "inf"}, "is not 1 numbers from 1e-9 to 1e9"),
         ({"--out": "a.json"}, "is not a folder"),
     ],
 )
