@@ -117,8 +117,12 @@ def promote(
     Raises:
         TrackingError: no such model or version; nobody answers.
     """
-    client, name = client_of(tracking_uri), model_name(name)
+    name = model_name(name)
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database != tracking_uri and not Path(database).is_file():
+        raise TrackingError(f"can't promote {name}: there is no database {database}")
     try:
+        client = client_of(tracking_uri)
         by_alias = not version.isdecimal()
         get = client.get_model_version_by_alias if by_alias else client.get_model_version
         found = get(name, version)

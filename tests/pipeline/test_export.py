@@ -455,6 +455,10 @@ def test_an_alias_moves_only_through_the_gates(
     assert "retention (lower end) at least 0.9: 0.93" in promoted
     assert promote(exported, "--version", "77") == 2
     assert "can't promote tiny" in capsys.readouterr().err
+    for nowhere in (str(exported.folder), f"sqlite:///{exported.folder}/none.db"):
+        assert command(["promote", "tiny", "--mlflow", nowhere]) == 2
+        assert "can't promote tiny" in capsys.readouterr().err
+    assert not (exported.folder / "none.db").exists()
 
 
 def test_export_and_pull_by_command(
