@@ -257,7 +257,8 @@ def evidence_config() -> EvidenceConfig:
     names = ("random", "pool", "sparsevlm", "visionzip", "divprune", *AT_LAYER_1)
     loose: dict[str, Any] = dict.fromkeys(names, LOOSE)
     early = loose | {name: options | LOOSE for name, options in AT_LAYER_1.items()}
-    earliest = {"stride": {"layer": 0} | LOOSE, "pyramiddrop": {"layers": (0, 2, 4)} | LOOSE}
+    earliest = {"stride": {"layer": 0} | LOOSE}
+    scored = ("fastv", "dart", "sparsevlm", "pyramiddrop")
     return EvidenceConfig(
         base=BaseConfig(source=BASE),
         data=FashionConfig(),
@@ -280,7 +281,7 @@ def evidence_config() -> EvidenceConfig:
                 label="-88.9 %",
                 plan="0:9/64,4:1/2",
                 # A full first layer is more than this budget, and these need one.
-                peers=_peers(64 / 9, loose | earliest, without=("fastv", "dart", "sparsevlm")),
+                peers=_peers(64 / 9, loose | earliest, without=scored),
             ),
         ),
         train=TrainConfig(

@@ -57,6 +57,11 @@ class PyramidDrop(Method):
             return cls(stages=best, positions=positions)
         if isinstance(layers, str) or not layers:
             raise PlanError(f"layers {layers!r} must be 'quarters', 'earlier' or layer numbers")
+        if min(layers) < 1:
+            raise PlanError(
+                f"layers {list(layers)}: tokens are chosen before layer 0 without its attention, "
+                "so pyramiddrop can drop before layer 1 at the earliest"
+            )
         return cls(stages=_stages(budget, tuple(layers)), positions=positions)
 
     def choose(self, scene: Scene, stage: int) -> list[Selection]:

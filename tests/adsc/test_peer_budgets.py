@@ -71,6 +71,13 @@ def test_quarters_are_quarters_of_any_depth():
     assert [layer for layer, _ in method.stages] == [7, 15, 22]
 
 
+def test_no_attention_no_choice(seven_b):
+    with pytest.raises(adsc.PlanError, match="pyramiddrop can drop before layer 1 at the earliest"):
+        peers.make("pyramiddrop", seven_b, 64, layers=(0, 8, 16))
+    with pytest.raises(adsc.PlanError, match="sparsevlm can drop before layer 1 at the earliest"):
+        peers.make("sparsevlm", seven_b, 64, layers=(0, 8, 16))
+
+
 def test_an_average_out_of_reach_names_the_nearest(seven_b):
     with pytest.raises(
         adsc.PlanError, match=r"can't average 128 .* is 144\.75 .*; layers='earlier' reaches"
