@@ -59,7 +59,8 @@ class Method:
         positions: `keep` leaves kept tokens their position ids; `reindex` renumbers after a drop.
 
     Raises:
-        PlanError: stages out of order, shares that grow or leave (0, 1], an unknown word.
+        PlanError: stages out of order or too early, shares that grow or leave (0, 1], an unknown
+            word.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,8 @@ class Method:
     why_refused: ClassVar[str] = ""
     hint: ClassVar[str] = ""
     """The way out where an average is out of reach."""
+    earliest: ClassVar[int] = 0
+    """The first layer before which it can drop; 1 where it chooses by a layer's attention."""
 
     stages: tuple[tuple[int, Fraction], ...] = ()
     positions: str = "keep"
@@ -78,6 +81,7 @@ class Method:
     def __post_init__(self) -> None:
         stages = PruningPlan(stages=self.stages, positions=self.positions).stages
         object.__setattr__(self, "stages", stages)
+        self.check_earliest([layer for layer, _ in stages])
         shares = [share for _, share in stages]
         if shares != sorted(shares, reverse=True):
             raise PlanError(
@@ -100,6 +104,15 @@ class Method:
         values["stages"] = [[layer, str(share)] for layer, share in self.stages]
         values = {n: str(v) if isinstance(v, Fraction) else v for n, v in values.items()}
         return {"method": self.name, **values}
+
+    @classmethod
+    def check_earliest(cls, layers: Sequence[int]) -> None:
+        """Raise PlanError if one of the layers is before the first that the method can drop at."""
+        if any(layer < cls.earliest for layer in layers):
+            raise PlanError(
+                f"layers {list(layers)}: {cls.name} can drop before layer {cls.earliest} at the "
+                "earliest, since it chooses by the attention of a layer"
+            )
 
     def check_layers(self, num_layers: int) -> None:
         """Raise PlanError if a stage names a layer that a decoder of `num_layers` does not have."""

@@ -33,6 +33,7 @@ class DART(Method):
     """
 
     name = "dart"
+    earliest = 1
     image_pivots: int = 4
     text_pivots: int = 4
 

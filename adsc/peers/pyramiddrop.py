@@ -30,6 +30,7 @@ class PyramidDrop(Method):
     """Scores from the very layers before which tokens are dropped."""
 
     name = "pyramiddrop"
+    earliest = 1
     refuses = BOTH_WAYS
     why_refused = WHY
     hint = "; layers='earlier' reaches less than a quarter of the tokens"
@@ -57,11 +58,7 @@ class PyramidDrop(Method):
             return cls(stages=best, positions=positions)
         if isinstance(layers, str) or not layers:
             raise PlanError(f"layers {layers!r} must be 'quarters', 'earlier' or layer numbers")
-        if min(layers) < 1:
-            raise PlanError(
-                f"layers {list(layers)}: tokens are chosen before layer 0 without its attention, "
-                "so pyramiddrop can drop before layer 1 at the earliest"
-            )
+        cls.check_earliest(layers)
         return cls(stages=_stages(budget, tuple(layers)), positions=positions)
 
     def choose(self, scene: Scene, stage: int) -> list[Selection]:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from adsc.choice import top
 from adsc.method import Budget, Method, Selection
 from adsc.peers.attention import BOTH_WAYS, WHY, probabilities
-from adsc.plan import PlanError
 
 if TYPE_CHECKING:
     from adsc.choice import Scene
@@ -42,6 +41,7 @@ class SparseVLM(Method):
     """
 
     name = "sparsevlm"
+    earliest = 1
     refuses = BOTH_WAYS
     why_refused = WHY
     recycle: bool = True
@@ -61,11 +61,7 @@ class SparseVLM(Method):
             for at in LAYERS:
                 layers.append(max(round(at * budget.layers / OF), least))
                 least = layers[-1] + 1
-        if min(layers) < 1:
-            raise PlanError(
-                f"layers {list(layers)}: scores come from the layer before, so sparsevlm can drop "
-                "before layer 1 at the earliest"
-            )
+        cls.check_earliest(layers)
         shares = [SCHEDULE[min(i, 2)] for i in range(len(layers))]
         # x = 1 keeps everything, 1/2 the published counts, 0 nothing.
         stages = budget.scaled(

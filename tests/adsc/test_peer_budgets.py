@@ -76,6 +76,9 @@ def test_no_attention_no_choice(seven_b):
         peers.make("pyramiddrop", seven_b, 64, layers=(0, 8, 16))
     with pytest.raises(adsc.PlanError, match="sparsevlm can drop before layer 1 at the earliest"):
         peers.make("sparsevlm", seven_b, 64, layers=(0, 8, 16))
+    for kind in (FastV, DART, PyramidDrop, SparseVLM):  # of a checkpoint's config, say
+        with pytest.raises(adsc.PlanError, match=f"{kind.name} can drop before layer 1"):
+            kind(stages=((0, Fraction(1, 2)),))
 
 
 def test_an_average_out_of_reach_names_the_nearest(seven_b):
