@@ -43,6 +43,22 @@ def place_marker(text: str) -> str:
     return f"{MARKER}\n{text.replace(MARKER, '').strip()}".strip()
 
 
+def message_parts(text: str, before: int = 0) -> list[dict[str, str]]:
+    """A chat message's content: pictures where they are marked, texts between them.
+
+    Args:
+        before: pictures that are not marked, and come first.
+
+    >>> message_parts("a <image>?")
+    [{'type': 'text', 'text': 'a '}, {'type': 'image'}, {'type': 'text', 'text': '?'}]
+    """
+    parts: list[dict[str, str]] = [{"type": "image"}] * before
+    for number, piece in enumerate(text.split(MARKER)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """Texts around turns. A conversation is `system`, then for each exchange `user` + text +
@@ -144,11 +160,7 @@ class OwnTemplate:
             return {"role": name, "content": placed.replace(MARKER, self.image_token)}
         if text.count(MARKER) == 1:  # templates write the line break behind a picture themselves
             placed = placed.replace(f"{MARKER}\n", MARKER)
-        parts: list[dict[str, str]] = []
-        for number, piece in enumerate(placed.split(MARKER)):
-            parts += [{"type": "image"}] if number else []
-            parts += [{"type": "text", "text": piece}] if piece else []
-        return {"role": name, "content": parts}
+        return {"role": name, "content": message_parts(placed)}
 
     def _render(self, messages: list[dict[str, Any]], **options: bool) -> tuple[str, Any]:
         from transformers.utils.chat_template_utils import render_jinja_template

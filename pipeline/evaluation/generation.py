@@ -25,6 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from pipeline.data.conversations import MARKER
 from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData
+from pipeline.data.templates import message_parts
 
 CACHE_BYTES = 64 * 2**20
 """Most bytes of row groups that a reader of questions holds; one row group at least."""
@@ -160,15 +161,8 @@ def majority_answers(data: PreparedData) -> dict[str, str]:
 
 def render_prompt(question: Question, processor: Any) -> str:
     """The text that goes to the processor: pictures where they are marked, else first."""
-    content: list[dict[str, str]] = []
-    if MARKER in question.text:
-        for number, piece in enumerate(question.text.split(MARKER)):
-            content += [{"type": "image"}] if number else []
-            content += [{"type": "text", "text": piece}] if piece else []
-    else:
-        content += [{"type": "image"}] * len(question.pictures)
-        content += [{"type": "text", "text": question.text}]
-    message = {"role": "user", "content": content}
+    before = 0 if MARKER in question.text else len(question.pictures)
+    message = {"role": "user", "content": message_parts(question.text, before)}
     prompt: str = processor.apply_chat_template([message], add_generation_prompt=True)
     return prompt
 

@@ -24,6 +24,7 @@ from transformers import AutoProcessor
 
 import adsc
 from pipeline.data.conversations import MARKER
+from pipeline.data.templates import message_parts
 from pipeline.evaluation.generation import GenerationError, encode, generate_tokens, to_device
 from pipeline.evaluation.methods import build_method, parse_method
 
@@ -149,17 +150,13 @@ class Adsc(lmms):  # type: ignore[misc]
 
     def _prompt(self, context: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
         """The rendered prompt: pictures where the context marks them, or else before it."""
-        parts = context.split(MARKER)
-        if len(parts) == 1:
-            content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": context}]
-        elif len(parts) == len(pictures) + 1:
-            content = []
-            for number, part in enumerate(parts):
-                content += [{"type": "image"}] if number else []
-                content += [{"type": "text", "text": part}] if part.strip() else []
-        else:
-            raise ValueError(f"{len(parts) - 1} {MARKER} marks for {len(pictures)} pictures")
-        message = {"role": "user", "content": content}
+        marked = context.count(MARKER)
+        if marked not in (0, len(pictures)):
+            raise ValueError(f"{marked} {MARKER} marks for {len(pictures)} pictures")
+        parts = message_parts(context, 0 if marked else len(pictures))
+        if marked:  # what stands between two pictures may be a line break of the task's
+            parts = [part for part in parts if part.get("text", "...").strip()]
+        message = {"role": "user", "content": parts}
         return self._processor.apply_chat_template([message], add_generation_prompt=True), pictures
 
 
