@@ -10,7 +10,7 @@ of official test instances only.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -165,16 +165,13 @@ def ask(
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def make_record(
-    index: int, split: str, config: FashionConfig
-) -> tuple[dict, Image.Image, np.ndarray]:
-    """One LLaVA record, its picture, and the true contents of its cells."""
+def make_record(index: int, split: str, config: FashionConfig) -> tuple[dict, Image.Image]:
+    """One LLaVA record and its picture."""
     rng = np.random.default_rng([config.seed, split == "test", index])
     contents = draw_contents(rng, config.grid**2)
     picture = compose(rng, contents, load_things(split), config.cell)
     name = f"{split}/{index:06d}"
-    record = conversation(name, f"{name}.png", ask(rng, contents, config.each))
-    return record, picture, contents
+    return conversation(name, f"{name}.png", ask(rng, contents, config.each)), picture
 
 
 def conversation(name: str, image: str, asked: Iterable[tuple[str, str, str]]) -> dict:
@@ -211,22 +208,42 @@ def write_grids(
     each: Callable[..., Iterable[dict]] = map,
 ) -> None:
     """The files below `out`; `each` is `map`, or a pool's."""
-    total = config.train_pictures + config.test_pictures
-    done = 0
-    for split, count in (("train", config.train_pictures), ("test", config.test_pictures)):
-        folder = out / "images"
+    counts = {"train": config.train_pictures, "test": config.test_pictures}
+    write_splits(out, counts, partial(make_record, config=config), progress, each)
+
+
+def write_splits(
+    out: Path,
+    counts: Mapping[str, int],
+    make: Callable[[int, str], tuple[dict, Image.Image]],
+    progress: Callable[[float, float, str], None],
+    each: Callable[..., Iterable[dict]] = map,
+) -> dict[str, list[dict]]:
+    """SPLIT.json and images/SPLIT/ below `out`; returns the records by split.
+
+    Args:
+        counts: pictures of each split.
+        make: the record and the picture of an index and a split; it can be pickled.
+        each: `map`, or a pool's.
+    """
+    folder = out / "images"
+    written: dict[str, list[dict]] = {}
+    total, done = sum(counts.values()), 0
+    for split, count in counts.items():
         (folder / split).mkdir(parents=True)
-        records = []
-        write = partial(_write_grid, folder=folder, split=split, config=config)
-        for record in each(write, range(count)):
+        records = written[split] = []
+        for record in each(partial(_write, folder=folder, split=split, make=make), range(count)):
             records.append(record)
             done += 1
             if done % 50 == 0:
                 progress(done, total, "pictures")
         (out / f"{split}.json").write_text(json.dumps(records))
+    return written
 
 
-def _write_grid(index: int, folder: Path, split: str, config: FashionConfig) -> dict:
-    record, picture, _ = make_record(index, split, config)
+def _write(
+    index: int, folder: Path, split: str, make: Callable[[int, str], tuple[dict, Image.Image]]
+) -> dict:
+    record, picture = make(index, split)
     picture.save(folder / record["image"])
     return record

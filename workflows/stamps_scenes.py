@@ -22,7 +22,7 @@ from pydantic import Field
 
 from pipeline.config import OPERATIONAL, Config
 from pipeline.stage import Stage, StageContext
-from workflows.fashion import ask, conversation, draw_contents
+from workflows.fashion import ask, conversation, draw_contents, write_splits
 from workflows.stamps_parts import STAMPS, require_stamps
 
 SIDE = 224
@@ -189,20 +189,9 @@ def write_scenes(
             f"{config.digest[:12]}: another edition, or another number of things; set data.digest "
             f"to {found}, or to null"
         )
-    total = config.train_pictures + config.test_pictures
-    done = 0
-    for split, count in (("train", config.train_pictures), ("test", config.test_pictures)):
-        (out / "images" / split).mkdir(parents=True)
-        records = []
-        for record in each(
-            partial(_write_scene, out=out, split=split, config=config), range(count)
-        ):
-            records.append(record)
-            done += 1
-            if done % 50 == 0:
-                progress(done, total, "pictures")
-        (out / f"{split}.json").write_text(json.dumps(records))
-    (out / f"{SHUFFLED}.json").write_text(json.dumps(shuffled(records)))
+    counts = {"train": config.train_pictures, "test": config.test_pictures}
+    written = write_splits(out, counts, partial(make_scene, config=config), progress, each)
+    (out / f"{SHUFFLED}.json").write_text(json.dumps(shuffled(written["test"])))
 
 
 def shuffled(records: Sequence[dict]) -> list[dict]:
@@ -212,9 +201,3 @@ def shuffled(records: Sequence[dict]) -> list[dict]:
         record | {"id": f"{SHUFFLED}/{record['id']}", "image": other["image"]}
         for record, other in zip(records, others, strict=True)
     ]
-
-
-def _write_scene(index: int, out: Path, split: str, config: ScenesConfig) -> dict:
-    record, picture = make_scene(index, split, config)
-    picture.save(out / "images" / record["image"])
-    return record
