@@ -36,7 +36,7 @@ from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.demo import BASE
-from workflows.evidence_summary import SUMMARY_VERSION, summarise
+from workflows.evidence_summary import REINDEXED, SUMMARY_VERSION, summarise
 from workflows.fashion import FashionConfig, pictures
 from workflows.stamps_base import StampsBaseConfig, make_base
 from workflows.stamps_scenes import ScenesConfig, scenes
@@ -58,9 +58,6 @@ ANCHORS = ("adsc", "adsc_first", "adsc_center", "adsc_grid")
 """Variants that are asked untrained, too."""
 TRAINED_PEERS = ("fastv", "pyramiddrop", "visionzip")
 """Peers that are trained by the same recipe, at their target throughout."""
-REINDEXED = ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")
-"""Peers that renumber positions as published: each runs with kept ones as well (`NAME_keep`), so
-that its choice of tokens can be told from that."""
 CONTROL = "dense_lora"
 
 

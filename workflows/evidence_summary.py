@@ -27,6 +27,9 @@ from pipeline.stages.results import Arm, Interval, Results
 
 SUMMARY_VERSION = 1
 """To be raised whenever the stage computes something else; see `Stage.version`."""
+REINDEXED = ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")
+"""Peers that renumber positions as published: each runs with kept ones as well (`NAME_keep`), so
+that its choice of tokens can be told from that."""
 COMPARISONS = (
     ("adsc", "adsc-untrained"),
     ("adsc_reverse", "adsc"),
@@ -41,10 +44,7 @@ COMPARISONS = (
     ("adsc", "pyramiddrop_keep"),
     ("adsc", "visionzip_keep"),
     ("adsc_first-untrained", "adsc-untrained"),
-    *(
-        (f"{name}_keep-untrained", f"{name}-untrained")
-        for name in ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")
-    ),
+    *((f"{name}_keep-untrained", f"{name}-untrained") for name in REINDEXED),
 )
 """Pairs of arms, by their names without the budget: the first minus the second."""
 TRAINED, PEER, UNTRAINED = "#D55E00", "#0072B2", "#888888"

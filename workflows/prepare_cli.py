@@ -235,7 +235,6 @@ def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
         sources[name] = Source(data=place, images=pictures, weight=weight, cap=options.cap)
     return PrepareConfig(
         splits={"train": sources},
-        images=beside[0],
         template=options.template,
         context=options.context or _model_context(model),
         max_quarantined=options.max_quarantined,

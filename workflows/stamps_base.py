@@ -204,7 +204,6 @@ def set_scale(model: Any, processor: LlavaProcessor, files: list[Path]) -> float
 
 def make_base(config: StampsBaseConfig, rendering: PrepareConfig) -> list[Stage]:
     """The stages that end with `base` and `prepare`, which others need; `pictures` comes before."""
-    train = config.decoder
     parts = {"base": "start", "data": "prepare"}
     return [
         Stage(
@@ -228,7 +227,7 @@ def make_base(config: StampsBaseConfig, rendering: PrepareConfig) -> list[Stage]
             title="learn: projector and adapter, without any drop",
             body=train_stage,
             version=TRAIN_VERSION,
-            config=train,
+            config=config.decoder,
             needs=parts,
         ),
         Stage(

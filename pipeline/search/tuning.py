@@ -135,8 +135,9 @@ class Halving(_Unsaved, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         proposal = self._proposals.of[trial.trial_id]
-        goes_on_ = goes_on(self._study, proposal, result["progress"])
-        return TrialScheduler.CONTINUE if goes_on_ else TrialScheduler.STOP
+        if goes_on(self._study, proposal, result["progress"]):
+            return TrialScheduler.CONTINUE
+        return TrialScheduler.STOP
 
 
 class Ended(_Unsaved, tune.Callback):
