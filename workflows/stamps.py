@@ -31,9 +31,9 @@ def stamps_config() -> EvidenceConfig:
         base=BaseConfig(source="made"),
         made=StampsBaseConfig(
             decoder=TrainConfig(
-                steps=600,
-                batch_size=8,
-                accumulate=4,
+                steps=640,
+                batch_size=4,
+                precision="bf16",
                 learning_rate=1e-3,
                 warmup=0.05,
                 lora=LoraSettings(rank=32, alpha=64, dropout=0.0),
@@ -57,8 +57,8 @@ def stamps_config() -> EvidenceConfig:
         control_splits=(SHUFFLED,),
         train=TrainConfig(
             steps=40,
-            batch_size=8,
-            accumulate=4,
+            batch_size=4,
+            precision="bf16",
             learning_rate=5e-4,
             lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
             checkpoint_every=20,

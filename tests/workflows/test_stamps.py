@@ -209,12 +209,26 @@ def test_scenes_are_llava_data_and_the_control_shows_another_picture(tmp_path: P
     for record in [*records["train"], *records["test"]]:
         with Image.open(tmp_path / "a" / "images" / record["image"]) as picture:
             assert picture.size == (224, 224)
-        assert set(record["kinds"]) == set(KINDS)
+        listed = record["kinds"] == ["list"]
+        assert listed or set(record["kinds"]) == set(KINDS)
         said = " ".join(turn["value"] for turn in record["conversations"])
         assert "llob" not in said, "letters and signs are no things"
+    assert {len(record["kinds"]) for record in records["train"]} == {1, 8}
+    assert {len(record["kinds"]) for record in records["test"]} == {8}
     for plain, control in zip(records["test"], records["shuffled"], strict=True):
         assert control["conversations"] == plain["conversations"]
         assert control["image"] != plain["image"]
+
+
+def test_a_list_names_every_cell_row_by_row() -> None:
+    contents = np.array([-1, 1, -1, 0, -1, -1, -1, -1, 1])
+    assert stamps_scenes.list_cells(contents, ("owl", "lit candle")) == (
+        "list",
+        "what is where?",
+        "top left: nothing, top center: lit candle, top right: nothing, "
+        "middle left: owl, middle center: nothing, middle right: nothing, "
+        "bottom left: nothing, bottom center: nothing, bottom right: lit candle",
+    )
 
 
 def test_a_thing_is_painted_in_its_cell() -> None:
