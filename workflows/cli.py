@@ -323,7 +323,8 @@ def _eval(options: argparse.Namespace) -> int:
 
     # What is printed as JSON goes to a program: people read progress on the other stream.
     console = Console(stderr=True, width=200) if options.json else terminal.console()
-    return eval_cli.run(options, _context(options), console)
+    context = dataclasses.replace(_context(options), setup="workflows.stamps_tower.register")
+    return eval_cli.run(options, context, console)
 
 
 def _search(options: argparse.Namespace) -> int:
@@ -494,7 +495,9 @@ def _chat(options: argparse.Namespace) -> int:
 
     import adsc
     from pipeline.evaluation.generation import Question, generate_answers
+    from workflows import stamps_tower
 
+    stamps_tower.register()
     picture = _read_file(options.image)
     with _local_folder(options.checkpoint) as folder:
         model = adsc.from_pretrained(folder).eval()

@@ -56,7 +56,7 @@ def stamps_config() -> EvidenceConfig:
         trained_peers=("fastv",),
         control_splits=(SHUFFLED,),
         train=TrainConfig(
-            steps=40,
+            steps=30,
             batch_size=4,
             precision="bf16",
             learning_rate=5e-4,
@@ -68,9 +68,9 @@ def stamps_config() -> EvidenceConfig:
             title="ADSC and its peers on pretrained parts",
             task="stamps in 3 x 3 scenes, generated questions; SmolLM2-135M and EfficientNet-Lite0",
             batch_size=16,
-            prefill_batch=8,
-            prefill_rounds=5,
-            decode_rounds=2,
+            prefill_batch=4,
+            prefill_rounds=3,
+            decode_rounds=1,
         ),
     )
 

@@ -3,10 +3,10 @@
 The things are Tux Paint's stamps (Debian's tuxpaint-stamps-default, GPL-2), read from where they
 are installed: neither they nor what is composed of them belongs into this repository. Questions are
 workflows/fashion.py's four kinds; answers are captions, places, numbers, yes and no. Half of the
-training scenes are listed cell by cell instead: what teaches a projector words quickly. Train and test
-scenes show the same stamps in other compositions: what is measured is reading a scene, not naming
-things that were never seen. A third split, `shuffled`, asks the test questions about other test
-scenes: what is answered right there is known without looking.
+training scenes are listed cell by cell instead, by which a fresh projector learns words and places
+sooner. Train and test scenes show the same stamps in other compositions: what is measured is
+reading a scene, not naming things that were never seen. A third split, `shuffled`, asks the test
+questions about other test scenes: what is answered right there is known without looking.
 """
 
 import hashlib

@@ -22,6 +22,7 @@ from pipeline.evaluation.methods import build_method
 from pipeline.identity import digest
 from pipeline.stage import RunContext, Stage
 from workflows import evidence, evidence_here, stamps_parts, stamps_scenes
+from workflows.cli import main
 from workflows.evidence import EvidenceConfig, arms, controls
 from workflows.fashion import KINDS, FashionConfig
 from workflows.stamps import TOKENS, stamps, stamps_config
@@ -359,7 +360,7 @@ def test_workers_of_ray_know_the_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_runs_on_one_machine(tmp_path: Path) -> None:
+def test_the_whole_runs_on_one_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts()
     assert evidence_here.run(small_config(FOLDER), tmp_path, processes=1) == 0
     names = {file.name.rpartition("-")[0] for file in (tmp_path / "arms").iterdir()}
@@ -374,6 +375,17 @@ def test_the_whole_runs_on_one_machine(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "controls.json").read_text())
     assert found.keys() == {"majority", "dense", "dense-shuffled"}
     assert "| ADSC, untrained |" in (tmp_path / "evidence.md").read_text()
+    # Commands that take any checkpoint know this tower, too.
+    base, tasks = str(tmp_path / "base"), tmp_path / "pictures"
+    assert main(["chat", base, str(tasks / "images/test/000000.png"), "what is where?"]) == 0
+    assert capsys.readouterr().out.strip()
+    words = ["eval", base, "--tasks", str(tasks / "test.json"), "--methods", "dense", "stride:65"]
+    words += ["--json", "--root", str(tmp_path / "runs"), "--mlflow", "off"]
+    assert main(words) == 0
+    assert [arm["name"] for arm in json.loads(capsys.readouterr().out)["arms"]] == [
+        "dense",
+        "stride",
+    ]
 
 
 def test_the_tower_computes_what_the_published_one_does() -> None:
