@@ -465,15 +465,19 @@ def main(words: list[str] | None = None) -> int:
         "--stop-after", type=float, default=float("inf"), help="begin no arm after these seconds"
     )
     given = parser.parse_args(words)
-    config = edit(scales()[given.scale](), dict(one.split("=", 1) for one in given.set))
-    return evidence_here.run(
-        config,
-        given.out,
-        processes=given.processes,
-        only=given.arms,
-        base_only=given.base_only,
-        stop_after=given.stop_after,
-    )
+    try:
+        config = edit(scales()[given.scale](), dict(one.split("=", 1) for one in given.set))
+        return evidence_here.run(
+            config,
+            given.out,
+            processes=given.processes,
+            only=given.arms,
+            base_only=given.base_only,
+            stop_after=given.stop_after,
+        )
+    except ValueError as error:
+        sys.stderr.write(f"evidence: {error}\n")
+        return 2
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pipeline.driver import git_commit
 from pipeline.evaluation.generation import (
     Questions,
     build_inputs,
+    count_tokens,
     generate_tokens,
     majority_answers,
     score,
@@ -40,21 +41,31 @@ from pipeline.evaluation.generation import (
 )
 from pipeline.evaluation.methods import MethodConfig, build_method
 from pipeline.evaluation.speed import measure_and_count
-from pipeline.identity import digest
+from pipeline.identity import canonical, digest
 from pipeline.progress import ProgressHandle
 from pipeline.record import Record
+from pipeline.redact import flatten
 from pipeline.stage import Input, Inputs, RunContext, StageContext
 from pipeline.stages.base import resolve
 from pipeline.stages.evaluate import Scored, results
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.prepare import prepare_data
+from pipeline.stages.report import ReportConfig, report
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.adapters import merge_trained
 from pipeline.training.batches import StepBatch, StepLoader
 from pipeline.training.feed import from_processes, from_thread
 from pipeline.training.loop import Sources, train
 from pipeline.training.torchrun import FolderContext
-from workflows.evidence import Arm, EvidenceConfig, arms, controls, evaluated, trainings
+from workflows.evidence import (
+    Arm,
+    BudgetConfig,
+    EvidenceConfig,
+    arms,
+    controls,
+    evaluated,
+    trainings,
+)
 from workflows.evidence_summary import write_summary
 from workflows.fashion import write_grids
 from workflows.stamps_base import StampsBaseConfig, start_stamps
@@ -104,22 +115,39 @@ def run(
     base_only: bool = False,
     stop_after: float = float("inf"),
 ) -> int:
-    """Everything that `out` lacks: 0, or 1 where arms are left out or failed."""
+    """Everything that `out` lacks: 0, or 1 where arms are left out or failed.
+
+    Raises:
+        ValueError: arms that there are not, or an `out` of other data or another base.
+    """
+    todo = _tasks(config, out, only)
     _log()
     began = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "arms").mkdir(exist_ok=True)
+    (out / "arms").mkdir(parents=True, exist_ok=True)
+    _claim(config, out)
     with ProcessPoolExecutor(processes, mp_context=SPAWN) as pool:
         _make_world(config, out, pool.map)
     if base_only:
         return 0
-    todo = _tasks(config, out, only)
     missing = [task for task in todo if not task.file.exists()]
     log.info("%d of %d arms are to be run", len(missing), len(todo))
     failed = _run_all(config, out, missing, processes, began + stop_after) if missing else 0
     if not only:
         _write_results(config, out)
     return int(failed > 0)
+
+
+def _claim(config: EvidenceConfig, out: Path) -> None:
+    """Data and base in `out` are of one config: they are found by their names alone."""
+    shared = ("data", "prepare", "base", "made")
+    own = flatten({name: canonical(getattr(config, name)) for name in shared})
+    file = out / "world.json"
+    if not file.exists():
+        file.write_text(json.dumps(own, indent=1))
+    there = json.loads(file.read_text())
+    if other := sorted(key for key in own | there if own.get(key) != there.get(key)):
+        told = "; ".join(f"{key} is {there.get(key)} there, {own.get(key)} here" for key in other)
+        raise ValueError(f"{out} holds other data or another base: {told}; take another --out")
 
 
 def _make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[Any]]) -> None:
@@ -372,7 +400,7 @@ def _run_task(task: Task, deadline: float) -> str:
     trained = time.monotonic() - began
     model = _load(base, start)
     adsc.attach(model, build_method(task.arm.method, model))
-    scores = _ask(world, task.arm.split, model)
+    replies = _ask(world, task.arm.split, model)
     found = {
         "arm": task.arm.name,
         "seed": task.seed,
@@ -382,14 +410,15 @@ def _run_task(task: Task, deadline: float) -> str:
         "training_seconds": trained,
         "asking_seconds": time.monotonic() - began - trained,
         "commit": git_commit(),
-        "scores": [int(one) for one in scores],
+        **replies._asdict(),
     }
     scratch = task.file.with_suffix(".writing")
     scratch.write_text(json.dumps(found))
     scratch.rename(task.file)
     shutil.rmtree(work, ignore_errors=True)
     seconds = time.monotonic() - began
-    return f"{task.file.stem}: {100 * scores.mean():.1f} % in {seconds:.0f} s ({trained:.0f} s)"
+    right = 100 * np.mean(replies.scores)
+    return f"{task.file.stem}: {right:.1f} % in {seconds:.0f} s ({trained:.0f} s)"
 
 
 def _load(base: Path, trained: Path | None) -> Any:
@@ -400,62 +429,116 @@ def _load(base: Path, trained: Path | None) -> Any:
     return model.to(device).eval()
 
 
-def _ask(world: World, split: str, model: Any) -> np.ndarray:
-    """(Q,) exact matches of greedy answers."""
+class Replies(NamedTuple):
+    """What an arm said, by question."""
+
+    scores: list[int]
+    """1 or 0: exact matches of greedy answers."""
+    answers: list[str]
+    generated_tokens: list[int]
+    """The end token included."""
+    seconds: list[float]
+    """Wall time of the batch that the question was in, divided by its questions."""
+
+
+def _ask(world: World, split: str, model: Any) -> Replies:
     tokenizer = _processor(world.config, world.out / "base").tokenizer
     questions, batches = world.asked[split]
-    scores = np.zeros(len(questions))
+    many = len(questions)
+    replies = Replies([0] * many, [""] * many, [0] * many, [0.0] * many)
     for numbers, inputs in batches:
+        began = time.perf_counter()
         new = generate_tokens(model, to_device(inputs, model), world.config.evaluate.max_new_tokens)
         answers = tokenizer.batch_decode(new, skip_special_tokens=True)
-        expected = [questions.asked[number].expected for number in numbers]
-        scores[numbers] = [score(*pair) for pair in zip(answers, expected, strict=True)]
-    return scores
+        seconds = (time.perf_counter() - began) / len(numbers)
+        lengths, _ = count_tokens(new, model)
+        for number, answer, length in zip(numbers, answers, lengths, strict=True):
+            replies.scores[number] = int(score(answer, questions.asked[number].expected))
+            replies.answers[number] = answer.strip()
+            replies.generated_tokens[number] = length
+            replies.seconds[number] = seconds
+    return replies
 
 
 def _write_results(config: EvidenceConfig, out: Path) -> None:
-    """results.json and samples.parquet of each budget, and the summary: of what has been run."""
+    """results.json, samples.parquet and report of each budget, and the summary: of what has been
+    run."""
     measured = _measured(config, out)
     questions = Questions(out / "prepared" / "test")
     scenes = questions.scenes()
     guesses = majority_answers(PreparedData(out / "prepared" / "train"))
+    folders: dict[str, Path] = {}
     for budget in config.budgets:
-        scored, commits = {}, set()
-        for arm in arms(config, budget):
-            for seed in config.seeds if arm.way else (None,):
-                file = _file(config, out, arm, seed)
-                if not file.exists():
-                    log.warning("%s is left out: it has not been run", file.stem)
-                    continue
-                found = json.loads(file.read_text())
-                name = arm.name if seed is None else f"{arm.name}-s{seed}"
-                scored[name] = Scored(np.array(found["scores"], dtype=float))
-                commits.add(found["commit"])
+        said, commits = _replies(config, out, budget)
+        if not said:
+            log.warning("%s is left out: none of its arms has been run", budget.label)
+            continue
         asked = evaluated(config, budget)
-        there = tuple(arm for arm in asked.arms if arm.name in scored)
         made = results(
-            asked.model_copy(update={"arms": there}),
+            asked.model_copy(update={"arms": tuple(arm for arm in asked.arms if arm.name in said)}),
             questions.asked,
             scenes,
-            scored,
+            {name: _scored(own) for name, own in said.items()},
             measured,
             workflow="evidence",
-            commit=", ".join(sorted(map(str, commits))),
+            commit=", ".join(sorted(commits)),
             config={"evidence": config.model_dump(mode="json")},
             majority=share_right(questions.asked, guesses) | {"source": "train"},
         )
-        folder = out / f"budget-{budget.name}"
+        folder = folders[budget.name] = out / f"budget-{budget.name}"
         folder.mkdir(exist_ok=True)
         (folder / "results.json").write_text(json.dumps(made, indent=1))
-        columns = [
-            pa.table({"arm": [name] * len(scenes), "record": scenes, "score": own.scores})
-            for name, own in scored.items()
-        ]
-        numbered = [table.append_column("number", [range(len(scenes))]) for table in columns]
-        pq.write_table(pa.concat_tables(numbered), folder / "samples.parquet")
-    write_summary({b.name: out / f"budget-{b.name}" for b in config.budgets}, out)
+        tables = [_samples(name, own, questions, scenes) for name, own in said.items()]
+        pq.write_table(pa.concat_tables(tables), folder / "samples.parquet")
+        page = out / f"report-{budget.name}"
+        shutil.rmtree(page, ignore_errors=True)
+        report(_context(page, evaluate=folder), ReportConfig())
+    write_summary(folders, out)
     if config.control_splits:
         _write_controls(config, out, share_right(questions.asked, guesses))
+
+
+def _replies(
+    config: EvidenceConfig, out: Path, budget: BudgetConfig
+) -> tuple[dict[str, Replies], set[str]]:
+    """What every arm said that has been run, and by which commits it was asked."""
+    said, commits = {}, set()
+    for arm in arms(config, budget):
+        for seed in config.seeds if arm.way else (None,):
+            file = _file(config, out, arm, seed)
+            if not file.exists():
+                log.warning("%s is left out: it has not been run", file.stem)
+                continue
+            found = json.loads(file.read_text())
+            name = arm.name if seed is None else f"{arm.name}-s{seed}"
+            # Files of before 2026-11-23 have scores alone.
+            said[name] = Replies(*(found.get(field, []) for field in Replies._fields))
+            commits.add(str(found["commit"]))
+    return said, commits
+
+
+def _scored(said: Replies) -> Scored:
+    return Scored(np.array(said.scores, dtype=float), sum(said.seconds), sum(said.generated_tokens))
+
+
+def _samples(arm: str, said: Replies, questions: Questions, scenes: list[str]) -> pa.Table:
+    """A row a question; null where a file of before holds no more than scores."""
+    many, asked = len(scenes), questions.asked
+    unknown = [None] * many
+    return pa.table(
+        {
+            "arm": [arm] * many,
+            "number": range(many),
+            "record": scenes,  # whose digest stands for it: intervals go by pictures
+            "kind": [one.kind for one in asked],
+            "prompt": [one.text for one in asked],
+            "expected": [one.expected for one in asked],
+            "answer": pa.array(said.answers or unknown, pa.string()),
+            "score": pa.array(said.scores, pa.float64()),
+            "generated_tokens": pa.array(said.generated_tokens or unknown, pa.int32()),
+            "seconds": pa.array(said.seconds or unknown, pa.float64()),
+        }
+    )
 
 
 def _write_controls(config: EvidenceConfig, out: Path, majority: dict[str, Any]) -> None:

@@ -201,9 +201,7 @@ def generate_batch(
     new = generate_tokens(model, inputs, max_new_tokens)
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     seconds = time.perf_counter() - start
-    ends = torch.isin(new, _end_tokens(model))
-    finished = ends.any(dim=1).tolist()
-    counts = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1]).tolist()
+    counts, finished = count_tokens(new, model)
     vision = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
     words = inputs["attention_mask"].sum(dim=1) - vision
     return [
@@ -292,6 +290,14 @@ def share_right(questions: Sequence[Asked], guesses: dict[str, str]) -> dict[str
         "accuracy": float(hits.mean()),
         "by_kind": {str(kind): float(hits[kinds == kind].mean()) for kind in dict.fromkeys(kinds)},
     }
+
+
+def count_tokens(new: torch.Tensor, model: Any) -> tuple[list[int], list[bool]]:
+    """Tokens of each answer (B, T), its end token included, and whether it has one."""
+    ends = torch.isin(new, _end_tokens(model))
+    ended = ends.any(dim=1)
+    counts = torch.where(ended, ends.int().argmax(dim=1) + 1, new.shape[1])
+    return counts.tolist(), ended.tolist()
 
 
 def _end_tokens(model: Any) -> torch.Tensor:

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline import graph
 from pipeline.config import ConfigError, edit
+from pipeline.evaluation.generation import score
 from pipeline.evaluation.methods import PeerConfig, build_method
 from pipeline.stages.base import resolve
 from pipeline.stages.results import Results
@@ -102,6 +104,23 @@ def small_config(small: Small) -> EvidenceConfig:
     )
 
 
+def test_what_can_not_be_run_is_told_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert evidence.main(["--out", str(out), "--arms", "dense", "nothing"]) == 2
+    assert "there are no arms nothing; there are dense" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_folder_of_other_data_is_refused(tmp_path: Path) -> None:
+    config = evidence.evidence_config()
+    evidence_here._claim(config, tmp_path)
+    evidence_here._claim(edit(config, {"train.steps": 7, "seeds": [5]}), tmp_path)
+    with pytest.raises(ValueError, match=r"data\.seed is 0 there, 3 here; take another --out"):
+        evidence_here._claim(edit(config, {"data.seed": 3}), tmp_path)
+
+
 @pytest.mark.slow
 def test_one_machine_runs_what_is_missing(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -133,6 +152,12 @@ def test_one_machine_runs_what_is_missing(
     seeds = {arm.name: [seed.accuracy for seed in arm.seeds] for arm in found.arms}
     pairs = zip(seeds["adsc_reverse-b"], seeds["adsc-b"], strict=True)
     assert row["difference"]["mean"] == pytest.approx(sum(a - b for a, b in pairs) / 2)
+    samples = pq.read_table(tmp_path / "budget-b" / "samples.parquet").to_pylist()
+    assert len(samples) == 14 * found.num_questions
+    assert all(row["score"] == score(row["answer"], row["expected"]) for row in samples)
+    assert all(row["prompt"] and row["seconds"] > 0 for row in samples)
+    assert all(1 <= row["generated_tokens"] <= config.evaluate.max_new_tokens for row in samples)
+    assert "ADSC, reverse" in (tmp_path / "report-b" / "report.html").read_text()
     text = (tmp_path / "evidence.md").read_text()
     assert "| ADSC, reverse, untrained" not in text and "| fastv, trained |" in text
 
