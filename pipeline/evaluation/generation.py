@@ -12,7 +12,8 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.data.conversations import MARKER
 from pipeline.data.pictures import decode_picture
@@ -223,12 +224,13 @@ def generate_batch(
 def generate_tokens(
     model: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int, **more: Any
 ) -> torch.Tensor:
-    """Ids of the greedy continuation (B, up to max_new_tokens), the prompt left out.
+    """Ids of the greedy continuation (B, up to max_new_tokens), the prompt left out. Penalties,
+    beams and lengths that the checkpoint's generation_config asks for are left out too.
 
     Raises:
         GenerationError: the model's logits are not numbers.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), _only_its_special_tokens(model):
         out = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -238,6 +240,22 @@ def generate_tokens(
         )
     new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
     return new
+
+
+@contextmanager
+def _only_its_special_tokens(model: Any) -> Iterator[None]:
+    """Of the model's generation_config only the special tokens apply. One that is passed to
+    generate would not do: transformers fills what it leaves open from the model's own."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
