@@ -129,6 +129,11 @@ class Questions:
             for asked in self.asked
         ]
 
+    def first(self, count: int) -> list[int]:
+        """So many numbers from the front, of those with pictures; where none has any, of all."""
+        seeing = [n for n, (*_, (start, end)) in enumerate(self.asked) if start < end]
+        return (seeing or list(range(len(self))))[:count]
+
     def batches(self, numbers: range, size: int, tokenizer: Any) -> list[list[int]]:
         """Question numbers in batches of similar length, the longest first.
 

@@ -82,7 +82,7 @@ class EvaluateConfig(Config):
     shard_questions: int = Field(512, gt=0)
     """Questions in a piece of work: what a killed run repeats at most, for each worker."""
     prefill_batch: int = Field(32, gt=0)
-    """Questions in the batch whose prefill and decoding are timed."""
+    """Questions in the batch whose prefill and decoding are timed: the first with pictures."""
     prefill_rounds: int = Field(15, gt=0)
     """Timed prefills of each method; the methods take turns."""
     decode_tokens: int = Field(8, gt=1)
@@ -400,12 +400,12 @@ def _paired_over_seeds(own: np.ndarray, control: np.ndarray | None) -> dict[str,
 def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:
     """Cost of one question by the exact model, and times and memory as measured."""
     times, cost, average = measured["methods"][method]
-    reference = measured["dense"]
+    reference, vision = measured["dense"], measured["num_vision_tokens"]
     prefill = times["prefill_ms"]["median"]
     speed = times["decode_tokens_per_s"]["median"]
     return {
         "average_vision_tokens": average,
-        "reduction": 1 - average / measured["num_vision_tokens"],
+        "reduction": 1 - average / vision if vision else 0.0,
         "tokens_per_layer": [layer.vision_tokens for layer in cost.per_layer],
         "flops": cost.flops,
         "flops_reduction": 1 - cost.flops / reference.flops,
