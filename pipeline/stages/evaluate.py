@@ -121,6 +121,17 @@ class Row(NamedTuple):
     arms: list[ArmConfig]
 
 
+class Against(NamedTuple):
+    """What a row is compared with its control by."""
+
+    own: np.ndarray
+    """(S, Q) scores of the row's arms."""
+    control: np.ndarray
+    """(S', Q) those of the control's."""
+    same_seeds: bool
+    """Whether both are of the same seeds, in the same order."""
+
+
 class Scored(NamedTuple):
     """What is kept in memory of an arm's answers: the rest stays in the store."""
 
@@ -354,13 +365,16 @@ def _table(
     kinds = np.array([question.kind for question in asked])
     rows = _rows(config.arms)
     scores = {row.name: np.stack([scored[arm.name].scores for arm in row.arms]) for row in rows}
-    control = scores.get(config.control)
+    control = next((row for row in rows if row.name == config.control), None)
     dense = measured["methods"].get("")
     table = []
     for row in rows:
         own, arm, count = scores[row.name], row.arms[0], len(asked) * len(row.arms)
-        kept = None if control is None else bootstrap.ratio(own, control)
-        other = None if row.name == config.control else control
+        against = control and _against(row, control, scores)
+        kept = against and bootstrap.ratio(
+            against.own, against.control, same_seeds=against.same_seeds
+        )
+        other = None if row is control else against
         table.append(
             {
                 "name": row.name,
@@ -372,16 +386,17 @@ def _table(
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
                 },
-                "difference": None if other is None else bootstrap.difference(own, other),
+                "difference": other
+                and bootstrap.difference(other.own, other.control, same_seeds=other.same_seeds),
                 "retention": kept and kept["mean"],
-                "retention_interval": None if other is None else kept,
+                "retention_interval": other and kept,
                 "seeds": [
                     {"seed": a.seed, "accuracy": float(scored[a.name].scores.mean())}
                     for a in row.arms
                     if a.seed is not None
                 ],
                 "over_seeds": over_seeds([float(one.mean()) for one in own]),
-                "difference_over_seeds": _paired_over_seeds(own, other),
+                "difference_over_seeds": other and _paired_over_seeds(other),
                 "seconds_per_question": sum(scored[a.name].seconds for a in row.arms) / count,
                 "generated_tokens": sum(scored[a.name].generated for a in row.arms) / count,
             }
@@ -390,11 +405,21 @@ def _table(
     return table
 
 
-def _paired_over_seeds(own: np.ndarray, control: np.ndarray | None) -> dict[str, float] | None:
-    """Own - control seed by seed; None where they have other numbers of seeds, or one."""
-    if control is None or len(own) != len(control):
+def _against(row: Row, control: Row, scores: dict[str, np.ndarray]) -> Against:
+    """Scores on the seeds that both have, in the same order; of rows that share none, all."""
+    places = [{arm.seed: place for place, arm in enumerate(one.arms)} for one in (row, control)]
+    common = sorted(seed for seed in set.intersection(*map(set, places)) if seed is not None)
+    if not common:
+        return Against(scores[row.name], scores[control.name], same_seeds=False)
+    own, other = ([place[seed] for seed in common] for place in places)
+    return Against(scores[row.name][own], scores[control.name][other], same_seeds=True)
+
+
+def _paired_over_seeds(pair: Against) -> dict[str, float] | None:
+    """Own - control seed by seed; None where they share fewer than two."""
+    if not pair.same_seeds:
         return None
-    return over_seeds((own.mean(axis=1) - control.mean(axis=1)).tolist())
+    return over_seeds((pair.own.mean(axis=1) - pair.control.mean(axis=1)).tolist())
 
 
 def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:
