@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from transformers import AutoProcessor
 
 from pipeline.config import Config
+from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
 from pipeline.evaluation.answers import (
@@ -145,7 +146,7 @@ class Scored(NamedTuple):
     """Answers that the report shows, by question."""
 
 
-EVALUATE_VERSION = 3
+EVALUATE_VERSION = 4
 """To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
@@ -164,7 +165,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     sizes = {split: len(questions) for split, questions in splits.items()}
     shards = shards_of([arm.name for arm in order], sizes, config.shard_questions)
     measured = _answer_and_measure(ctx, config, job, shards, order[-1].checkpoint)
-    shown, pictures = _pictures(ctx, config, splits[config.splits[0]])
+    shown, pictures = write_pictures(ctx, config, splits[config.splits[0]])
     scored = {arm.name: _read(job, shards, arm.name, shown) for arm in config.arms}
     found = results(
         config,
@@ -456,25 +457,27 @@ def _majority(
     return share_right(asked, guesses) | {"source": "train" if train.is_dir() else "questions"}
 
 
-def _pictures(
+def write_pictures(
     ctx: StageContext, config: EvaluateConfig, questions: Questions
 ) -> tuple[list[int], list[str]]:
-    """Numbers of the questions that the report shows, and the picture of each."""
+    """Numbers of the questions that the report shows, and the (first) picture of each as the model
+    sees it. Turns of a conversation may be about different ones."""
     (ctx.out / "pictures").mkdir()
     numbers: list[int] = []
     pictures: list[str] = []
-    files: dict[int, str] = {}
+    files: dict[tuple[int, tuple[int, int]], str] = {}
     for number, asked in enumerate(questions.asked):
-        if asked.row not in files:
+        key = asked.row, asked.pictures
+        if key not in files:
             if len(files) == config.sample_pictures:
                 break
             (question,) = questions.load([number])
             if not question.pictures:
                 continue
-            files[asked.row] = f"pictures/{len(files)}.png"
-            (ctx.out / files[asked.row]).write_bytes(question.pictures[0])
+            files[key] = f"pictures/{len(files)}.png"
+            decode_picture(question.pictures[0]).save(ctx.out / files[key])
         numbers.append(number)
-        pictures.append(files[asked.row])
+        pictures.append(files[key])
     return numbers, pictures
 
 
