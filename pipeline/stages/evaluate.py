@@ -424,15 +424,16 @@ def _paired_over_seeds(pair: Against) -> dict[str, float] | None:
 
 
 def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:
-    """Cost of one question by the exact model, and times and memory as measured."""
-    times, cost, average = measured["methods"][method]
-    reference, vision = measured["dense"], measured["num_vision_tokens"]
+    """Mean cost of the batch's questions by the exact model, and times and memory as measured."""
+    times, cost = measured["methods"][method]
+    reference = measured["dense"]
+    average, vision = cost.average_vision_tokens, reference.average_vision_tokens
     prefill = times["prefill_ms"]["median"]
     speed = times["decode_tokens_per_s"]["median"]
     return {
         "average_vision_tokens": average,
         "reduction": 1 - average / vision if vision else 0.0,
-        "tokens_per_layer": [layer.vision_tokens for layer in cost.per_layer],
+        "tokens_per_layer": cost.tokens_per_layer,
         "flops": cost.flops,
         "flops_reduction": 1 - cost.flops / reference.flops,
         "kv_cache_bytes": cost.kv_cache_bytes,

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+import adsc
 from pipeline.evaluation.generation import Questions, generate_tokens
+from pipeline.evaluation.speed import measure_and_count, pictures_of_rows
 from pipeline.stages.evaluate import EvaluateConfig, write_pictures
-from tests.adsc import tiny
+from tests.adsc import tiny, zoo
 from tests.pipeline.contexts import stage_context
 
 
@@ -67,3 +69,46 @@ def test_samples_show_the_picture_that_the_model_saw(tmp_path: Path) -> None:
     config = EvaluateConfig(sample_pictures=1)
     again = stage_context("evaluate", tmp_path / "again", {})
     assert write_pictures(again, config, Questions(tmp_path)) == ([0], ["pictures/0.png"])
+
+
+FEW = {"rounds": 1, "decode_rounds": 1, "decode_tokens": 2}
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "smolvlm"])
+def test_costs_are_those_of_the_pictures_that_were_asked_about(name: str) -> None:
+    """To the byte, in every family: several pictures, of any size, as tiles, or none."""
+    case = zoo.CASES[name]
+    model = case.model("sdpa")
+    model.config.dtype = model.dtype  # as a checkpoint's says
+    first, second, *_ = case.pictures(model)
+    plans = [adsc.PruningPlan.parse(""), adsc.PruningPlan.parse("1:1/2,3:1/2")]
+    flops = []
+    for row in ([3, first, 4], [3, second, 4], [3, first, 4, first], [7]):
+        inputs = case.batch([row])
+        found = measure_and_count(model, inputs, plans, **FEW)
+        vision = int((inputs["input_ids"] == zoo.IMAGE).sum())
+        assert found["num_vision_tokens"] == vision == found["dense"].tokens_per_layer[0]
+        for times, cost in found["methods"]:
+            assert times["kv_measured_bytes"] == cost.kv_cache_bytes
+        flops.append(found["dense"].flops)
+    assert flops[3] < flops[0] < flops[2]
+    pictures = [pictures_of_rows(model, case.batch([row])) for row in ([3, first], [3, second])]
+    assert pictures_of_rows(model, case.batch([[7], [3, second, 4, first]])) == [
+        [],
+        pictures[1][0] + pictures[0][0],
+    ]
+
+
+def test_the_cost_of_a_batch_is_the_mean_of_its_rows() -> None:
+    """Text alone is a row without pictures."""
+    model, inputs = tiny.llava(), tiny.batch([tiny.row(6), tiny.row(2, 0, 4), tiny.row(3, 0, 3, 0)])
+    plan = adsc.PruningPlan.parse("2:1/4")
+    found = measure_and_count(model, inputs, [plan], **FEW)
+    ((_, cost),) = found["methods"]
+    rows = [adsc.estimate_cost(model.config, plan, 6, count) for count in range(3)]
+    assert (found["text_tokens"], found["num_vision_tokens"]) == (6, 16)
+    assert cost.flops == pytest.approx(np.mean([row.flops for row in rows]), abs=1)
+    assert cost.kv_cache_bytes == np.mean([row.kv_cache_bytes for row in rows])
+    assert cost.tokens_per_layer == [16, 16, 4, 4, 4, 4]
+    assert cost.average_vision_tokens == 8
+    assert found["dense"].average_vision_tokens == 16
