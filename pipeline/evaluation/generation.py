@@ -175,23 +175,37 @@ def render_prompt(question: Question, processor: Any) -> str:
 
 def build_inputs(questions: Sequence[Question], processor: Any) -> dict[str, torch.Tensor]:
     """Left-padded model inputs of a batch of questions."""
-    pictures = [decode_picture(picture) for q in questions for picture in q.pictures]
+    pictures = [[decode_picture(picture) for picture in q.pictures] for q in questions]
     return encode([render_prompt(q, processor) for q in questions], pictures, processor)
 
 
 def encode(
-    prompts: Sequence[str], pictures: Sequence[Image.Image], processor: Any
+    prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], processor: Any
 ) -> dict[str, torch.Tensor]:
-    """Left-padded model inputs of rendered prompts; pictures in the order of their image tokens."""
+    """Left-padded model inputs of rendered prompts, and of each prompt's pictures in the order of
+    its image tokens. Some processors (Gemma 3, SmolVLM) take a flat list for one prompt's."""
     return dict(
         processor(
             text=list(prompts),
-            images=list(pictures) or None,
+            images=[list(own) for own in pictures] if any(pictures) else None,
             return_tensors="pt",
             padding=True,
             padding_side="left",
         )
     )
+
+
+def append_text(inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs of one prompt (1, T) with the text tokens `ids` (1, N) after it; what has a value for
+    each token (its mask, its type) has one for these too."""
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text, shape = torch.zeros_like(ids), inputs["input_ids"].shape
+    return {
+        name: torch.cat([tensor, more.get(name, text).to(tensor.dtype)], dim=1)
+        if tensor.shape == shape
+        else tensor
+        for name, tensor in inputs.items()
+    }
 
 
 def generate_batch(

@@ -11,9 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Gemma3Processor, PreTrainedTokenizerFast
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 import adsc
-from pipeline.evaluation.generation import Questions, generate_tokens
+from pipeline.evaluation.generation import Questions, append_text, encode, generate_tokens
 from pipeline.evaluation.speed import measure_and_count, pictures_of_rows
 from pipeline.stages.evaluate import EvaluateConfig, write_pictures
 from tests.adsc import tiny, zoo
@@ -112,3 +115,48 @@ def test_the_cost_of_a_batch_is_the_mean_of_its_rows() -> None:
     assert cost.tokens_per_layer == [16, 16, 4, 4, 4, 4]
     assert cost.average_vision_tokens == 8
     assert found["dense"].average_vision_tokens == 16
+
+
+def gemma_processor() -> Gemma3Processor:
+    words = ["<pad>", "<s>", "</s>", "<boi>", "<eoi>", "<image>", "what", "both"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", extra_special_tokens=tokens
+    )
+    pictures = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    return Gemma3Processor(image_processor=pictures, tokenizer=tokenizer, image_seq_length=4)
+
+
+@pytest.mark.parametrize(
+    ("processor", "marker", "image", "tokens"),
+    [(gemma_processor, "<boi>", 5, 4), (tiny.processor, "<image>", tiny.IMAGE, tiny.TOKENS)],
+    ids=["gemma3", "llava"],
+)
+def test_a_batch_is_encoded_with_each_prompts_own_pictures(
+    processor: Any, marker: str, image: int, tokens: int
+) -> None:
+    red, blue = (Image.new("RGB", (32, 32), color) for color in ("red", "blue"))
+    prompts = ["what", f"{marker} what", f"{marker} {marker} both"]
+    inputs = encode(prompts, [[], [red], [red, blue]], processor())
+    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [0, tokens, 2 * tokens]
+    first, second, third = inputs["pixel_values"]
+    assert torch.equal(first, second) and not torch.equal(second, third)
+    assert "pixel_values" not in encode(prompts[:1], [[]], processor())
+
+
+def test_appended_text_has_a_type_as_the_prompt_has() -> None:
+    """Qwen2.5-VL places tokens by their types."""
+    case = zoo.CASES["qwen2_5_vl"]
+    model = case.model("sdpa")
+    picture = case.pictures(model)[0]
+    prompt, words = case.batch([[3, picture, 4]]), torch.tensor([[20, 30, 40]])
+    whole = append_text(prompt, words)
+    assert whole["mm_token_type_ids"].tolist() == [
+        [int(token == zoo.IMAGE) for token in whole["input_ids"][0].tolist()]
+    ]
+    assert whole["input_ids"][0, -3:].tolist() == [20, 30, 40] and whole["attention_mask"].all()
+    assert whole["pixel_values"] is prompt["pixel_values"]
+    with torch.inference_mode():
+        assert model(**whole).logits.shape[1] == prompt["input_ids"].shape[1] + 3
