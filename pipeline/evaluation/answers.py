@@ -145,11 +145,11 @@ class Worker:
 
     def measure(self, checkpoint: str, split: str, arms: Sequence[str], **sizes: int) -> Any:
         """pipeline.evaluation.speed.measure_and_count of these arms' methods on the first questions
-        of a split."""
+        of a split, with pictures where there are any."""
         model = self._model(checkpoint)
         questions = self._questions(split)
-        numbers = range(min(sizes.pop("batch"), len(questions)))
-        inputs = to_device(build_inputs(questions.load(numbers), self._processor), model)
+        chosen = questions.load(questions.first(sizes.pop("batch")))
+        inputs = to_device(build_inputs(chosen, self._processor), model)
         methods = [build_method(self._job.arms[arm][1], model) for arm in arms]
         return measure_and_count(model, inputs, methods, **sizes)
 

@@ -12,7 +12,8 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.data.conversations import MARKER
 from pipeline.data.pictures import decode_picture
@@ -128,6 +129,11 @@ class Questions:
             for asked in self.asked
         ]
 
+    def first(self, count: int) -> list[int]:
+        """So many numbers from the front, of those with pictures; where none has any, of all."""
+        seeing = [n for n, (*_, (start, end)) in enumerate(self.asked) if start < end]
+        return (seeing or list(range(len(self))))[:count]
+
     def batches(self, numbers: range, size: int, tokenizer: Any) -> list[list[int]]:
         """Question numbers in batches of similar length, the longest first.
 
@@ -169,23 +175,37 @@ def render_prompt(question: Question, processor: Any) -> str:
 
 def build_inputs(questions: Sequence[Question], processor: Any) -> dict[str, torch.Tensor]:
     """Left-padded model inputs of a batch of questions."""
-    pictures = [decode_picture(picture) for q in questions for picture in q.pictures]
+    pictures = [[decode_picture(picture) for picture in q.pictures] for q in questions]
     return encode([render_prompt(q, processor) for q in questions], pictures, processor)
 
 
 def encode(
-    prompts: Sequence[str], pictures: Sequence[Image.Image], processor: Any
+    prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], processor: Any
 ) -> dict[str, torch.Tensor]:
-    """Left-padded model inputs of rendered prompts; pictures in the order of their image tokens."""
+    """Left-padded model inputs of rendered prompts, and of each prompt's pictures in the order of
+    its image tokens. Some processors (Gemma 3, SmolVLM) take a flat list for one prompt's."""
     return dict(
         processor(
             text=list(prompts),
-            images=list(pictures) or None,
+            images=[list(own) for own in pictures] if any(pictures) else None,
             return_tensors="pt",
             padding=True,
             padding_side="left",
         )
     )
+
+
+def append_text(inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs of one prompt (1, T) with the text tokens `ids` (1, N) after it; what has a value for
+    each token (its mask, its type) has one for these too."""
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text, shape = torch.zeros_like(ids), inputs["input_ids"].shape
+    return {
+        name: torch.cat([tensor, more.get(name, text).to(tensor.dtype)], dim=1)
+        if tensor.shape == shape
+        else tensor
+        for name, tensor in inputs.items()
+    }
 
 
 def generate_batch(
@@ -221,12 +241,13 @@ def generate_batch(
 def generate_tokens(
     model: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int, **more: Any
 ) -> torch.Tensor:
-    """Ids of the greedy continuation (B, up to max_new_tokens), the prompt left out.
+    """Ids of the greedy continuation (B, up to max_new_tokens), the prompt left out. Penalties,
+    beams and lengths that the checkpoint's generation_config asks for are left out too.
 
     Raises:
         GenerationError: the model's logits are not numbers.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), _only_its_special_tokens(model):
         out = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -236,6 +257,22 @@ def generate_tokens(
         )
     new: torch.Tensor = out[:, inputs["input_ids"].shape[1] :]
     return new
+
+
+@contextmanager
+def _only_its_special_tokens(model: Any) -> Iterator[None]:
+    """Of the model's generation_config only the special tokens apply. One that is passed to
+    generate would not do: transformers fills what it leaves open from the model's own."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]

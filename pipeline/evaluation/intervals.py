@@ -2,8 +2,9 @@
 
 The questions of one picture are not independent, so pictures are drawn; where a method was trained
 with several seeds, seeds are drawn as well. One set of draws serves every statistic: that is what
-pairs two arms. With few seeds, drawing them understates their spread (by a third of the variance
-with three); Student's interval over seeds does not.
+pairs two arms. One picture alone can't be drawn: the interval is then all that a share, or a
+difference of two, can be. With few seeds, drawing them understates their spread (by a third of the
+variance with three); Student's interval over seeds does not.
 """
 
 from collections.abc import Sequence
@@ -54,30 +55,47 @@ class Bootstrap:
         scores = np.atleast_2d(scores)
         mask = np.ones(scores.shape[1], bool) if chosen is None else chosen
         mean = float(scores[:, mask].mean())
+        if self._one_picture(mask):
+            return {"mean": mean, "low": 0.0, "high": 1.0, "n": int(mask.sum())}
         return _interval(mean, self._draw(scores, mask)) | {"n": int(mask.sum())}
 
     def difference(
-        self, own: np.ndarray, control: np.ndarray, chosen: np.ndarray | None = None
+        self,
+        own: np.ndarray,
+        control: np.ndarray,
+        chosen: np.ndarray | None = None,
+        *,
+        same_seeds: bool = True,
     ) -> dict[str, float]:
-        """Mean of own - control, paired over pictures (and over seeds where both have as many)."""
+        """Mean of own - control, paired over pictures; and over seeds where both have as many: the
+        caller puts them in the same order, or says that they are not the `same_seeds`."""
         own, control = np.atleast_2d(own), np.atleast_2d(control)
         mask = np.ones(own.shape[1], bool) if chosen is None else chosen
         mean = float(own[:, mask].mean() - control[:, mask].mean())
-        return _interval(mean, self._draw(own, mask) - self._draw(control, mask))
+        if self._one_picture(mask):
+            return {"mean": mean, "low": -1.0, "high": 1.0}
+        return _interval(mean, self._draw(own, mask) - self._draw(control, mask, same_seeds))
 
-    def ratio(self, own: np.ndarray, control: np.ndarray) -> dict[str, float] | None:
-        """Mean of own as a share of the control's; None where the control has nothing right."""
+    def ratio(
+        self, own: np.ndarray, control: np.ndarray, *, same_seeds: bool = True
+    ) -> dict[str, float] | None:
+        """Mean of own as a share of the control's, paired likewise; None where the control has
+        nothing right, or where all is about one picture: a ratio has no bound."""
         own, control = np.atleast_2d(own), np.atleast_2d(control)
-        if not control.any():
-            return None
         mask = np.ones(own.shape[1], bool)
-        below = self._draw(control, mask)
+        if not control.any() or self._one_picture(mask):
+            return None
+        below = self._draw(control, mask, same_seeds)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = np.where(below > 0, self._draw(own, mask) / below, np.nan)
         return _interval(float(own.mean() / control.mean()), draws)
 
-    def _draw(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The resampled means (RESAMPLES,), NaN where no chosen question was drawn."""
+    def _one_picture(self, mask: np.ndarray) -> bool:
+        return len(np.unique(self._picture[mask])) < 2
+
+    def _draw(self, scores: np.ndarray, mask: np.ndarray, same_seeds: bool = True) -> np.ndarray:
+        """The resampled means (RESAMPLES,), NaN where no chosen question was drawn. As many seeds
+        are drawn alike, unless they are not the `same_seeds`."""
         pictures, count = self._picture[mask], self._weights.shape[1]
         sizes = self._weights @ np.bincount(pictures, minlength=count).astype("float64")
         with np.errstate(invalid="ignore"):
@@ -91,7 +109,8 @@ class Bootstrap:
         seeds = len(scores)
         if seeds == 1:
             return means[0]
-        chosen = np.random.default_rng([self._seed, seeds]).integers(seeds, size=(seeds, RESAMPLES))
+        stream = [self._seed, seeds] if same_seeds else [self._seed, seeds, 1]
+        chosen = np.random.default_rng(stream).integers(seeds, size=(seeds, RESAMPLES))
         return np.take_along_axis(means, chosen, axis=0).mean(axis=0)
 
 

@@ -25,7 +25,13 @@ from transformers import AutoProcessor
 import adsc
 from pipeline.data.conversations import MARKER
 from pipeline.data.templates import message_parts
-from pipeline.evaluation.generation import GenerationError, encode, generate_tokens, to_device
+from pipeline.evaluation.generation import (
+    GenerationError,
+    append_text,
+    encode,
+    generate_tokens,
+    to_device,
+)
 from pipeline.evaluation.methods import build_method, parse_method
 
 MANIFEST = ModelManifest(model_id="adsc", simple_class_path="pipeline.evaluation.lmms.Adsc")
@@ -109,8 +115,8 @@ class Adsc(lmms):  # type: ignore[misc]
         names = [f"{args[4]}/{args[5]}/{args[3]}" for args in (r.args for r in requests)]
         try:
             pairs = [self._prompt(request.args[0], self._visuals(request)) for request in requests]
-            pictures = [picture for _, visuals in pairs for picture in visuals]
-            inputs = encode([prompt for prompt, _ in pairs], pictures, self._processor)
+            prompts, pictures = zip(*pairs, strict=True)
+            inputs = encode(prompts, pictures, self._processor)
             new = generate_tokens(self._model, to_device(inputs, self._model), longest)
         except Exception as error:
             raise GenerationError(f"no answers to {', '.join(names)}: {error}") from error
@@ -126,13 +132,12 @@ class Adsc(lmms):  # type: ignore[misc]
             if not isinstance(target, str):
                 target = target(self.task_dict[task][split][number])
             prompt, pictures = self._prompt(context, self._visuals(request))
-            inputs = to_device(encode([prompt], pictures, self._processor), self._model)
+            inputs = to_device(encode([prompt], [pictures], self._processor), self._model)
             tokens = self._processor.tokenizer(f" {target.strip()}", add_special_tokens=False)
             ids = torch.tensor([tokens["input_ids"]], device=self._model.device)
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            whole = append_text(inputs, ids)
             with torch.inference_mode():
-                logits = self._model(**inputs, logits_to_keep=ids.shape[1] + 1).logits[0, :-1]
+                logits = self._model(**whole, logits_to_keep=ids.shape[1] + 1).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits.float(), ids[0])
             found.append((float(loss), bool((logits.argmax(dim=1) == ids[0]).all())))
         return found

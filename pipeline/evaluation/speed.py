@@ -1,15 +1,18 @@
 """Measured times and memory of methods on one model: prefill, decode, KV bytes, peak memory.
 
 Methods take turns within each round, so that a machine's changing speed hits all alike. Counted
-costs (FLOPs) are adsc.estimate_cost's; nothing here is compared between runs.
+costs (FLOPs) are adsc.estimate_cost's, of the pictures that the batch holds; nothing here is
+compared between runs.
 """
 
 import ctypes
 import gc
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -17,31 +20,107 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import adsc
+from adsc.families import Image, find_family
 from pipeline.evaluation.generation import generate_tokens
+
+Size = tuple[int, int] | None
+"""Height and width of a picture in pixels; None where the family's cost does not ask for them."""
+
+
+class MeanCost(NamedTuple):
+    """What a row of the batch costs by adsc.estimate_cost, mean over rows."""
+
+    flops: int
+    kv_cache_bytes: int
+    tokens_per_layer: list[int]
+    average_vision_tokens: float
+    """Mean over layers of the vision tokens that enter each."""
 
 
 def measure_and_count(
     model: Any, inputs: dict[str, torch.Tensor], methods: Sequence[Any], **rounds: int
 ) -> dict[str, Any]:
-    """`measure`, with what such a question costs by adsc.estimate_cost; and the prompts' shape."""
+    """`measure`, each with the MeanCost of the same rows; and the prompts' shape."""
     measured = measure(model, inputs, methods, **rounds)
     rows = len(inputs["input_ids"])
-    vision = int((inputs["input_ids"] == model.config.image_token_id).sum()) // rows
-    text = round(float(inputs["attention_mask"].sum()) / rows) - vision
-    costs = [adsc.estimate_cost(model.config, method, text_tokens=text) for method in methods]
-    layers = model.config.get_text_config().num_hidden_layers
-    average = [method.average_tokens(vision, layers) for method in methods]
+    vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    text = round(float(inputs["attention_mask"].sum() - vision) / rows)
+    pictures = pictures_of_rows(model, inputs)
+    costs = [mean_cost(model.config, method, text, pictures) for method in methods]
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     return {
         "batch": rows,
-        "num_vision_tokens": vision,
-        "num_layers": layers,
+        "num_vision_tokens": round(vision / rows),
+        "num_layers": model.config.get_text_config().num_hidden_layers,
         "text_tokens": text,
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "dense": adsc.estimate_cost(model.config, "", text_tokens=text),
-        "methods": list(zip(measured, costs, average, strict=True)),
+        "dense": mean_cost(model.config, "", text, pictures),
+        "methods": list(zip(measured, costs, strict=True)),
     }
+
+
+def mean_cost(
+    config: Any, method: Any, text_tokens: int, pictures: Sequence[Sequence[Size]]
+) -> MeanCost:
+    """Mean cost of rows with these pictures each and `text_tokens` other tokens.
+
+    A row whose pictures differ in size is counted as the mean of rows that hold as many of each
+    size: all is exact but attention between its pictures, which is counted a little too high.
+    """
+    shares: defaultdict[tuple[int, Size], Fraction] = defaultdict(Fraction)
+    for row in pictures:
+        for size in row or [None]:
+            shares[len(row), size] += Fraction(1, max(1, len(row)) * len(pictures))
+    costs = [
+        adsc.estimate_cost(config, method, text_tokens, count, image_size=size)
+        for count, size in shares
+    ]
+
+    def mean(values: Iterable[int]) -> Fraction:
+        pairs = zip(shares.values(), values, strict=True)
+        return sum((share * value for share, value in pairs), Fraction())
+
+    layers = [
+        mean(layer.vision_tokens for layer in same)
+        for same in zip(*(cost.per_layer for cost in costs), strict=True)
+    ]
+    return MeanCost(
+        flops=round(mean(cost.flops for cost in costs)),
+        kv_cache_bytes=round(mean(cost.kv_cache_bytes for cost in costs)),
+        tokens_per_layer=[round(tokens) for tokens in layers],
+        average_vision_tokens=float(sum(layers) / len(layers)),
+    )
+
+
+def pictures_of_rows(model: Any, inputs: dict[str, torch.Tensor]) -> list[list[Size]]:
+    """For each row its pictures as the model takes them: tiles where those are pictures to it."""
+    found = find_family(model)[0].vision(model, inputs)
+    if not found:
+        return [[] for _ in inputs["input_ids"]]
+    ((columns, images),) = found
+    counts = columns.sum(dim=1).tolist()
+    if isinstance(images, Image):  # all alike
+        return [[None] * (count // images.tokens) for count in counts]
+    sized = zip(images, _sizes(model.config, inputs, len(images)), strict=True)
+    rows: list[list[Size]] = []
+    for count in counts:
+        rows.append([])
+        while count > 0:
+            image, size = next(sized)
+            rows[-1].append(size)
+            count -= image.tokens
+    return rows
+
+
+def _sizes(config: Any, inputs: dict[str, torch.Tensor], count: int) -> list[Size]:
+    """What the processor tells of each picture's size."""
+    if (sizes := inputs.get("image_sizes")) is not None:
+        return [(height, width) for height, width in sizes.tolist()]
+    if (grids := inputs.get("image_grid_thw")) is not None:
+        patch = config.vision_config.patch_size
+        return [(height * patch, width * patch) for _, height, width in grids.tolist()]
+    return [None] * count
 
 
 def measure(

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from transformers import AutoProcessor
 
 from pipeline.config import Config
+from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
 from pipeline.evaluation.answers import (
@@ -82,7 +83,7 @@ class EvaluateConfig(Config):
     shard_questions: int = Field(512, gt=0)
     """Questions in a piece of work: what a killed run repeats at most, for each worker."""
     prefill_batch: int = Field(32, gt=0)
-    """Questions in the batch whose prefill and decoding are timed."""
+    """Questions in the batch whose prefill and decoding are timed: the first with pictures."""
     prefill_rounds: int = Field(15, gt=0)
     """Timed prefills of each method; the methods take turns."""
     decode_tokens: int = Field(8, gt=1)
@@ -121,6 +122,17 @@ class Row(NamedTuple):
     arms: list[ArmConfig]
 
 
+class Against(NamedTuple):
+    """What a row is compared with its control by."""
+
+    own: np.ndarray
+    """(S, Q) scores of the row's arms."""
+    control: np.ndarray
+    """(S', Q) those of the control's."""
+    same_seeds: bool
+    """Whether both are of the same seeds, in the same order."""
+
+
 class Scored(NamedTuple):
     """What is kept in memory of an arm's answers: the rest stays in the store."""
 
@@ -134,7 +146,7 @@ class Scored(NamedTuple):
     """Answers that the report shows, by question."""
 
 
-EVALUATE_VERSION = 3
+EVALUATE_VERSION = 4
 """To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
@@ -153,7 +165,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     sizes = {split: len(questions) for split, questions in splits.items()}
     shards = shards_of([arm.name for arm in order], sizes, config.shard_questions)
     measured = _answer_and_measure(ctx, config, job, shards, order[-1].checkpoint)
-    shown, pictures = _pictures(ctx, config, splits[config.splits[0]])
+    shown, pictures = write_pictures(ctx, config, splits[config.splits[0]])
     scored = {arm.name: _read(job, shards, arm.name, shown) for arm in config.arms}
     found = results(
         config,
@@ -354,13 +366,16 @@ def _table(
     kinds = np.array([question.kind for question in asked])
     rows = _rows(config.arms)
     scores = {row.name: np.stack([scored[arm.name].scores for arm in row.arms]) for row in rows}
-    control = scores.get(config.control)
+    control = next((row for row in rows if row.name == config.control), None)
     dense = measured["methods"].get("")
     table = []
     for row in rows:
         own, arm, count = scores[row.name], row.arms[0], len(asked) * len(row.arms)
-        kept = None if control is None else bootstrap.ratio(own, control)
-        other = None if row.name == config.control else control
+        against = control and _against(row, control, scores)
+        kept = against and bootstrap.ratio(
+            against.own, against.control, same_seeds=against.same_seeds
+        )
+        other = None if row is control else against
         table.append(
             {
                 "name": row.name,
@@ -372,16 +387,17 @@ def _table(
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
                 },
-                "difference": None if other is None else bootstrap.difference(own, other),
+                "difference": other
+                and bootstrap.difference(other.own, other.control, same_seeds=other.same_seeds),
                 "retention": kept and kept["mean"],
-                "retention_interval": None if other is None else kept,
+                "retention_interval": other and kept,
                 "seeds": [
                     {"seed": a.seed, "accuracy": float(scored[a.name].scores.mean())}
                     for a in row.arms
                     if a.seed is not None
                 ],
                 "over_seeds": over_seeds([float(one.mean()) for one in own]),
-                "difference_over_seeds": _paired_over_seeds(own, other),
+                "difference_over_seeds": other and _paired_over_seeds(other),
                 "seconds_per_question": sum(scored[a.name].seconds for a in row.arms) / count,
                 "generated_tokens": sum(scored[a.name].generated for a in row.arms) / count,
             }
@@ -390,23 +406,34 @@ def _table(
     return table
 
 
-def _paired_over_seeds(own: np.ndarray, control: np.ndarray | None) -> dict[str, float] | None:
-    """Own - control seed by seed; None where they have other numbers of seeds, or one."""
-    if control is None or len(own) != len(control):
+def _against(row: Row, control: Row, scores: dict[str, np.ndarray]) -> Against:
+    """Scores on the seeds that both have, in the same order; of rows that share none, all."""
+    places = [{arm.seed: place for place, arm in enumerate(one.arms)} for one in (row, control)]
+    common = sorted(seed for seed in set.intersection(*map(set, places)) if seed is not None)
+    if not common:
+        return Against(scores[row.name], scores[control.name], same_seeds=False)
+    own, other = ([place[seed] for seed in common] for place in places)
+    return Against(scores[row.name][own], scores[control.name][other], same_seeds=True)
+
+
+def _paired_over_seeds(pair: Against) -> dict[str, float] | None:
+    """Own - control seed by seed; None where they share fewer than two."""
+    if not pair.same_seeds:
         return None
-    return over_seeds((own.mean(axis=1) - control.mean(axis=1)).tolist())
+    return over_seeds((pair.own.mean(axis=1) - pair.control.mean(axis=1)).tolist())
 
 
 def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:
-    """Cost of one question by the exact model, and times and memory as measured."""
-    times, cost, average = measured["methods"][method]
+    """Mean cost of the batch's questions by the exact model, and times and memory as measured."""
+    times, cost = measured["methods"][method]
     reference = measured["dense"]
+    average, vision = cost.average_vision_tokens, reference.average_vision_tokens
     prefill = times["prefill_ms"]["median"]
     speed = times["decode_tokens_per_s"]["median"]
     return {
         "average_vision_tokens": average,
-        "reduction": 1 - average / measured["num_vision_tokens"],
-        "tokens_per_layer": [layer.vision_tokens for layer in cost.per_layer],
+        "reduction": 1 - average / vision if vision else 0.0,
+        "tokens_per_layer": cost.tokens_per_layer,
         "flops": cost.flops,
         "flops_reduction": 1 - cost.flops / reference.flops,
         "kv_cache_bytes": cost.kv_cache_bytes,
@@ -431,25 +458,27 @@ def _majority(
     return share_right(asked, guesses) | {"source": "train" if train.is_dir() else "questions"}
 
 
-def _pictures(
+def write_pictures(
     ctx: StageContext, config: EvaluateConfig, questions: Questions
 ) -> tuple[list[int], list[str]]:
-    """Numbers of the questions that the report shows, and the picture of each."""
+    """Numbers of the questions that the report shows, and the (first) picture of each as the model
+    sees it. Turns of a conversation may be about different ones."""
     (ctx.out / "pictures").mkdir()
     numbers: list[int] = []
     pictures: list[str] = []
-    files: dict[int, str] = {}
+    files: dict[tuple[int, tuple[int, int]], str] = {}
     for number, asked in enumerate(questions.asked):
-        if asked.row not in files:
+        key = asked.row, asked.pictures
+        if key not in files:
             if len(files) == config.sample_pictures:
                 break
             (question,) = questions.load([number])
             if not question.pictures:
                 continue
-            files[asked.row] = f"pictures/{len(files)}.png"
-            (ctx.out / files[asked.row]).write_bytes(question.pictures[0])
+            files[key] = f"pictures/{len(files)}.png"
+            decode_picture(question.pictures[0]).save(ctx.out / files[key])
         numbers.append(number)
-        pictures.append(files[asked.row])
+        pictures.append(files[key])
     return numbers, pictures
 
 

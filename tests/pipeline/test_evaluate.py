@@ -153,6 +153,27 @@ def test_a_second_attempt_answers_only_unfinished_shards(inputs: Any, tmp_path: 
     assert pq.read_table(second.out / "samples.parquet").drop(["seconds"]).equals(whole)
 
 
+def test_questions_without_pictures_have_results(small: Small, inputs: Any, tmp_path: Path) -> None:
+    """Nothing can be reduced there; and what is timed has pictures where anything has."""
+    rows = pq.read_table(small.prepared / "test").to_pylist()[:3]
+    for row in rows[:2]:
+        row |= {"pictures": [], "turns": row["turns"].replace("<image>", ""), "vision_tokens": 0}
+    for name, some in (("mixed", rows), ("text", rows[:2])):
+        (tmp_path / name / "test").mkdir(parents=True)
+        table = pa.Table.from_pylist(some, schema=SCHEMA)
+        pq.write_table(table, tmp_path / name / "test" / "0.parquet")
+    mixed = Questions(tmp_path / "mixed" / "test")
+    assert mixed.first(5) == [16, 17, 18, 19, 20]
+    assert mixed.first(64) == list(range(16, 24))
+    assert Questions(tmp_path / "text" / "test").first(5) == [0, 1, 2, 3, 4]
+    inputs["data"] = (tmp_path / "text", DATA)
+    ctx = stage_context("evaluate", tmp_path / "out", inputs)
+    evaluate(ctx, EvaluateConfig(arms=ARMS[1:], **QUICK))
+    found = Results.read(ctx.out / "results.json")
+    assert (found.num_vision_tokens, found.num_questions, found.samples) == (0, 16, [])
+    assert [arm.reduction for arm in found.arms] == [0, 0]
+
+
 def test_failed_answers_are_counted_named_and_fail_the_stage(
     small: Small, inputs: Any, tmp_path: Path
 ) -> None:

@@ -69,9 +69,18 @@ def test_seeds_are_paired_in_differences() -> None:
 
 def test_a_kind_that_few_resamples_hold_still_has_an_interval() -> None:
     records = [str(i) for i in range(50)]
-    rare = np.arange(50) == 7
+    rare = np.arange(50) % 48 == 1
     interval = Bootstrap(records, seed=0).mean(np.ones(50), rare)
-    assert interval == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    assert interval == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+
+
+def test_one_picture_has_the_widest_interval() -> None:
+    bootstrap = Bootstrap(["a", "a", "b"], seed=0)
+    one = np.array([True, True, False])
+    own, control = np.array([0.0, 1.0, 1.0]), np.ones(3)
+    assert bootstrap.mean(own, one) == {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2}
+    assert bootstrap.difference(own, control, one) == {"mean": -0.5, "low": -1.0, "high": 1.0}
+    assert Bootstrap(["a"] * 3, seed=0).ratio(own, control) is None
 
 
 def test_the_interval_over_seeds_is_students() -> None:
