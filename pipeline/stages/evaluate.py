@@ -138,10 +138,10 @@ class Scored(NamedTuple):
 
     scores: np.ndarray
     """(Q,) 1 or 0 of each question."""
-    seconds: float = 0.0
-    """Wall time of all answers."""
-    generated: float = 0.0
-    """Tokens of all answers."""
+    seconds: float | None = None
+    """Wall time of all answers, where it is known."""
+    generated: float | None = None
+    """Tokens of all answers, likewise."""
     shown: dict[int, str] = {}
     """Answers that the report shows, by question."""
 
@@ -355,6 +355,11 @@ def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> 
     return Scored(np.concatenate(scores), seconds, generated, answers)
 
 
+def _mean(totals: Sequence[float | None], count: int) -> float | None:
+    known = [total for total in totals if total is not None]
+    return sum(known) / count if len(known) == len(totals) else None
+
+
 def _table(
     config: EvaluateConfig,
     asked: Sequence[Asked],
@@ -398,8 +403,8 @@ def _table(
                 ],
                 "over_seeds": over_seeds([float(one.mean()) for one in own]),
                 "difference_over_seeds": other and _paired_over_seeds(other),
-                "seconds_per_question": sum(scored[a.name].seconds for a in row.arms) / count,
-                "generated_tokens": sum(scored[a.name].generated for a in row.arms) / count,
+                "seconds_per_question": _mean([scored[a.name].seconds for a in row.arms], count),
+                "generated_tokens": _mean([scored[a.name].generated for a in row.arms], count),
             }
             | _costs(measured, arm.runs_with, dense)
         )
