@@ -518,7 +518,8 @@ def _replies(
 
 
 def _scored(said: Replies) -> Scored:
-    return Scored(np.array(said.scores, dtype=float), sum(said.seconds), sum(said.generated_tokens))
+    scores = np.array(said.scores, dtype=float)
+    return Scored(scores, sum(said.seconds) or None, sum(said.generated_tokens) or None)
 
 
 def _samples(arm: str, said: Replies, questions: Questions, scenes: list[str]) -> pa.Table:
@@ -563,8 +564,8 @@ def _measured(config: EvidenceConfig, out: Path) -> dict[str, Any]:
     base = out / "base"
     model, processor = _load(base, None), _processor(config, base)
     questions = Questions(out / "prepared" / "test")
-    numbers = list(range(min(config.evaluate.prefill_batch, len(questions))))
-    inputs = to_device(build_inputs(questions.load(numbers), processor), model)
+    chosen = questions.load(questions.first(config.evaluate.prefill_batch))
+    inputs = to_device(build_inputs(chosen, processor), model)
     methods: dict[str, MethodConfig] = {
         arm.method.runs_with: arm.method
         for budget in config.budgets
