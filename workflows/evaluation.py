@@ -24,13 +24,6 @@ from pipeline.store import open_store
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length
 
 
-class TaskConfig(PrepareConfig):
-    """Preparation of task files as they are now."""
-
-    digest: str = ""
-    """Of the files and their pictures."""
-
-
 def evaluation_stages(
     checkpoint: str,
     methods: Sequence[str],
@@ -90,15 +83,12 @@ def content_digest(place: str) -> str | None:
     """A digest of what lies in a folder or on S3; None if there is nothing.
 
     By its manifest where it has one (exported checkpoints, prepared data), else by names, sizes
-    and, on a disk, times of change: hashing a large model takes minutes.
+    and times of change (on S3, ETags): hashing a large model takes minutes.
     """
     store = open_store(place)
     if (manifest := store.read("manifest.json")) is not None:
         return hashlib.sha256(manifest).hexdigest()
-    lines = []
-    for entry in store.list(""):
-        path = store.local(entry.key)
-        lines.append(f"{entry.key} {entry.size} {path.stat().st_mtime_ns if path else ''}")
+    lines = [f"{entry.key} {entry.size} {entry.version}" for entry in store.list("")]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
 
@@ -118,7 +108,7 @@ def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
             "`adsc show demo export --path` prints a place"
         )
     sources["base"] = str(content_digest(source))
-    return _pinned("base", "base: the checkpoint", source)
+    return _pinned("base", "base: the checkpoint", source, sources["base"])
 
 
 def _data(
@@ -133,7 +123,8 @@ def _data(
         if digest is None:
             raise ValueError(f"there is no prepared data at {prepared!r}")
         sources["data"] = digest
-        return [_pinned("prepare", "prepare: as it lies there", place)], list(tasks) or ["test"]
+        made = _pinned("prepare", "prepare: as it lies there", place, digest)
+        return [made], list(tasks) or ["test"]
     files = [Path(task) for task in tasks]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
@@ -153,14 +144,9 @@ def _data(
     (folder,) = folders
     lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     lines.append(str(content_digest(str(folder / PrepareConfig().images))))
-    config = TaskConfig(
-        splits=splits,
-        template="auto",
-        context=CONTEXT,
-        max_quarantined=0,
-        digest=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-    )
-    made = Stage(
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    config = PrepareConfig(splits=splits, template="auto", context=CONTEXT, max_quarantined=0)
+    stage = Stage(
         name="prepare",
         title="prepare: task files to questions",
         body=prepare,
@@ -168,14 +154,19 @@ def _data(
         config=config,
         needs={"data": "files", "base": "base"},
     )
-    return [_pinned("files", "files: the tasks", str(folder)), made], list(splits)
+    return [_pinned("files", "files: the tasks", str(folder), digest), stage], list(splits)
 
 
-def _pinned(name: str, title: str, place: str) -> Stage:
+def _pinned(name: str, title: str, place: str, digest: str) -> Stage:
     """A stage whose files are there; its body is never run."""
-    root = open_store(place).root
     return Stage(
-        name=name, title=title, body=base, version=BASE_VERSION, config=Config(), pinned=root
+        name=name,
+        title=title,
+        body=base,
+        version=BASE_VERSION,
+        config=Config(),
+        pinned=open_store(place).root,
+        digest=digest,
     )
 
 

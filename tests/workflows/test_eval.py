@@ -2,16 +2,22 @@
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 import adsc
+from pipeline.graph import fingerprints
+from pipeline.stage import Input
+from pipeline.stages.base import resolve
+from pipeline.store import open_store
 from tests.small import Small
 from workflows.cli import main
 from workflows.evaluation import content_digest, evaluation_stages
 
+TINY = "package://workflows/assets/tiny_base"
 PLAN = "1:1/2,2:1/4"
 QUICK = ["--max-new-tokens", "3", "--batch-size", "16"]
 
@@ -79,6 +85,35 @@ def test_changed_files_are_other_inputs(small: Small, tmp_path: Path) -> None:
     assert content_digest(str(tmp_path / "absent")) is None
 
 
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_replaced_checkpoint_on_s3_is_fetched_again(
+    s3_endpoint: str, tmp_path: Path, manifest: bool
+) -> None:
+    """By its manifest; without one, by the ETags of files that kept their names and sizes."""
+    address = f"s3://lab/{uuid.uuid4().hex}"
+    config = (resolve(TINY) / "config.json").read_bytes()
+
+    def fetched(weights: str) -> tuple[str, str]:
+        checkpoint = tmp_path / weights
+        checkpoint.mkdir()
+        (checkpoint / "config.json").write_bytes(config)
+        (checkpoint / "model.safetensors").write_text(weights)
+        if manifest:
+            (checkpoint / "manifest.json").write_text(json.dumps(weights))
+        for file in checkpoint.iterdir():
+            open_store(address).put(file, file.name)
+        stages = evaluation_stages(address, ["dense"], data=str(Path(__file__).parent))
+        prints = fingerprints(stages)
+        record = stages[0].finished(open_store(str(tmp_path)), prints["base"])
+        assert record is not None
+        copy = Input(record, cache=str(tmp_path / "cache")).folder
+        return (copy / "model.safetensors").read_text(), prints["evaluate"]
+
+    before, first = fetched("old")
+    after, second = fetched("new")
+    assert (before, after) == ("old", "new") and first != second
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -106,7 +141,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
 
 def test_a_checkpoint_that_ships_in_a_package_is_a_base() -> None:
     stages = evaluation_stages(
-        "package://workflows/assets/tiny_base",
+        TINY,
         ["own", "fastv:22,layer=3"],
         data=str(Path(__file__).parent),
     )
