@@ -74,10 +74,7 @@ def make(
 
     >>> method = make("fastv", model, average=7)  # doctest: +SKIP
     """
-    if name not in _FIT:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise PlanError(f"method {name!r} is unknown{hint}; choose one of {', '.join(NAMES)}")
+    check_name(name)
     fit = _FIT[name]
     known = [option for option in inspect.signature(fit).parameters if option != "budget"]
     if unknown := sorted(set(options) - set(known)):
@@ -113,6 +110,14 @@ def make(
             f"or change {', '.join(known)}{getattr(method, 'hint', '')}"
         )
     return method
+
+
+def check_name(name: str) -> None:
+    """Raise PlanError if there is no such method."""
+    if name not in _FIT:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise PlanError(f"method {name!r} is unknown{hint}; choose one of {', '.join(NAMES)}")
 
 
 def _fraction(name: str, value: object) -> Fraction:

@@ -107,6 +107,10 @@ def test_an_average_out_of_reach_names_the_nearest(seven_b):
         ("visionzip", {"contextual": 1}, r"contextual 1 must be in \[0, 1\)"),
         ("pool", {"positions": "renumber"}, "positions 'renumber' is unknown"),
         ("pyramiddrop", {"layers": "late"}, "'quarters', 'earlier' or layer numbers"),
+        ("pyramiddrop", {"layers": 4}, r"layers 4 must be 'quarters', 'earlier' or layer numbers"),
+        ("pyramiddrop", {"layers": ("4",)}, r"layers \('4',\) must be 'quarters'"),
+        ("sparsevlm", {"layers": 4}, r"layers 4 must be layer numbers, such as \[1,2,4\]"),
+        ("sparsevlm", {"layers": ()}, r"layers \(\) must be layer numbers"),
         ("random", {"seed": -1}, "seed -1 must be a whole number from 0"),
     ],
 )
