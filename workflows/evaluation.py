@@ -7,13 +7,17 @@ Checkpoint and prepared data are taken where they lie and known by digests; task
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import cached_file
+
 import adsc
 from pipeline.config import Config
-from pipeline.evaluation.methods import PLAN, parse_method
+from pipeline.evaluation.methods import PLAN, MethodConfig, build_method, parse_method
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest, resolve
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
@@ -93,8 +97,7 @@ def content_digest(place: str) -> str | None:
 
 
 def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists()
-    if source.startswith("package://") or hub:
+    if source.startswith("package://") or _is_hub_id(source):
         return Stage(
             name="base",
             title="base: the checkpoint",
@@ -171,10 +174,14 @@ def _pinned(name: str, title: str, place: str, digest: str) -> Stage:
 
 
 def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:
+    """An arm a method, each checked as far as this machine knows the checkpoint."""
+    config = _read_config(checkpoint)
     arms: dict[str, ArmConfig] = {}
     for text in methods:
-        written = _own_method(checkpoint) if text == "own" else text
+        written = _own_method(checkpoint, config) if text == "own" else text
         method = parse_method(written)
+        if method.method is not None:
+            adsc.peers.check_name(method.method.name)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", written)
         arms[name] = ArmConfig(
             name=name,
@@ -183,14 +190,57 @@ def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:
             plan=method.plan,
             method=method.method,
         )
+    if config is not None:
+        _check_fit(arms.values(), config)
     return list(arms.values())
 
 
-def _own_method(checkpoint: str) -> str:
+def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
+    """Attach every method to the model without weights, before any stage runs.
+
+    Raises:
+        ValueError: one doesn't fit: a layer that isn't there, a budget out of reach.
+    """
+    try:
+        known = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(known)
+    except (ValueError, KeyError, TypeError):
+        return  # code that only workers load may know this kind of model
+    try:
+        for method in methods:
+            adsc.attach(model, build_method(method, model))
+    except adsc.UnsupportedModel as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_config(checkpoint: str) -> dict[str, Any] | None:
+    """The checkpoint's config.json; None where that can't be read from here."""
+    if _is_hub_id(checkpoint):
+        try:
+            found = cached_file(checkpoint, "config.json")
+        except (OSError, ValueError):  # offline, or the hub has no such model
+            return None
+        data: bytes | None = Path(str(found)).read_bytes()
+    elif checkpoint.startswith("package://"):
+        data = (resolve(checkpoint) / "config.json").read_bytes()
+    else:
+        data = open_store(checkpoint).read("config.json")
+    return None if data is None else dict(json.loads(data))
+
+
+def _is_hub_id(checkpoint: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)) and not Path(checkpoint).exists()
+
+
+def _own_method(checkpoint: str, config: dict[str, Any] | None) -> str:
     """The plan that travels in a checkpoint's config, as a method is written."""
-    place = checkpoint if "s3://" in checkpoint else str(resolve(checkpoint))
-    config = open_store(place).read("config.json")
-    plan = json.loads(config).get("adsc") if config else None
+    if config is None:
+        raise ValueError(
+            f"the config of {checkpoint!r} can't be read from here, so its own plan isn't known: "
+            "name what it runs with, such as --methods dense plan:2:1/4"
+        )
+    plan = config.get("adsc")
     if plan is not None and "method" in plan:
         raise ValueError(
             f"{checkpoint} runs with the peer {plan['method']!r}: name it with its layer "

@@ -123,6 +123,11 @@ def test_a_replaced_checkpoint_on_s3_is_fetched_again(
         (["BASE", "--data", "absent"], "there is no prepared data at 'absent'"),
         (["BASE", "--tasks", "T", "--methods", "fastv"], "'fastv' is not a method"),
         (["BASE", "--tasks", "T", "--methods", "plan:2:1/4,2:1/2"], "2"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "plan:9:1/4"], "layers 0..3"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "fatsv:22"], "did you mean fastv?"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "fastv:2"], "fastv can't average 2 of"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "pool:1000"], "average 1000.0 must be"),
+        (["BASE", "--tasks", "T", "--methods", "fastv:22,layer=["], "'fastv:22,layer=['"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
@@ -142,10 +147,46 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
 def test_a_checkpoint_that_ships_in_a_package_is_a_base() -> None:
     stages = evaluation_stages(
         TINY,
-        ["own", "fastv:22,layer=3"],
+        ["own", "fastv:22,layer=2"],
         data=str(Path(__file__).parent),
     )
     evaluate = next(stage for stage in stages if stage.name == "evaluate")
     arms = evaluate.config.model_dump()["arms"]
-    assert [arm["name"] for arm in arms] == ["dense", "fastv-22-layer-3"]
-    assert arms[1]["method"] == {"name": "fastv", "average": 22, "options": {"layer": 3}}
+    assert [arm["name"] for arm in arms] == ["dense", "fastv-22-layer-2"]
+    assert arms[1]["method"] == {"name": "fastv", "average": 22, "options": {"layer": 2}}
+
+
+HUB_ID = "owner/compressed"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of HUB_ID in a local cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--owner--compressed"
+    snapshot = model / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def hub_arms(*methods: str) -> list[str]:
+    stages = evaluation_stages(HUB_ID, methods, data=str(Path(__file__).parent))
+    evaluate = next(stage for stage in stages if stage.name == "evaluate")
+    return [arm["label"] for arm in evaluate.config.model_dump()["arms"]]
+
+
+def test_own_is_the_plan_in_the_config_of_a_hub_id(hub: Path) -> None:
+    config = json.loads((resolve(TINY) / "config.json").read_text())
+    config["adsc"] = adsc.PruningPlan.parse(PLAN).to_dict()
+    (hub / "config.json").write_text(json.dumps(config))
+    assert hub_arms("own") == [PLAN]
+
+
+def test_own_of_a_hub_id_without_a_readable_config_is_refused(hub: Path) -> None:
+    with pytest.raises(ValueError, match=r"'owner/compressed' can't be read from here.*--methods"):
+        hub_arms("own")
+    assert hub_arms("dense", "fastv:22") == ["dense", "fastv:22"]
+    with pytest.raises(ValueError, match=r"did you mean fastv\?"):
+        hub_arms("dense", "fatsv:22")
