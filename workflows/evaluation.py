@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -26,6 +26,13 @@ from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
 from pipeline.store import open_store
 
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length
+
+
+class TaskConfig(PrepareConfig):
+    """Preparation of task files. Their questions may repeat: benchmarks' files share some, and
+    nothing is learnt from them."""
+
+    unique: ClassVar[bool] = False
 
 
 def evaluation_stages(
@@ -148,7 +155,7 @@ def _data(
     lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     lines.append(str(content_digest(str(folder / PrepareConfig().images))))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    config = PrepareConfig(splits=splits, template="auto", context=CONTEXT, max_quarantined=0)
+    config = TaskConfig(splits=splits, template="auto", context=CONTEXT, max_quarantined=0)
     stage = Stage(
         name="prepare",
         title="prepare: task files to questions",

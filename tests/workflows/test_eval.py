@@ -3,6 +3,7 @@
 import json
 import shutil
 import uuid
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -73,6 +74,26 @@ def test_the_same_command_again_only_prints(
     printed = capsys.readouterr().out
     assert printed.count("cached") == 5 and "48 questions" in printed
     assert f"{PLAN} " in printed and "report: " in printed
+
+
+def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path) -> None:
+    """As POPE's three files, which share the positive half."""
+    first, second = json.loads((small.pictures / "test.json").read_text())[:2]
+    shutil.copytree(small.pictures / "images", tmp_path / "images")
+    for name, records in (("random", [first, first]), ("popular", [first, second])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    tasks = [str(tmp_path / "random.json"), str(tmp_path / "popular.json")]
+    assert main(
+        ["eval", str(small.base), "--tasks", *tasks, "--methods", "dense",
+         "--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *QUICK]
+    ) == 0  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["num_questions"] == 2 * 8 + 2 * 8
+    answers = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    asked = Counter((row["split"], row["record"]) for row in answers)
+    assert asked == {("random", first["id"]): 16} | {
+        ("popular", record["id"]): 8 for record in (first, second)
+    }
 
 
 @pytest.mark.slow
