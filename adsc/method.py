@@ -250,6 +250,14 @@ def as_whole(name: str, value: object, least: int) -> int:
     return value
 
 
+def as_fraction(name: str, value: object) -> Fraction:
+    """An option that is a number."""
+    try:
+        return Fraction(value).limit_denominator(10**6)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise PlanError(f"{name} {value!r} is not a number") from None
+
+
 def as_layers(layers: object, words: str = "") -> tuple[int, ...]:
     """An option that names layers; `words` are others that it takes."""
     numbers = tuple(layers) if isinstance(layers, Sequence) else ()

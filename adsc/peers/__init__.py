@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
 from adsc.attach import base_model
 from adsc.families import find_family
-from adsc.method import Budget, Method
+from adsc.method import Budget, Method, as_fraction
 from adsc.peers import (
     dart,
     divprune,
@@ -86,10 +85,10 @@ def make(
     if num_vision_tokens is None:
         num_vision_tokens = image_cost(base.config, ImageInput()).tokens
     budget = Budget(
-        average=_fraction("average", average),
+        average=as_fraction("average", average),
         tokens=num_vision_tokens,
         layers=len(family.decoder(inner).layers),
-        tolerance=_fraction("tolerance", tolerance),
+        tolerance=as_fraction("tolerance", tolerance),
         first=family.first_layer(base.config),
         axes=family.axes,
     )
@@ -118,10 +117,3 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise PlanError(f"method {name!r} is unknown{hint}; choose one of {', '.join(NAMES)}")
-
-
-def _fraction(name: str, value: object) -> Fraction:
-    try:
-        return Fraction(value).limit_denominator(10**6)  # type: ignore[call-overload]
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-        raise PlanError(f"{name} {value!r} is not a number") from None

@@ -105,6 +105,8 @@ def test_an_average_out_of_reach_names_the_nearest(seven_b):
         ("fastv", {"layer": 0}, "layer 0 must be a whole number from 1"),
         ("fastv", {"layer": 6}, r"layers 0\.\.5"),
         ("visionzip", {"contextual": 1}, r"contextual 1 must be in \[0, 1\)"),
+        ("visionzip", {"contextual": "some"}, "contextual 'some' is not a number"),
+        ("visionzip", {"contextual": (1, 2)}, r"contextual \(1, 2\) is not a number"),
         ("pool", {"positions": "renumber"}, "positions 'renumber' is unknown"),
         ("pyramiddrop", {"layers": "late"}, "'quarters', 'earlier' or layer numbers"),
         ("pyramiddrop", {"layers": 4}, r"layers 4 must be 'quarters', 'earlier' or layer numbers"),
