@@ -211,7 +211,7 @@ def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
     try:
         known = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(known)
+            model = AutoModelForImageTextToText.from_config(known, trust_remote_code=False)
     except (ValueError, KeyError, TypeError):
         return  # code that only workers load may know this kind of model
     try:

@@ -211,3 +211,15 @@ def test_own_of_a_hub_id_without_a_readable_config_is_refused(hub: Path) -> None
     assert hub_arms("dense", "fastv:22") == ["dense", "fastv:22"]
     with pytest.raises(ValueError, match=r"did you mean fastv\?"):
         hub_arms("dense", "fatsv:22")
+
+
+def test_nobody_is_asked_whether_a_checkpoint_may_run_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask where a known config names a module for a model that it lacks."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
+    config = {"model_type": "llama", "auto_map": {"AutoModelForImageTextToText": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    evaluation_stages(str(tmp_path), ["dense"], data=str(Path(__file__).parent))
+    assert not asked
