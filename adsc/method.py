@@ -250,6 +250,22 @@ def as_whole(name: str, value: object, least: int) -> int:
     return value
 
 
+def as_fraction(name: str, value: object) -> Fraction:
+    """An option that is a number."""
+    try:
+        return Fraction(value).limit_denominator(10**6)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise PlanError(f"{name} {value!r} is not a number") from None
+
+
+def as_layers(layers: object, words: str = "") -> tuple[int, ...]:
+    """An option that names layers; `words` are others that it takes."""
+    numbers = tuple(layers) if isinstance(layers, Sequence) else ()
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise PlanError(f"layers {layers!r} must be {words}layer numbers, such as [1,2,4]")
+    return numbers
+
+
 def from_dict(data: dict[str, Any]) -> PruningPlan | Method:
     """The plan or method that stands in a checkpoint's config.
 

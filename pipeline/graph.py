@@ -70,11 +70,12 @@ def lint(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
-    """The fingerprint of each stage; a pinned stage is what it is pinned to."""
+    """The fingerprint of each stage; a pinned stage is its address and its digest."""
     prints: dict[str, str] = {}
     for stage in lint(stages):
         if stage.pinned is not None:
-            prints[stage.name] = digest({"pinned": stage.pinned.rstrip("/")})
+            content = {"digest": stage.digest} if stage.digest else {}
+            prints[stage.name] = digest({"pinned": stage.pinned.rstrip("/"), **content})
             continue
         prints[stage.name] = fingerprint(
             config=stage.config,

@@ -44,6 +44,9 @@ class Stage:
     """Inputs: the name that the body uses, and the stage that makes it."""
     pinned: str | None = None
     """An address whose files (and outputs) are taken instead of running the body."""
+    digest: str = ""
+    """Of what lies at that address: other files there are another result. Empty: what is there is
+    taken never to change."""
 
     def finished(self, store: Store, fingerprint: str) -> Record | None:
         """Its record, None if it isn't finished; of a pinned stage, the record of what is there."""

@@ -7,13 +7,17 @@ Checkpoint and prepared data are taken where they lie and known by digests; task
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import cached_file
 
 import adsc
 from pipeline.config import Config
-from pipeline.evaluation.methods import PLAN, parse_method
+from pipeline.evaluation.methods import PLAN, MethodConfig, build_method, parse_method
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest, resolve
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
@@ -25,10 +29,10 @@ CONTEXT = 1_000_000  # tokens: no question is set aside for its length
 
 
 class TaskConfig(PrepareConfig):
-    """Preparation of task files as they are now."""
+    """Preparation of task files. Their questions may repeat: benchmarks' files share some, and
+    nothing is learnt from them."""
 
-    digest: str = ""
-    """Of the files and their pictures."""
+    unique: ClassVar[bool] = False
 
 
 def evaluation_stages(
@@ -90,21 +94,17 @@ def content_digest(place: str) -> str | None:
     """A digest of what lies in a folder or on S3; None if there is nothing.
 
     By its manifest where it has one (exported checkpoints, prepared data), else by names, sizes
-    and, on a disk, times of change: hashing a large model takes minutes.
+    and times of change (on S3, ETags): hashing a large model takes minutes.
     """
     store = open_store(place)
     if (manifest := store.read("manifest.json")) is not None:
         return hashlib.sha256(manifest).hexdigest()
-    lines = []
-    for entry in store.list(""):
-        path = store.local(entry.key)
-        lines.append(f"{entry.key} {entry.size} {path.stat().st_mtime_ns if path else ''}")
+    lines = [f"{entry.key} {entry.size} {entry.version}" for entry in store.list("")]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
 
 def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists()
-    if source.startswith("package://") or hub:
+    if source.startswith("package://") or _is_hub_id(source):
         return Stage(
             name="base",
             title="base: the checkpoint",
@@ -118,7 +118,7 @@ def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
             "`adsc show demo export --path` prints a place"
         )
     sources["base"] = str(content_digest(source))
-    return _pinned("base", "base: the checkpoint", source)
+    return _pinned("base", "base: the checkpoint", source, sources["base"])
 
 
 def _data(
@@ -133,7 +133,8 @@ def _data(
         if digest is None:
             raise ValueError(f"there is no prepared data at {prepared!r}")
         sources["data"] = digest
-        return [_pinned("prepare", "prepare: as it lies there", place)], list(tasks) or ["test"]
+        made = _pinned("prepare", "prepare: as it lies there", place, digest)
+        return [made], list(tasks) or ["test"]
     files = [Path(task) for task in tasks]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
@@ -153,14 +154,9 @@ def _data(
     (folder,) = folders
     lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     lines.append(str(content_digest(str(folder / PrepareConfig().images))))
-    config = TaskConfig(
-        splits=splits,
-        template="auto",
-        context=CONTEXT,
-        max_quarantined=0,
-        digest=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-    )
-    made = Stage(
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    config = TaskConfig(splits=splits, template="auto", context=CONTEXT, max_quarantined=0)
+    stage = Stage(
         name="prepare",
         title="prepare: task files to questions",
         body=prepare,
@@ -168,22 +164,31 @@ def _data(
         config=config,
         needs={"data": "files", "base": "base"},
     )
-    return [_pinned("files", "files: the tasks", str(folder)), made], list(splits)
+    return [_pinned("files", "files: the tasks", str(folder), digest), stage], list(splits)
 
 
-def _pinned(name: str, title: str, place: str) -> Stage:
+def _pinned(name: str, title: str, place: str, digest: str) -> Stage:
     """A stage whose files are there; its body is never run."""
-    root = open_store(place).root
     return Stage(
-        name=name, title=title, body=base, version=BASE_VERSION, config=Config(), pinned=root
+        name=name,
+        title=title,
+        body=base,
+        version=BASE_VERSION,
+        config=Config(),
+        pinned=open_store(place).root,
+        digest=digest,
     )
 
 
 def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:
+    """An arm a method, each checked as far as this machine knows the checkpoint."""
+    config = _read_config(checkpoint)
     arms: dict[str, ArmConfig] = {}
     for text in methods:
-        written = _own_method(checkpoint) if text == "own" else text
+        written = _own_method(checkpoint, config) if text == "own" else text
         method = parse_method(written)
+        if method.method is not None:
+            adsc.peers.check_name(method.method.name)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", written)
         arms[name] = ArmConfig(
             name=name,
@@ -192,14 +197,57 @@ def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:
             plan=method.plan,
             method=method.method,
         )
+    if config is not None:
+        _check_fit(arms.values(), config)
     return list(arms.values())
 
 
-def _own_method(checkpoint: str) -> str:
+def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
+    """Attach every method to the model without weights, before any stage runs.
+
+    Raises:
+        ValueError: one doesn't fit: a layer that isn't there, a budget out of reach.
+    """
+    try:
+        known = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(known, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError):
+        return  # code that only workers load may know this kind of model
+    try:
+        for method in methods:
+            adsc.attach(model, build_method(method, model))
+    except adsc.UnsupportedModel as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_config(checkpoint: str) -> dict[str, Any] | None:
+    """The checkpoint's config.json; None where that can't be read from here."""
+    if _is_hub_id(checkpoint):
+        try:
+            found = cached_file(checkpoint, "config.json")
+        except (OSError, ValueError):  # offline, or the hub has no such model
+            return None
+        data: bytes | None = Path(str(found)).read_bytes()
+    elif checkpoint.startswith("package://"):
+        data = (resolve(checkpoint) / "config.json").read_bytes()
+    else:
+        data = open_store(checkpoint).read("config.json")
+    return None if data is None else dict(json.loads(data))
+
+
+def _is_hub_id(checkpoint: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)) and not Path(checkpoint).exists()
+
+
+def _own_method(checkpoint: str, config: dict[str, Any] | None) -> str:
     """The plan that travels in a checkpoint's config, as a method is written."""
-    place = checkpoint if "s3://" in checkpoint else str(resolve(checkpoint))
-    config = open_store(place).read("config.json")
-    plan = json.loads(config).get("adsc") if config else None
+    if config is None:
+        raise ValueError(
+            f"the config of {checkpoint!r} can't be read from here, so its own plan isn't known: "
+            "name what it runs with, such as --methods dense plan:2:1/4"
+        )
+    plan = config.get("adsc")
     if plan is not None and "method" in plan:
         raise ValueError(
             f"{checkpoint} runs with the peer {plan['method']!r}: name it with its layer "

@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
 from adsc.attach import base_model
 from adsc.families import find_family
-from adsc.method import Budget, Method
+from adsc.method import Budget, Method, as_fraction
 from adsc.peers import (
     dart,
     divprune,
@@ -74,10 +73,7 @@ def make(
 
     >>> method = make("fastv", model, average=7)  # doctest: +SKIP
     """
-    if name not in _FIT:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise PlanError(f"method {name!r} is unknown{hint}; choose one of {', '.join(NAMES)}")
+    check_name(name)
     fit = _FIT[name]
     known = [option for option in inspect.signature(fit).parameters if option != "budget"]
     if unknown := sorted(set(options) - set(known)):
@@ -89,10 +85,10 @@ def make(
     if num_vision_tokens is None:
         num_vision_tokens = image_cost(base.config, ImageInput()).tokens
     budget = Budget(
-        average=_fraction("average", average),
+        average=as_fraction("average", average),
         tokens=num_vision_tokens,
         layers=len(family.decoder(inner).layers),
-        tolerance=_fraction("tolerance", tolerance),
+        tolerance=as_fraction("tolerance", tolerance),
         first=family.first_layer(base.config),
         axes=family.axes,
     )
@@ -115,8 +111,9 @@ def make(
     return method
 
 
-def _fraction(name: str, value: object) -> Fraction:
-    try:
-        return Fraction(value).limit_denominator(10**6)  # type: ignore[call-overload]
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-        raise PlanError(f"{name} {value!r} is not a number") from None
+def check_name(name: str) -> None:
+    """Raise PlanError if there is no such method."""
+    if name not in _FIT:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise PlanError(f"method {name!r} is unknown{hint}; choose one of {', '.join(NAMES)}")

@@ -15,10 +15,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from adsc.choice import top
-from adsc.method import Budget, Method, Selection
+from adsc.method import Budget, Method, Selection, as_layers
 from adsc.peers.attention import BOTH_WAYS, WHY
 from adsc.peers.fastv import last_attention
-from adsc.plan import PlanError
 
 if TYPE_CHECKING:
     from adsc.choice import Scene
@@ -56,10 +55,9 @@ class PyramidDrop(Method):
             half = Fraction(1, 2)
             best = min(each, key=lambda stages: abs(stages[0][1] - half) if stages else 0)
             return cls(stages=best, positions=positions)
-        if isinstance(layers, str) or not layers:
-            raise PlanError(f"layers {layers!r} must be 'quarters', 'earlier' or layer numbers")
-        cls.check_earliest(layers)
-        return cls(stages=_stages(budget, tuple(layers)), positions=positions)
+        numbers = as_layers(layers, "'quarters', 'earlier' or ")
+        cls.check_earliest(numbers)
+        return cls(stages=_stages(budget, numbers), positions=positions)
 
     def choose(self, scene: Scene, stage: int) -> list[Selection]:
         chosen = []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from adsc.choice import top
-from adsc.method import Budget, Method, Selection
+from adsc.method import Budget, Method, Selection, as_layers
 from adsc.peers.attention import BOTH_WAYS, WHY, probabilities
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class SparseVLM(Method):
             for at in LAYERS:
                 layers.append(max(round(at * budget.layers / OF), least))
                 least = layers[-1] + 1
+        layers = as_layers(layers)
         cls.check_earliest(layers)
         shares = [SCHEDULE[min(i, 2)] for i in range(len(layers))]
         # x = 1 keeps everything, 1/2 the published counts, 0 nothing.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from adsc.families import Family, UnsupportedModel, VisionTokenError
-from adsc.method import Budget, Method, MethodHook, Selection
+from adsc.method import Budget, Method, MethodHook, Selection, as_fraction
 from adsc.peers.attention import looking
 from adsc.plan import PlanError
 from adsc.vision_cost import anyres_grid, llava_projector
@@ -89,7 +89,8 @@ class VisionZip(Method):
         positions: str | None = None,
     ) -> VisionZip:
         positions = budget.positions(positions, "reindex")
-        return cls(stages=budget.cut(0), positions=positions, contextual=Fraction(contextual))
+        share = as_fraction("contextual", contextual)
+        return cls(stages=budget.cut(0), positions=positions, contextual=share)
 
     def check_family(self, family: Family) -> None:
         if family.model_type not in ("llava", "llava_next", "qwen2_5_vl"):

@@ -1,5 +1,7 @@
 """Config of data preparation, apart from the stage: whoever names it loads nothing else."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from pipeline.config import ADDED, Config
@@ -9,6 +11,9 @@ from pipeline.data.pictures import PictureLimits
 
 class PrepareConfig(Config):
     """What is read, how it is rendered, and how much may be bad."""
+
+    unique: ClassVar[bool] = True
+    """Whether a record that was there before is set aside; nothing that a training can change."""
 
     splits: dict[str, str | dict[str, Source]] = {"train": "train.json", "test": "test.json"}
     """Name of a split -> its records: a file, glob or folder (JSON list, JSON Lines, Parquet,

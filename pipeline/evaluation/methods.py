@@ -92,7 +92,14 @@ def parse_method(text: str) -> MethodConfig:
             f"{text!r} is not a method: write dense, plan:2:1/4,4:1/4 (layer:share), or a peer "
             "with its layer average and options, fastv:22 or fastv:22,layer=3"
         )
-    named = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options)}
+    try:
+        pairs = (option.partition("=") for option in options)
+        named = {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError:
+        raise MethodError(
+            f"the options of {text!r} can't be read: write them as in fastv:22,layer=3 or "
+            "pyramiddrop:22,layers=[1,2,4]"
+        ) from None
     return MethodConfig(method=PeerConfig(name=name, average=budget, options=named))
 
 

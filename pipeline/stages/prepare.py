@@ -227,11 +227,13 @@ def _write_split(
         done += table.num_rows
         found = table["reason"].to_pylist()
         for row, key in enumerate(table["key"].to_pylist()):
-            if found[row] is None and any(key in keys for keys in earlier):
+            if found[row] is not None or not work.config.unique:
+                continue
+            if any(key in keys for keys in earlier):
                 found[row] = "leak"
-            elif found[row] is None and key in own:
+            elif key in own:
                 found[row] = "duplicate"
-            elif found[row] is None:
+            else:
                 own.add(key)
         for name, reason in zip(table["source"].to_pylist(), found, strict=True):
             per_source[name].update(("in", reason or "out"))

@@ -40,7 +40,7 @@ class ReportConfig(Config):
     """Longest side of a picture in pixels."""
 
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 """To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
@@ -127,18 +127,19 @@ def finding(results: Results) -> str:
     """What the run found, in a sentence that follows the intervals wherever they point."""
     arm, control = results.compressed, results.control
     if arm is None:
-        return "No arm of this run has a plan, so it says nothing about compression."
+        return "No arm of this run drops vision tokens, so it says nothing about compression."
     saved = (
         f"With {percent(arm.reduction)} fewer vision tokens (layer average "
         f"{arm.average_vision_tokens:.1f} of {results.num_vision_tokens}), "
         f"{less(arm.flops_reduction, 'fewer')} FLOPs and {less(arm.kv_reduction)} KV cache, the "
-        f"{'trained' if arm.trained else 'untrained'} plan answers "
+        f"{'trained' if arm.trained else 'untrained'} {arm.plan if arm.peer else 'plan'} answers "
         f"{percent(arm.accuracy.mean)} of the questions right"
     )
     if control is None or control is arm:
         return f"{saved}; there is no dense control to compare it with."
-    against = f"{saved}, the dense control {percent(control.accuracy.mean)}"
-    return f"{against}: {_verdict(arm, control, results.num_questions)}."
+    other = f"control {control.label}" if control.plan else "dense control"
+    verdict = _verdict(arm, control, results.num_questions)
+    return f"{saved}, the {other} {percent(control.accuracy.mean)}: {verdict}."
 
 
 def remarks(results: Results) -> list[str]:
@@ -152,9 +153,11 @@ def remarks(results: Results) -> list[str]:
         gain = 100 * (arm.accuracy.mean - untrained.accuracy.mean)
         clear = "the intervals overlap" if _overlap(arm, untrained) else "the intervals are apart"
         word = "more" if gain >= 0 else "fewer"
+        method = arm.plan if arm.peer else "its plan"
+        same = arm.plan if arm.peer else "the same plan"
         said.append(
-            f"Trained with its plan, the model answers {abs(gain):.1f} points {word} than the "
-            f"untrained base under the same plan; {clear}."
+            f"Trained with {method}, the model answers {abs(gain):.1f} points {word} than the "
+            f"untrained base under {same}; {clear}."
         )
     if arm and control and control is not arm:
         fast = control.prefill_ms.median / arm.prefill_ms.median

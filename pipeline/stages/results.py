@@ -147,13 +147,15 @@ class Results(_Part):
     @property
     def compressed(self) -> Arm | None:
         """The arm that the finding is about: trained with a plan, the heaviest if there are
-        more. Where nothing was trained, of the untrained."""
-        plans = [arm for arm in self.arms if arm.plan and not arm.peer]
-        arms = [arm for arm in plans if arm.trained] or plans
+        more. Where no plan was trained, of the trained peers; else of all that drop tokens."""
+        arms = [arm for arm in self.arms if arm.plan]
+        arms = [arm for arm in arms if arm.trained] or arms
+        if any(arm.trained for arm in arms):
+            arms = [arm for arm in arms if not arm.peer] or arms
         return max(arms, key=lambda arm: arm.reduction, default=None)
 
     @property
     def control(self) -> Arm | None:
         """What the others are compared with: the dense model, trained in the same way where
-        anything was trained."""
+        anything was trained; without one, another arm."""
         return next((arm for arm in self.arms if arm.name == self.control_arm), None)

@@ -10,7 +10,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 TEMPORARY = ".tmp-"
@@ -44,6 +44,8 @@ class Entry:
 
     key: str
     size: int
+    version: str = field(default="", compare=False)
+    """What changes when the object is written again, as far as a listing tells; else empty."""
 
 
 class Store(ABC):

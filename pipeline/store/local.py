@@ -90,7 +90,7 @@ class LocalStore(Store):
     def list(self, prefix: str) -> list[Entry]:
         return sorted(
             (
-                Entry(key=path.relative_to(self.folder).as_posix(), size=path.stat().st_size)
+                _entry(path, self.folder)
                 for path in self.local(prefix).rglob("*")
                 if path.is_file() and not path.name.startswith((TEMPORARY, ".lock"))
             ),
@@ -123,6 +123,12 @@ class LocalStore(Store):
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _entry(path: Path, folder: Path) -> Entry:
+    found = path.stat()
+    key = path.relative_to(folder).as_posix()
+    return Entry(key=key, size=found.st_size, version=str(found.st_mtime_ns))
 
 
 def _version(data: bytes) -> str:

@@ -65,7 +65,10 @@ class ReadOnlyStore(Store):
         with self._explained():
             found = self._system.find(self._at(prefix) if prefix else self._path, detail=True)
         start = len(self._path.rstrip("/")) + 1
-        return [Entry(key=name[start:], size=it["size"]) for name, it in sorted(found.items())]
+        return [
+            Entry(key=name[start:], size=it["size"], version=_version(it))
+            for name, it in sorted(found.items())
+        ]
 
     def _get(self, key: str, path: Path, progress: Progress | None = None) -> None:
         with self._explained():
@@ -107,3 +110,9 @@ class ReadOnlyStore(Store):
             raise StoreError(
                 f"can't read {redact(self.root)}: {type(error).__name__}: {redact(str(error))}"
             ) from error
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes with the content, under the names that systems have for it."""
+    names = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified")
+    return next((str(info[name]) for name in names if info.get(name)), "")

@@ -132,7 +132,7 @@ class S3Store(Store):
             )
             start = len(self.prefix) + 1 if self.prefix else 0
             entries += [
-                Entry(key=item["Key"][start:], size=item["Size"])
+                Entry(key=item["Key"][start:], size=item["Size"], version=item.get("ETag", ""))
                 for item in page.get("Contents", ())
                 if not item["Key"].endswith("/")  # "folders" that consoles make
             ]

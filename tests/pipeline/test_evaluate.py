@@ -243,6 +243,11 @@ def test_what_is_no_method_is_refused(text: str) -> None:
         parse_method(text)
 
 
+def test_options_that_are_no_yaml_are_named_with_their_method() -> None:
+    with pytest.raises(MethodError, match=r"the options of 'fastv:22,layer=\[' can't be read"):
+        parse_method("fastv:22,layer=[")
+
+
 def test_answers_do_not_depend_on_the_batch(small: Small, merged: Path) -> None:
     questions = Questions(small.prepared / "test").load(range(12))
     model = adsc.from_pretrained(merged).eval()

@@ -153,6 +153,8 @@ def test_a_pin_is_an_identity_of_its_own() -> None:
     assert changed(pinned) == {"make", "double", "square", "total"}
     edited = dataclasses.replace(pinned[-1], config=toy.Toy(log="other"), pinned="/data/made/")
     assert fingerprints(pinned) == fingerprints([*rest, edited])
+    other = [*rest, dataclasses.replace(edited, digest="of other files")]
+    assert fingerprints(pinned)["total"] != fingerprints(other)["total"]
 
 
 def test_the_same_in_another_process() -> None:

@@ -209,6 +209,43 @@ def test_the_finding_follows_the_intervals(
     assert "With 54.7 % fewer vision tokens (layer average 29.0 of 64)" in sentence
 
 
+def as_evaluated(*arms: dict[str, Any]) -> dict[str, Any]:
+    """Untrained arms of `adsc eval`; the first is the control."""
+    return made_up() | {"arms": list(arms), "control_arm": arms[0]["name"], "samples": []}
+
+
+def peer(name: str, plan: str, mean: float) -> dict[str, Any]:
+    return arm(name, name, plan, False, mean) | {"peer": True, "plan": name}
+
+
+def test_the_finding_is_about_the_heaviest_arm_be_it_a_peer(tmp_path: Path) -> None:
+    peers = [peer("fastv:32", "2:1/3", 0.9), peer("divprune:16", "0:1/4", 0.8)]
+    data = as_evaluated(arm("dense", "dense", "", False, 0.93), *peers)
+    sentence = finding(Results.read(write(data, tmp_path) / "results.json"))
+    assert "(layer average 16.0 of 64)" in sentence
+    assert "the untrained divprune:16 answers 80.0 % of the questions right" in sentence
+    assert "the dense control 93.0 %" in sentence
+    lighter = arm("plan", "plan", "2:1/2", False, 0.9)
+    data = as_evaluated(arm("dense", "dense", "", False, 0.93), lighter, *peers)
+    assert "divprune:16" in finding(Results.read(write(data, tmp_path) / "results.json"))
+
+
+def test_a_trained_plan_stays_the_finding_beside_heavier_trained_peers(tmp_path: Path) -> None:
+    data = made_up()
+    data["arms"].append(peer("divprune:4", "0:1/16", 0.5) | {"trained": True})
+    sentence = finding(Results.read(write(data, tmp_path) / "results.json"))
+    assert "the trained plan answers 90.5 %" in sentence
+
+
+def test_a_control_that_is_not_dense_is_called_by_its_label(tmp_path: Path) -> None:
+    data = as_evaluated(peer("fastv:32", "2:1/3", 0.9), arm("plan", PLAN, PLAN, False, 0.88))
+    sentence = finding(Results.read(write(data, tmp_path) / "results.json"))
+    assert "the control fastv:32 90.0 %" in sentence and "dense" not in sentence
+    text = " ".join(Reader(page(data, tmp_path)).text.split())
+    assert "the same questions to fastv:32; an interval" in text
+    assert "the dense model trained in the same way" not in text
+
+
 def test_remarks_are_honest(tmp_path: Path) -> None:
     data = made_up()
     said = " ".join(remarks(Results.read(write(data, tmp_path) / "results.json")))

@@ -50,6 +50,23 @@ def test_list_is_by_folder(store: Store) -> None:
     assert store.list("nothing") == []
 
 
+def test_a_listing_tells_that_an_object_of_the_same_size_was_written_again(store: Store) -> None:
+    version = store.create("a", b"1")
+    before = store.list("")[0].version
+    assert store.list("")[0].version == before != ""
+    assert store.replace("a", b"2", version or "")
+    assert store.list("")[0].version != before
+
+
+def test_a_listing_through_fsspec_tells_it_too(tmp_path: Path) -> None:
+    versions = set()
+    for text, changed in (("1", 100), ("2", 200)):
+        (tmp_path / "a").write_text(text)
+        os.utime(tmp_path / "a", (changed, changed))
+        versions.add(open_store(f"local://{tmp_path}").list("")[0].version)
+    assert len(versions) == 2
+
+
 def test_more_than_one_page(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.store.s3._PAGE", 3)
     for number in range(8):

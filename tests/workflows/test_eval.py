@@ -2,16 +2,23 @@
 
 import json
 import shutil
+import uuid
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 import adsc
+from pipeline.graph import fingerprints
+from pipeline.stage import Input
+from pipeline.stages.base import resolve
+from pipeline.store import open_store
 from tests.small import Small
 from workflows.cli import main
 from workflows.evaluation import content_digest, evaluation_stages
 
+TINY = "package://workflows/assets/tiny_base"
 PLAN = "1:1/2,2:1/4"
 QUICK = ["--max-new-tokens", "3", "--batch-size", "16"]
 
@@ -69,6 +76,26 @@ def test_the_same_command_again_only_prints(
     assert f"{PLAN} " in printed and "report: " in printed
 
 
+def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path) -> None:
+    """As POPE's three files, which share the positive half."""
+    first, second = json.loads((small.pictures / "test.json").read_text())[:2]
+    shutil.copytree(small.pictures / "images", tmp_path / "images")
+    for name, records in (("random", [first, first]), ("popular", [first, second])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    tasks = [str(tmp_path / "random.json"), str(tmp_path / "popular.json")]
+    assert main(
+        ["eval", str(small.base), "--tasks", *tasks, "--methods", "dense",
+         "--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *QUICK]
+    ) == 0  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["num_questions"] == 2 * 8 + 2 * 8
+    answers = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    asked = Counter((row["split"], row["record"]) for row in answers)
+    assert asked == {("random", first["id"]): 16} | {
+        ("popular", record["id"]): 8 for record in (first, second)
+    }
+
+
 @pytest.mark.slow
 def test_changed_files_are_other_inputs(small: Small, tmp_path: Path) -> None:
     shutil.copytree(small.base, tmp_path / "base")
@@ -77,6 +104,35 @@ def test_changed_files_are_other_inputs(small: Small, tmp_path: Path) -> None:
     (tmp_path / "base" / "config.json").touch()
     assert content_digest(str(tmp_path / "base")) != before
     assert content_digest(str(tmp_path / "absent")) is None
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_replaced_checkpoint_on_s3_is_fetched_again(
+    s3_endpoint: str, tmp_path: Path, manifest: bool
+) -> None:
+    """By its manifest; without one, by the ETags of files that kept their names and sizes."""
+    address = f"s3://lab/{uuid.uuid4().hex}"
+    config = (resolve(TINY) / "config.json").read_bytes()
+
+    def fetched(weights: str) -> tuple[str, str]:
+        checkpoint = tmp_path / weights
+        checkpoint.mkdir()
+        (checkpoint / "config.json").write_bytes(config)
+        (checkpoint / "model.safetensors").write_text(weights)
+        if manifest:
+            (checkpoint / "manifest.json").write_text(json.dumps(weights))
+        for file in checkpoint.iterdir():
+            open_store(address).put(file, file.name)
+        stages = evaluation_stages(address, ["dense"], data=str(Path(__file__).parent))
+        prints = fingerprints(stages)
+        record = stages[0].finished(open_store(str(tmp_path)), prints["base"])
+        assert record is not None
+        copy = Input(record, cache=str(tmp_path / "cache")).folder
+        return (copy / "model.safetensors").read_text(), prints["evaluate"]
+
+    before, first = fetched("old")
+    after, second = fetched("new")
+    assert (before, after) == ("old", "new") and first != second
 
 
 @pytest.mark.parametrize(
@@ -88,6 +144,11 @@ def test_changed_files_are_other_inputs(small: Small, tmp_path: Path) -> None:
         (["BASE", "--data", "absent"], "there is no prepared data at 'absent'"),
         (["BASE", "--tasks", "T", "--methods", "fastv"], "'fastv' is not a method"),
         (["BASE", "--tasks", "T", "--methods", "plan:2:1/4,2:1/2"], "2"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "plan:9:1/4"], "layers 0..3"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "fatsv:22"], "did you mean fastv?"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "fastv:2"], "fastv can't average 2 of"),
+        (["BASE", "--tasks", "T", "--methods", "dense", "pool:1000"], "average 1000.0 must be"),
+        (["BASE", "--tasks", "T", "--methods", "fastv:22,layer=["], "'fastv:22,layer=['"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
@@ -106,11 +167,59 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
 
 def test_a_checkpoint_that_ships_in_a_package_is_a_base() -> None:
     stages = evaluation_stages(
-        "package://workflows/assets/tiny_base",
-        ["own", "fastv:22,layer=3"],
+        TINY,
+        ["own", "fastv:22,layer=2"],
         data=str(Path(__file__).parent),
     )
     evaluate = next(stage for stage in stages if stage.name == "evaluate")
     arms = evaluate.config.model_dump()["arms"]
-    assert [arm["name"] for arm in arms] == ["dense", "fastv-22-layer-3"]
-    assert arms[1]["method"] == {"name": "fastv", "average": 22, "options": {"layer": 3}}
+    assert [arm["name"] for arm in arms] == ["dense", "fastv-22-layer-2"]
+    assert arms[1]["method"] == {"name": "fastv", "average": 22, "options": {"layer": 2}}
+
+
+HUB_ID = "owner/compressed"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of HUB_ID in a local cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--owner--compressed"
+    snapshot = model / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def hub_arms(*methods: str) -> list[str]:
+    stages = evaluation_stages(HUB_ID, methods, data=str(Path(__file__).parent))
+    evaluate = next(stage for stage in stages if stage.name == "evaluate")
+    return [arm["label"] for arm in evaluate.config.model_dump()["arms"]]
+
+
+def test_own_is_the_plan_in_the_config_of_a_hub_id(hub: Path) -> None:
+    config = json.loads((resolve(TINY) / "config.json").read_text())
+    config["adsc"] = adsc.PruningPlan.parse(PLAN).to_dict()
+    (hub / "config.json").write_text(json.dumps(config))
+    assert hub_arms("own") == [PLAN]
+
+
+def test_own_of_a_hub_id_without_a_readable_config_is_refused(hub: Path) -> None:
+    with pytest.raises(ValueError, match=r"'owner/compressed' can't be read from here.*--methods"):
+        hub_arms("own")
+    assert hub_arms("dense", "fastv:22") == ["dense", "fastv:22"]
+    with pytest.raises(ValueError, match=r"did you mean fastv\?"):
+        hub_arms("dense", "fatsv:22")
+
+
+def test_nobody_is_asked_whether_a_checkpoint_may_run_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask where a known config names a module for a model that it lacks."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
+    config = {"model_type": "llama", "auto_map": {"AutoModelForImageTextToText": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    evaluation_stages(str(tmp_path), ["dense"], data=str(Path(__file__).parent))
+    assert not asked
