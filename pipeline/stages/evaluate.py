@@ -173,6 +173,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         [scene for questions in splits.values() for scene in questions.scenes()],
         scored,
         measured,
+        splits=[split for split, size in sizes.items() for _ in range(size)],
         workflow=ctx.run.workflow,
         commit=ctx.run.commit,
         config={"evaluate": config.model_dump(mode="json")} | _training(ctx),
@@ -207,6 +208,7 @@ def results(
     scenes: Sequence[str],
     scored: dict[str, Scored],
     measured: dict[str, Any],
+    splits: Sequence[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
     """What results.json holds (pipeline/stages/results.py), however the answers were made.
@@ -215,6 +217,7 @@ def results(
         scenes: what each question is about (`Questions.scenes`).
         scored: by arm.
         measured: as measure_and_count gives it, its methods by what they run with.
+        splits: of each question, where there are several.
         more: the remaining fields.
     """
     return {
@@ -227,7 +230,7 @@ def results(
         "prefill_batch": measured["batch"],
         "decode_tokens": evaluated.decode_tokens,
         **{name: measured[name] for name in _SHAPE},
-        "arms": _table(evaluated, asked, scenes, scored, measured),
+        "arms": _table(evaluated, asked, scenes, scored, measured, splits),
         **more,
     }
 
@@ -366,9 +369,12 @@ def _table(
     scenes: Sequence[str],
     scored: dict[str, Scored],
     measured: dict[str, Any],
+    splits: Sequence[str],
 ) -> list[dict[str, Any]]:
     bootstrap = Bootstrap(scenes, config.seed)
     kinds = np.array([question.kind for question in asked])
+    tasks = np.array(splits)
+    several = list(dict.fromkeys(splits)) if len(set(splits)) > 1 else []
     rows = _rows(config.arms)
     scores = {row.name: np.stack([scored[arm.name].scores for arm in row.arms]) for row in rows}
     control = next((row for row in rows if row.name == config.control), None)
@@ -392,6 +398,7 @@ def _table(
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
                 },
+                "by_split": {task: bootstrap.mean(own, tasks == task) for task in several},
                 "difference": other
                 and bootstrap.difference(other.own, other.control, same_seeds=other.same_seeds),
                 "retention": kept and kept["mean"],

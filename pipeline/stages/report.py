@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pipeline.stage import Input, StageContext
 
 TEMPLATE = Path(__file__).with_name("report.html")
-KINDS_ACROSS = 6
-"""Kinds of questions in one table, side by side."""
+ACROSS = 6
+"""Tasks, or kinds of questions, in one table side by side."""
 
 
 class ReportConfig(Config):
@@ -66,6 +66,10 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     return {"finding": sentence, "html": "report.html", "png": "report.png"}
 
 
+def _across(names: list[str]) -> list[list[str]]:
+    return [names[i : i + ACROSS] for i in range(0, len(names), ACROSS)]
+
+
 def render(
     results: Results, folder: Path, config: ReportConfig, search: Input | None = None
 ) -> str:
@@ -77,6 +81,7 @@ def render(
     )
     environment.filters |= {"percent": percent, "points": points, "less": less}
     kinds = list(results.majority.by_kind)
+    tasks = list(results.arms[0].by_split) if results.arms else []
     rows = len(kinds) * max(2, len(results.arms)) * 0.13
     tall = max(2.9, 1.1 + 0.36 * len(results.arms))
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -88,7 +93,14 @@ def render(
         peak=figures.bytes_unit(max((a.peak_memory_bytes or 0 for a in results.arms), default=1)),
         colours=[figures.style_of(index)[0] for index in range(len(results.arms))],
         numbered=figures.numbered(results),
-        kinds=[kinds[i : i + KINDS_ACROSS] for i in range(0, len(kinds), KINDS_ACROSS)],
+        tables=[
+            (
+                "By task",
+                "by_split",
+                _across(tasks),
+            ),
+            ("By kind of question", "by_kind", _across(kinds)),
+        ],
         figures=[
             (
                 figures.svg(figures.accuracy, results, tall),

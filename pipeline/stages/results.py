@@ -64,6 +64,8 @@ class Arm(_Part):
     trained: bool
     accuracy: Interval
     by_kind: dict[str, Interval]
+    by_split: dict[str, Interval] = {}
+    """Of every split, or task file, where there are several."""
     difference: Interval | None = None
     retention: float | None = None
     retention_interval: Interval | None = None

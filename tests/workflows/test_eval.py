@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -94,6 +95,14 @@ def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path)
     assert asked == {("random", first["id"]): 16} | {
         ("popular", record["id"]): 8 for record in (first, second)
     }
+    by_task = {
+        task: float(np.mean([row["score"] for row in answers if row["split"] == task]))
+        for task in ("random", "popular")
+    }
+    (arm,) = results["arms"]
+    assert {task: share["mean"] for task, share in arm["by_split"].items()} == by_task
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>By task</h2>" in page and "<th>random</th><th>popular</th>" in page
 
 
 @pytest.mark.slow
