@@ -323,8 +323,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     # What is printed as JSON goes to a program: people read progress on the other stream.
     console = Console(stderr=True, width=200) if options.json else terminal.console()
-    context = dataclasses.replace(_context(options), setup="workflows.stamps_tower.register")
-    return eval_cli.run(options, context, console)
+    return eval_cli.run(options, _context(options), console)
 
 
 def _search(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ it only prints. Public benchmarks are lmms-eval's (docs/evaluation.md), not this
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace, context: RunContext, console: Console) -> i
     """Run the stages, print the table or the JSON, copy what was asked for."""
     from pipeline import graph
     from pipeline.stage import Input
-    from workflows.evaluation import evaluation_stages
+    from workflows.evaluation import evaluation_stages, setup_for
 
     stages = evaluation_stages(
         options.checkpoint,
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace, context: RunContext, console: Console) -> i
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
+    context = dataclasses.replace(context, setup=setup_for(options.checkpoint))
     found = graph.run(stages, context, console)
     evaluated, reported = Input(found["evaluate"]), Input(found["report"])
     results = json.loads((evaluated.folder / "results.json").read_text())

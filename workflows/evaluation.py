@@ -28,6 +28,10 @@ from pipeline.store import open_store
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length
 
 
+TOWERS = {"efficientnet_lite0": "workflows.stamps_tower.register"}
+"""Vision towers that transformers doesn't have, and what tells them to a process."""
+
+
 class TaskConfig(PrepareConfig):
     """Preparation of task files. Their questions may repeat: benchmarks' files share some, and
     nothing is learnt from them."""
@@ -55,9 +59,8 @@ def evaluation_stages(
     Raises:
         ValueError: what doesn't exist, or can't be told apart.
     """
-    sources: dict[str, str] = {}
-    source = _checkpoint(checkpoint, sources)
-    made, splits = _data(data, tasks, sources)
+    source = _checkpoint(checkpoint)
+    made, splits = _data(data, tasks)
     arms = _arms(methods, checkpoint)
     config = EvaluateConfig(
         title=f"Evaluation of {checkpoint.rstrip('/').rpartition('/')[2]}",
@@ -65,7 +68,6 @@ def evaluation_stages(
         arms=tuple(arms),
         control=next((arm.name for arm in arms if not arm.runs_with), arms[0].name),
         splits=tuple(splits),
-        sources=sources,
         **settings,
     )
     return [
@@ -90,6 +92,13 @@ def evaluation_stages(
     ]
 
 
+def setup_for(checkpoint: str) -> str | None:
+    """What Ray's processes call first, as a run's do (`Workflow.setup`); None where transformers
+    knows the checkpoint's tower."""
+    vision = (_read_config(checkpoint) or {}).get("vision_config") or {}
+    return TOWERS.get(vision.get("model_type", ""))
+
+
 def content_digest(place: str) -> str | None:
     """A digest of what lies in a folder or on S3; None if there is nothing.
 
@@ -103,7 +112,7 @@ def content_digest(place: str) -> str | None:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
 
-def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
+def _checkpoint(source: str) -> Stage:
     if source.startswith("package://") or _is_hub_id(source):
         return Stage(
             name="base",
@@ -117,13 +126,10 @@ def _checkpoint(source: str, sources: dict[str, str]) -> Stage:
             f"there is no checkpoint at {source!r}: a config.json should lie there; "
             "`adsc show demo export --path` prints a place"
         )
-    sources["base"] = str(content_digest(source))
-    return _pinned("base", "base: the checkpoint", source, sources["base"])
+    return _pinned("base", "base: the checkpoint", source, str(content_digest(source)))
 
 
-def _data(
-    prepared: str | None, tasks: Sequence[str], sources: dict[str, str]
-) -> tuple[list[Stage], list[str]]:
+def _data(prepared: str | None, tasks: Sequence[str]) -> tuple[list[Stage], list[str]]:
     """The stages that make the questions, and the splits to ask."""
     if prepared is not None:
         # Of an attempt's folder, which `adsc show` prints, the stage's folder knows more.
@@ -132,7 +138,6 @@ def _data(
         digest = content_digest(prepared)
         if digest is None:
             raise ValueError(f"there is no prepared data at {prepared!r}")
-        sources["data"] = digest
         made = _pinned("prepare", "prepare: as it lies there", place, digest)
         return [made], list(tasks) or ["test"]
     files = [Path(task) for task in tasks]

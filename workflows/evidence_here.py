@@ -470,12 +470,13 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
     folders: dict[str, Path] = {}
     for budget in config.budgets:
         said, commits = _replies(config, out, budget)
-        if not said:
-            log.warning("%s is left out: none of its arms has been run", budget.label)
-            continue
         asked = evaluated(config, budget)
+        there = tuple(arm for arm in asked.arms if arm.name in said)
+        if not any(arm.runs_with for arm in there):
+            log.warning("%s is left out: none of its own arms has been run", budget.label)
+            continue
         made = results(
-            asked.model_copy(update={"arms": tuple(arm for arm in asked.arms if arm.name in said)}),
+            asked.model_copy(update={"arms": there}),
             questions.asked,
             scenes,
             {name: _scored(own) for name, own in said.items()},
@@ -493,7 +494,8 @@ def _write_results(config: EvidenceConfig, out: Path) -> None:
         page = out / f"report-{budget.name}"
         shutil.rmtree(page, ignore_errors=True)
         report(_context(page, evaluate=folder), ReportConfig())
-    write_summary(folders, out)
+    if folders:
+        write_summary(folders, out)
     if config.control_splits:
         _write_controls(config, out, share_right(questions.asked, guesses))
 

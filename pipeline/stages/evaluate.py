@@ -94,8 +94,6 @@ class EvaluateConfig(Config):
     """Pictures shown in the report with every arm's answers."""
     seed: int = 0
     """Seed of the bootstrap; a compression puts its training's seed here."""
-    sources: dict[str, str] = {}
-    """Digests of inputs that are known by their place alone: changed files are another run."""
 
     @model_validator(mode="after")
     def _arms_make_rows(self) -> Self:

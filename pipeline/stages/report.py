@@ -94,11 +94,7 @@ def render(
         colours=[figures.style_of(index)[0] for index in range(len(results.arms))],
         numbered=figures.numbered(results),
         tables=[
-            (
-                "By task",
-                "by_split",
-                _across(tasks),
-            ),
+            ("By task", "by_split", _across(tasks)),
             ("By kind of question", "by_kind", _across(kinds)),
         ],
         figures=[

@@ -150,11 +150,10 @@ class Results(_Part):
     def compressed(self) -> Arm | None:
         """The arm that the finding is about: trained with a plan, the heaviest if there are
         more. Where no plan was trained, of the trained peers; else of all that drop tokens."""
-        arms = [arm for arm in self.arms if arm.plan]
-        arms = [arm for arm in arms if arm.trained] or arms
-        if any(arm.trained for arm in arms):
-            arms = [arm for arm in arms if not arm.peer] or arms
-        return max(arms, key=lambda arm: arm.reduction, default=None)
+        dropping = [arm for arm in self.arms if arm.plan]
+        trained = [arm for arm in dropping if arm.trained]
+        plans = [arm for arm in trained if not arm.peer]
+        return max(plans or trained or dropping, key=lambda arm: arm.reduction, default=None)
 
     @property
     def control(self) -> Arm | None:

@@ -133,6 +133,8 @@ def test_one_machine_runs_what_is_missing(
             assert evidence_here.run(config, tmp_path, processes=1) == 0
         return caplog.text
 
+    assert evidence_here.run(config, tmp_path, processes=1, stop_after=0) == 1
+    assert not (tmp_path / "evidence.md").exists(), "there is nothing to tell yet"
     assert "14 of 14 arms are to be run" in run()
     files = {file: file.read_text() for file in (tmp_path / "arms").iterdir()}
     assert len(files) == 14  # dense, 4 anchors and fastv untrained; 4 trained with 2 seeds each

@@ -23,6 +23,8 @@ from pipeline.identity import digest
 from pipeline.stage import RunContext, Stage
 from workflows import evidence, evidence_here, stamps_parts, stamps_scenes
 from workflows.cli import main
+from workflows.demo import BASE
+from workflows.evaluation import setup_for
 from workflows.evidence import EvidenceConfig, arms, controls
 from workflows.fashion import KINDS, FashionConfig
 from workflows.stamps import TOKENS, stamps, stamps_config
@@ -346,6 +348,12 @@ def small_config(folder: Path) -> EvidenceConfig:
     )
 
 
+def test_eval_tells_workers_of_the_tower_where_a_checkpoint_has_it(tmp_path: Path) -> None:
+    small_llava(layers=1).config.save_pretrained(tmp_path)
+    assert setup_for(str(tmp_path)) == stamps().setup
+    assert setup_for(BASE) is None
+
+
 @pytest.mark.slow
 def test_workers_of_ray_know_the_tower(tmp_path: Path) -> None:
     """A nameless function is sent by value, so that a worker imports nothing of ours for it."""
@@ -382,10 +390,8 @@ def test_the_whole_runs_on_one_machine(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["eval", base, "--tasks", str(tasks / "test.json"), "--methods", "dense", "stride:65"]
     words += ["--json", "--root", str(tmp_path / "runs"), "--mlflow", "off"]
     assert main(words) == 0
-    assert [arm["name"] for arm in json.loads(capsys.readouterr().out)["arms"]] == [
-        "dense",
-        "stride",
-    ]
+    asked = json.loads(capsys.readouterr().out)["arms"]
+    assert [arm["name"] for arm in asked] == ["dense", "stride-65"]
 
 
 def test_the_tower_computes_what_the_published_one_does() -> None:
