@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,6 @@ import adsc
 from adsc.families import UnsupportedModel
 from pipeline import graph
 from pipeline.config import edit
-from pipeline.driver import ray_for
 from pipeline.evaluation.methods import build_method
 from pipeline.identity import digest
 from pipeline.stage import RunContext, Stage
@@ -354,17 +355,23 @@ def test_eval_tells_workers_of_the_tower_where_a_checkpoint_has_it(tmp_path: Pat
     assert setup_for(BASE) is None
 
 
+TOLD = """
+import sys, ray
+from pipeline.stage import RunContext
+asked = "'efficientnet_lite0' in __import__('transformers').CONFIG_MAPPING"
+for setup in (*sys.argv[1:], None):
+    with ray_for(RunContext(root="runs", workflow="stamps", setup=setup)):
+        # A nameless function is sent by value, so that a worker imports nothing of ours for it.
+        print(ray.get(ray.remote(lambda text: eval(text)).remote(asked)))
+"""
+
+
 @pytest.mark.slow
 def test_workers_of_ray_know_the_tower(tmp_path: Path) -> None:
-    """A nameless function is sent by value, so that a worker imports nothing of ours for it."""
-    import ray
-
-    asked = "'efficientnet_lite0' in __import__('transformers').CONFIG_MAPPING"
-    for setup, known in ((stamps().setup, True), (None, False)):
-        context = RunContext(root=str(tmp_path), workflow="stamps", setup=setup)
-        with ray_for(context):
-            told = ray.remote(lambda text: eval(text))
-            assert ray.get(told.remote(asked)) is known
+    """In a process of its own: where one has a Ray already, nothing is started."""
+    words = [sys.executable, "-c", TOLD, str(stamps().setup)]
+    made = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.stdout.split() == ["True", "False"], made.stderr
 
 
 @pytest.mark.slow
