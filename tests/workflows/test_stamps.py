@@ -21,7 +21,7 @@ from pipeline import graph
 from pipeline.config import edit
 from pipeline.evaluation.methods import build_method
 from pipeline.identity import digest
-from pipeline.stage import RunContext, Stage
+from pipeline.stage import Stage
 from workflows import evidence, evidence_here, stamps_parts, stamps_scenes
 from workflows.cli import main
 from workflows.demo import BASE
@@ -357,6 +357,7 @@ def test_eval_tells_workers_of_the_tower_where_a_checkpoint_has_it(tmp_path: Pat
 
 TOLD = """
 import sys, ray
+from pipeline.driver import ray_for
 from pipeline.stage import RunContext
 asked = "'efficientnet_lite0' in __import__('transformers').CONFIG_MAPPING"
 for setup in (*sys.argv[1:], None):
