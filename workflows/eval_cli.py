@@ -1,7 +1,7 @@
 """The command `adsc eval`: its words, its table. The stages stand in workflows/evaluation.py.
 
 What was answered is kept in the store, so the same command goes on after a kill, and a second time
-it only prints. Public benchmarks are lmms-eval's (docs/evaluation.md), not this command's.
+it only prints.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ EXAMPLES = """examples:
   adsc eval CHECKPOINT --tasks questions.json --methods dense plan:2:1/4,4:1/4 fastv:22
   adsc eval CHECKPOINT --data runs/prepare-0123456789ab          (its split `test`)
   adsc eval s3://bucket/model --tasks a.json b.json --json --out results
+  adsc eval llava-hf/llava-1.5-7b-hf --tasks pope=data/pope gqa=data/gqa --limit 500 \
+      --methods dense fastv:192 plan:2:1/4,16:1/2
 
 CHECKPOINT is a folder, s3://, package://NAME/FOLDER or a hub id. A task file holds conversations
 in LLaVA's JSON; its pictures lie in `images` beside it. Methods: `own` (the checkpoint's plan),
 `dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average and options, `fastv:32,layer=3`.
+Public benchmarks are NAME=FOLDER, with their official files unpacked in the folder: gqa, vqav2,
+textvqa, vizwiz, pope, scienceqa, mme, seedbench, mmbench, mmbench_cn (docs/evaluation.md).
 """
 
 
@@ -35,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
     """The words of the command; those about cluster and store are the caller's."""
     parser.add_argument("checkpoint", help="a folder, s3://..., package://..., or a hub id")
     parser.add_argument(
-        "--tasks", nargs="+", default=[], metavar="FILE", help="task files; with --data, its splits"
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="task files, or benchmarks as NAME=FOLDER; with --data, its splits",
     )
     parser.add_argument("--data", help="the folder of a finished prepare stage, or s3://...")
     parser.add_argument(
@@ -55,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive(int), default=16, help="longest answer in tokens"
     )
+    parser.add_argument(
+        "--limit", type=positive(int), metavar="N", help="most pictures of each task, at random"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and report there")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
 
@@ -70,6 +81,7 @@ def run(options: argparse.Namespace, context: RunContext, console: Console) -> i
         options.methods,
         tasks=options.tasks,
         data=options.data,
+        limit=options.limit,
         template=options.template,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
@@ -91,7 +103,9 @@ def run(options: argparse.Namespace, context: RunContext, console: Console) -> i
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """A row a method: scores with intervals, costs and times."""
+    """A row a method: scores with intervals, costs and times; what benchmarks make of them."""
+    from pipeline.evaluation.benchmarks import BENCHMARKS
+
     title = f"{results['num_questions']} questions, {results['device']}, {results['dtype']}"
     columns = (
         "method", "right, % [95 %]", f"of {results['control_arm']}", "vision tokens", "GFLOPs",
@@ -113,3 +127,8 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             "-" if peak is None else f"{peak / 2**20:.0f}",
         )
     console.print(table)
+    for name, figures in results["benchmarks"].items():
+        own = terminal.table("method", *figures, title=BENCHMARKS[name].title)
+        for arm in results["arms"]:
+            own.add_row(arm["label"], *(f"{of[arm['name']]:.4g}" for of in figures.values()))
+        console.print(own)

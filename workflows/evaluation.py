@@ -17,6 +17,15 @@ from transformers.utils import cached_file
 
 import adsc
 from pipeline.config import Config
+from pipeline.data.mixture import Source
+from pipeline.evaluation.benchmarks import (
+    BENCHMARKS,
+    BENCHMARKS_VERSION,
+    BenchmarksConfig,
+    convert,
+    find_files,
+    root_of,
+)
 from pipeline.evaluation.methods import PLAN, MethodConfig, build_method, parse_method
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest, resolve
@@ -45,6 +54,7 @@ def evaluation_stages(
     *,
     tasks: Sequence[str] = (),
     data: str | None = None,
+    limit: int | None = None,
     **settings: Any,
 ) -> list[Stage]:
     """The stages base, (files,) prepare, evaluate and report.
@@ -52,15 +62,17 @@ def evaluation_stages(
     Args:
         checkpoint: a folder, s3://, package://NAME/FOLDER or a hub id.
         methods: as parse_method reads them, or `own`: the plan in the checkpoint's config.
-        tasks: JSON files of one folder; with `data`, the names of its splits (`test` if none).
+        tasks: JSON files of one folder, or benchmarks as NAME=FOLDER; with `data`, the names of
+            its splits (`test` if none).
         data: the folder of a finished prepare stage.
+        limit: most pictures of each task, drawn at random by a fixed seed.
         settings: further fields of EvaluateConfig.
 
     Raises:
         ValueError: what doesn't exist, or can't be told apart.
     """
     source = _checkpoint(checkpoint)
-    made, splits = _data(data, tasks)
+    made, splits, benchmarks = _data(data, tasks, limit)
     arms = _arms(methods, checkpoint)
     config = EvaluateConfig(
         title=f"Evaluation of {checkpoint.rstrip('/').rpartition('/')[2]}",
@@ -68,6 +80,7 @@ def evaluation_stages(
         arms=tuple(arms),
         control=next((arm.name for arm in arms if not arm.runs_with), arms[0].name),
         splits=tuple(splits),
+        benchmarks=tuple(benchmarks),
         **settings,
     )
     return [
@@ -129,9 +142,13 @@ def _checkpoint(source: str) -> Stage:
     return _pinned("base", "base: the checkpoint", source, str(content_digest(source)))
 
 
-def _data(prepared: str | None, tasks: Sequence[str]) -> tuple[list[Stage], list[str]]:
-    """The stages that make the questions, and the splits to ask."""
+def _data(
+    prepared: str | None, tasks: Sequence[str], limit: int | None
+) -> tuple[list[Stage], list[str], list[str]]:
+    """The stages that make the questions, the splits to ask, and which of them are benchmarks."""
     if prepared is not None:
+        if limit is not None:
+            raise ValueError("a limit is for tasks; prepared data is asked as it is")
         # Of an attempt's folder, which `adsc show` prints, the stage's folder knows more.
         home = re.sub(r"/attempts/[^/]+/?$", "", prepared)
         place = home if open_store(home).read("record.json") is not None else prepared
@@ -139,28 +156,30 @@ def _data(prepared: str | None, tasks: Sequence[str]) -> tuple[list[Stage], list
         if digest is None:
             raise ValueError(f"there is no prepared data at {prepared!r}")
         made = _pinned("prepare", "prepare: as it lies there", place, digest)
-        return [made], list(tasks) or ["test"]
-    files = [Path(task) for task in tasks]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
+        return [made], list(tasks) or ["test"], []
+    named = [task.partition("=") for task in tasks if not Path(task).is_file()]
+    if not tasks:
+        raise ValueError(
+            "no questions: give --tasks with JSON files of conversations or benchmarks "
+            "(pope=FOLDER), or --data with prepared data"
+        )
+    if missing := [name for name, sign, _ in named if not sign]:
         raise ValueError(f"there are no task files {', '.join(missing)}")
-    if not files:
-        raise ValueError(
-            "no questions: give --tasks with JSON files of conversations, or --data with prepared "
-            "data"
-        )
-    folders = {file.resolve().parent for file in files}
-    splits = {file.stem: file.name for file in files}
-    if len(folders) > 1 or len(splits) < len(files):
-        raise ValueError(
-            f"task files {', '.join(map(str, files))}: put them into one folder, under different "
-            "names; their pictures lie in `images` there"
-        )
-    (folder,) = folders
-    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
-    lines.append(str(content_digest(str(folder / PrepareConfig().images))))
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    config = TaskConfig(splits=splits, template="auto", context=CONTEXT, max_quarantined=0)
+    if named and len(named) < len(tasks):
+        raise ValueError("benchmarks and task files: ask them by two commands")
+    if named:
+        made, sources = _benchmarks([(name, Path(place)) for name, _, place in named], limit)
+    else:
+        made, sources = _files([Path(task) for task in tasks], limit)
+    config = TaskConfig(
+        splits={
+            name: {name: source} if limit or source.images else source.data
+            for name, source in sources.items()
+        },
+        template="auto",
+        context=CONTEXT,
+        max_quarantined=0,
+    )
     stage = Stage(
         name="prepare",
         title="prepare: task files to questions",
@@ -169,7 +188,52 @@ def _data(prepared: str | None, tasks: Sequence[str]) -> tuple[list[Stage], list
         config=config,
         needs={"data": "files", "base": "base"},
     )
-    return [_pinned("files", "files: the tasks", str(folder), digest), stage], list(splits)
+    return [made, stage], list(sources), list(sources) if named else []
+
+
+def _files(files: Sequence[Path], limit: int | None) -> tuple[Stage, dict[str, Source]]:
+    """Task files of one folder, by their stems."""
+    folders = {file.resolve().parent for file in files}
+    sources = {file.stem: Source(data=file.name, cap=limit) for file in files}
+    if len(folders) > 1 or len(sources) < len(files):
+        raise ValueError(
+            f"task files {', '.join(map(str, files))}: put them into one folder, under different "
+            "names; their pictures lie in `images` there"
+        )
+    (folder,) = folders
+    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    lines.append(str(content_digest(str(folder / PrepareConfig().images))))
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return _pinned("files", "files: the tasks", str(folder), digest), sources
+
+
+def _benchmarks(
+    named: Sequence[tuple[str, Path]], limit: int | None
+) -> tuple[Stage, dict[str, Source]]:
+    """Public benchmarks, by their names, from their official files."""
+    folders = {name: folder.resolve() for name, folder in named}
+    if unknown := [name for name in folders if name not in BENCHMARKS]:
+        raise ValueError(
+            f"no benchmarks {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}, each as "
+            "NAME=FOLDER with its files"
+        )
+    for name, folder in folders.items():
+        find_files(name, folder)
+    digests = {name: str(content_digest(str(folder))) for name, folder in folders.items()}
+    stage = Stage(
+        name="files",
+        title="files: benchmarks to questions",
+        body=convert,
+        version=BENCHMARKS_VERSION,
+        config=BenchmarksConfig(
+            folders={name: str(folder) for name, folder in folders.items()}, digests=digests
+        ),
+    )
+    sources = {
+        name: Source(data=f"{name}.jsonl", images=str(root_of(name, folder, Path())), cap=limit)
+        for name, folder in folders.items()
+    }
+    return stage, sources
 
 
 def _pinned(name: str, title: str, place: str, digest: str) -> Stage:

@@ -35,11 +35,11 @@ from pipeline.evaluation.generation import (
     count_tokens,
     generate_tokens,
     majority_answers,
-    score,
     share_right,
     to_device,
 )
 from pipeline.evaluation.methods import MethodConfig, build_method
+from pipeline.evaluation.scoring import exact_match
 from pipeline.evaluation.speed import measure_and_count
 from pipeline.identity import canonical, digest
 from pipeline.progress import ProgressHandle
@@ -453,7 +453,7 @@ def _ask(world: World, split: str, model: Any) -> Replies:
         seconds = (time.perf_counter() - began) / len(numbers)
         lengths, _ = count_tokens(new, model)
         for number, answer, length in zip(numbers, answers, lengths, strict=True):
-            replies.scores[number] = int(score(answer, questions.asked[number].expected))
+            replies.scores[number] = int(exact_match(answer, questions.asked[number].expected))
             replies.answers[number] = answer.strip()
             replies.generated_tokens[number] = length
             replies.seconds[number] = seconds

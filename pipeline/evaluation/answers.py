@@ -19,8 +19,9 @@ import torch
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, score, to_device
+from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, to_device
 from pipeline.evaluation.methods import MethodConfig, build_method
+from pipeline.evaluation.scoring import RULES
 from pipeline.evaluation.speed import measure_and_count
 from pipeline.stage import Input
 from pipeline.store import Store, open_store
@@ -90,8 +91,8 @@ class Job:
     """Where shards are kept: a folder or s3://."""
     inputs: Mapping[str, Input]
     """`data`, `base` and the checkpoints."""
-    splits: tuple[str, ...]
-    """Splits of the data whose questions are asked."""
+    rules: Mapping[str, str]
+    """Splits of the data whose questions are asked, and the key of scoring.RULES of each."""
     arms: Mapping[str, tuple[str, MethodConfig]]
     """Of each arm the input with its checkpoint, and its method."""
     chat_template: str | None
@@ -165,6 +166,7 @@ class Worker:
         self, model: Any, shard: Shard, questions: Questions, numbers: Sequence[int]
     ) -> list[dict[str, Any]]:
         asked = questions.load(numbers)
+        rule = RULES[self._job.rules[shard.split]]
         answers = generate_batch(model, self._processor, asked, self._job.max_new_tokens)
         return [
             {
@@ -176,7 +178,7 @@ class Worker:
                 "prompt": answer.prompt,
                 "expected": question.expected,
                 "answer": answer.text,
-                "score": score(answer.text, question.expected),
+                "score": rule(answer.text, question.expected),
                 "text_tokens": answer.text_tokens,
                 "vision_tokens": answer.vision_tokens,
                 "generated_tokens": answer.generated_tokens,

@@ -1,4 +1,4 @@
-"""Questions and answers: prompts from prepared shards, greedy generation, exact match.
+"""Questions and answers: prompts from prepared shards, greedy generation.
 
 One question is one prompt: its pictures, its text, the checkpoint's chat template; earlier turns of
 the conversation are not shown. Its pictures are those of its own turn, or, where that has none,
@@ -12,9 +12,10 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from pipeline.data.conversations import MARKER
 from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import message_parts
+from pipeline.evaluation.scoring import Rule, exact_match, references
 
 CACHE_BYTES = 64 * 2**20
 """Most bytes of row groups that a reader of questions holds; one row group at least."""
@@ -150,18 +152,22 @@ class Questions:
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def majority_answers(data: PreparedData) -> dict[str, str]:
+def majority_answers(data: PreparedData, several: bool = False) -> dict[str, str]:
     """The most frequent answer of each kind: what one says without looking.
 
     Answers of more than 64 characters are no majority's, and are not counted.
+
+    Args:
+        several: each line of what is expected is an answer (`scoring.references`).
     """
     counts: dict[str, Counter[str]] = {}
     for row in data.scan(["kinds", "turns"]):
         answers = [answer for _, answer in json.loads(row["turns"])[1::2]]
         kinds = row["kinds"] or ["other"] * len(answers)
         for kind, answer in zip(kinds, answers, strict=True):
-            if len(answer) <= 64:
-                counts.setdefault(kind, Counter())[answer.strip()] += 1
+            for one in references(answer) if several else [answer.strip()]:
+                if len(one) <= 64:
+                    counts.setdefault(kind, Counter())[one] += 1
     return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
 
 
@@ -314,14 +320,12 @@ def to_device(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Te
     }
 
 
-def score(answer: str, expected: str) -> float:
-    """Exact match of stripped texts: 1 or 0."""
-    return float(answer.strip() == expected.strip())
-
-
-def share_right(questions: Sequence[Asked], guesses: dict[str, str]) -> dict[str, Any]:
-    """Accuracy of one guess per kind, in all and by kind."""
-    hits = np.array([score(guesses.get(q.kind, ""), q.expected) for q in questions])
+def share_right(
+    questions: Sequence[Asked], guesses: dict[str, str], rules: Iterable[Rule] | None = None
+) -> dict[str, Any]:
+    """Accuracy of one guess per kind, in all and by kind; `rules` score each question."""
+    pairs = zip(questions, rules or repeat(exact_match), strict=False)
+    hits = np.array([rule(guesses.get(q.kind, ""), q.expected) for q, rule in pairs])
     kinds = np.array([q.kind for q in questions])
     return {
         "accuracy": float(hits.mean()),

@@ -28,13 +28,8 @@ from adsc.outputs import full_length_logits
 from pipeline.data.conversations import IGNORED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
-from pipeline.evaluation.generation import (
-    Questions,
-    build_inputs,
-    generate_batch,
-    score,
-    to_device,
-)
+from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, to_device
+from pipeline.evaluation.scoring import exact_match
 from pipeline.evaluation.speed import measure
 from pipeline.identity import digest
 from pipeline.record import Record
@@ -302,7 +297,7 @@ class Bench:
                 some, asked, generate_batch(model, self._processor, asked, most), strict=True
             ):
                 row = questions.asked[number].row - rows.start
-                sums[row] += score(answer.text, question.expected)
+                sums[row] += exact_match(answer.text, question.expected)
                 weights[row] += 1
         return Judged(sums, weights)
 

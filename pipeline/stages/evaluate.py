@@ -8,13 +8,14 @@ summary to results.json, which the report reads. `adsc eval` runs this stage too
 import json
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import AutoProcessor
 
-from pipeline.config import Config
+from pipeline.config import ADDED, Config
 from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
@@ -29,9 +30,11 @@ from pipeline.evaluation.answers import (
     unfinished,
     write_samples,
 )
+from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.generation import Asked, Questions, majority_answers, share_right
 from pipeline.evaluation.intervals import Bootstrap, over_seeds
 from pipeline.evaluation.methods import MethodConfig
+from pipeline.evaluation.scoring import FIGURES, RULES
 from pipeline.stage import Input, StageContext
 from pipeline.store import open_store
 
@@ -76,6 +79,9 @@ class EvaluateConfig(Config):
     template: Literal["data", "checkpoint"] = "data"
     """How questions are put: as in training (the prepared data's template), or as the checkpoint's
     own processor does."""
+    benchmarks: tuple[str, ...] = Field((), json_schema_extra=ADDED)
+    """Splits that are the public benchmarks of that name (pipeline/evaluation/benchmarks.py), and
+    are scored by their rules; others by exact match."""
     batch_size: int = Field(64, gt=0)
     """Questions answered at a time."""
     max_new_tokens: int = Field(8, gt=0)
@@ -94,6 +100,13 @@ class EvaluateConfig(Config):
     """Pictures shown in the report with every arm's answers."""
     seed: int = 0
     """Seed of the bootstrap; a compression puts its training's seed here."""
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in BENCHMARKS]:
+            raise ValueError(f"no benchmarks: {', '.join(unknown)}; of {', '.join(BENCHMARKS)}")
+        return names
 
     @model_validator(mode="after")
     def _arms_make_rows(self) -> Self:
@@ -135,7 +148,7 @@ class Scored(NamedTuple):
     """What is kept in memory of an arm's answers: the rest stays in the store."""
 
     scores: np.ndarray
-    """(Q,) 1 or 0 of each question."""
+    """(Q,) of each question, 0 to 1."""
     seconds: float | None = None
     """Wall time of all answers, where it is known."""
     generated: float | None = None
@@ -175,7 +188,8 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         workflow=ctx.run.workflow,
         commit=ctx.run.commit,
         config={"evaluate": config.model_dump(mode="json")} | _training(ctx),
-        majority=_majority(ctx, splits, asked),
+        majority=_majority(ctx, config, splits, asked),
+        benchmarks=_benchmarks(config, splits, scored),
         samples=[
             {
                 "picture": picture,
@@ -196,6 +210,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     }
     ctx.track.dataset(data.uri, "test questions", data.outputs.get("digest", "")[:12])
     ctx.track.metrics(numbers | {"majority": found["majority"]["accuracy"]})
+    ctx.track.metrics(found["benchmarks"])
     ctx.track.artifact(ctx.out / "results.json")
     return {"arms": summary, "majority": found["majority"]["accuracy"]}
 
@@ -262,6 +277,10 @@ def _labelled(splits: dict[str, Questions]) -> list[Asked]:
     ]
 
 
+def _rule(config: EvaluateConfig, split: str) -> str:
+    return BENCHMARKS[split].rule if split in config.benchmarks else "exact_match"
+
+
 def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
     data = ctx.inputs["data"]
     template = None
@@ -272,7 +291,7 @@ def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
     return Job(
         storage=open_store(ctx.train_storage[0]).uri(ctx.train_storage[1]),
         inputs={"data": data, "base": ctx.inputs["base"], **checkpoints},
-        splits=config.splits,
+        rules={split: _rule(config, split) for split in config.splits},
         arms={arm.name: (arm.checkpoint, arm) for arm in config.arms},
         chat_template=template,
         batch_size=config.batch_size,
@@ -455,17 +474,48 @@ def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:
 
 
 def _majority(
-    ctx: StageContext, splits: dict[str, Questions], asked: Sequence[Asked]
+    ctx: StageContext,
+    config: EvaluateConfig,
+    splits: dict[str, Questions],
+    asked: Sequence[Asked],
 ) -> dict[str, Any]:
     """Always the most frequent answer of the kind: in training, or where no training split is at
     hand, in the questions themselves (a bound from above)."""
     train = ctx.inputs["data"].folder / "train"
     guesses: dict[str, str] = {}
     for split, questions in splits.items():
-        own = majority_answers(PreparedData(train if train.is_dir() else questions.folder))
+        data = PreparedData(train if train.is_dir() else questions.folder)
+        own = majority_answers(data, several=split in config.benchmarks)
         prefix = f"{split}: " if len(splits) > 1 else ""
         guesses |= {f"{prefix}{kind}": answer for kind, answer in own.items()}
-    return share_right(asked, guesses) | {"source": "train" if train.is_dir() else "questions"}
+    rules = [RULES[_rule(config, split)] for split, of in splits.items() for _ in of.asked]
+    source = "train" if train.is_dir() else "questions"
+    return share_right(asked, guesses, rules) | {"source": source}
+
+
+def _benchmarks(
+    config: EvaluateConfig, splits: dict[str, Questions], scored: dict[str, Scored]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """What the benchmarks make of scores beyond their mean, by benchmark, figure and row; of a
+    group, the mean over its arms."""
+    start, found = 0, {}
+    for split, questions in splits.items():
+        part = slice(start, start + len(questions))
+        start = part.stop
+        if split in config.benchmarks and split in FIGURES:
+            figures = {
+                row.name: [
+                    FIGURES[split](questions.asked, scored[arm.name].scores[part].tolist())
+                    for arm in row.arms
+                ]
+                for row in _rows(config.arms)
+            }
+            names = next(iter(figures.values()))[0]
+            found[split] = {
+                name: {row: fmean(one[name] for one in own) for row, own in figures.items()}
+                for name in names
+            }
+    return found
 
 
 def write_pictures(

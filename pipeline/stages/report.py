@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.config import Config
+from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.redact import flatten
 from pipeline.stages import figures
 from pipeline.stages.results import Arm, Interval, Results, Sample
@@ -93,6 +94,7 @@ def render(
         peak=figures.bytes_unit(max((a.peak_memory_bytes or 0 for a in results.arms), default=1)),
         colours=[figures.style_of(index)[0] for index in range(len(results.arms))],
         numbered=figures.numbered(results),
+        titles={name: benchmark.title for name, benchmark in BENCHMARKS.items()},
         tables=[
             ("By task", "by_split", _across(tasks)),
             ("By kind of question", "by_kind", _across(kinds)),

@@ -121,6 +121,8 @@ class Results(_Part):
     arms: list[Arm]
     curves: dict[str, list[tuple[float, float]]] = {}
     samples: list[Sample] = []
+    benchmarks: dict[str, dict[str, dict[str, float]]] = {}
+    """What public benchmarks make of scores beyond their mean: benchmark -> figure -> arm."""
 
     @classmethod
     def read(cls, path: Path) -> Results:

@@ -11,10 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import adsc
+from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.scoring import RULES
 from pipeline.graph import fingerprints
 from pipeline.stage import Input
 from pipeline.stages.base import resolve
 from pipeline.store import open_store
+from tests.benchmark_files import QUESTIONS, WRITERS
 from tests.small import Small
 from workflows.cli import main
 from workflows.evaluation import content_digest, evaluation_stages
@@ -105,6 +108,48 @@ def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path)
     assert "<h2>By task</h2>" in page and "<th>random</th><th>popular</th>" in page
 
 
+def test_public_benchmarks_are_scored_by_their_rules(small: Small, tmp_path: Path) -> None:
+    """All of them, from files in the official formats, by one command."""
+    tasks = []
+    for name, write in WRITERS.items():
+        write(tmp_path / name)
+        tasks.append(f"{name}={tmp_path / name}")
+    words = ["eval", str(small.base), "--tasks", *tasks, "--methods", "dense", f"plan:{PLAN}",
+             "--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *QUICK]  # fmt: skip
+    assert main(words) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    answers = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    assert Counter(row["split"] for row in answers if row["arm"] == "dense") == QUESTIONS
+    for row in answers:
+        rule = RULES[BENCHMARKS[row["split"]].rule]
+        assert row["score"] == rule(row["answer"], row["expected"])
+    dense, plan = results["arms"]
+    pope = [row["score"] for row in answers if row["split"] == "pope" and row["arm"] == "dense"]
+    assert dense["by_split"]["pope"]["mean"] == pytest.approx(np.mean(pope))
+    assert {name: list(found) for name, found in results["benchmarks"].items()} == {
+        "pope": ["F1", "answers yes"],
+        "mme": ["perception", "cognition"],
+        "mmbench": ["circular"],
+        "mmbench_cn": ["circular"],
+    }
+    assert results["benchmarks"]["pope"]["F1"].keys() == {dense["name"], plan["name"]}
+    # A tiny model says no "no": of POPE's four questions a set it gets the one "yes" right.
+    assert set(pope) == {0.0, 1.0}
+    assert results["benchmarks"]["pope"]["F1"]["dense"] == pytest.approx(2 / 5)
+    assert results["majority"]["by_kind"]["vqav2: yes/no"] == 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>POPE on COCO</h2>" in page and "<th>perception</th>" in page
+
+
+def test_a_limit_takes_some_pictures_of_each_task(tmp_path: Path) -> None:
+    WRITERS["gqa"](tmp_path / "gqa")
+    words = ["eval", TINY, "--tasks", f"gqa={tmp_path / 'gqa'}", "--methods", "dense"]
+    words += ["--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *QUICK]
+    assert main([*words, "--limit", "1"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["num_pictures"] == 1 and results["num_questions"] in (1, 2)
+
+
 @pytest.mark.slow
 def test_changed_files_are_other_inputs(small: Small, tmp_path: Path) -> None:
     shutil.copytree(small.base, tmp_path / "base")
@@ -150,6 +195,11 @@ def test_a_replaced_checkpoint_on_s3_is_fetched_again(
         (["nowhere", "--tasks", "T"], "there is no checkpoint at 'nowhere'"),
         (["BASE", "--tasks", "absent.json"], "there are no task files absent.json"),
         (["BASE"], "no questions: give --tasks"),
+        (["BASE", "--tasks", "docvqa=."], "no benchmarks docvqa: there are gqa, vqav2,"),
+        (["BASE", "--tasks", "gqa=absent"], "absent should hold one testdev_balanced_questions"),
+        (["BASE", "--tasks", "mme=absent"], "absent should hold one existence"),
+        (["BASE", "--tasks", "gqa=.", "T"], "ask them by two commands"),
+        (["BASE", "--data", "absent", "--limit", "3"], "prepared data is asked as it is"),
         (["BASE", "--data", "absent"], "there is no prepared data at 'absent'"),
         (["BASE", "--tasks", "T", "--methods", "fastv"], "'fastv' is not a method"),
         (["BASE", "--tasks", "T", "--methods", "plan:2:1/4,2:1/2"], "2"),

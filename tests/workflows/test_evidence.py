@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline import graph
 from pipeline.config import ConfigError, edit
-from pipeline.evaluation.generation import score
 from pipeline.evaluation.methods import PeerConfig, build_method
+from pipeline.evaluation.scoring import exact_match
 from pipeline.stages.base import resolve
 from pipeline.stages.results import Results
 from tests.small import Small
@@ -156,7 +156,7 @@ def test_one_machine_runs_what_is_missing(
     assert row["difference"]["mean"] == pytest.approx(sum(a - b for a, b in pairs) / 2)
     samples = pq.read_table(tmp_path / "budget-b" / "samples.parquet").to_pylist()
     assert len(samples) == 14 * found.num_questions
-    assert all(row["score"] == score(row["answer"], row["expected"]) for row in samples)
+    assert all(row["score"] == exact_match(row["answer"], row["expected"]) for row in samples)
     assert all(row["prompt"] and row["seconds"] > 0 for row in samples)
     assert all(1 <= row["generated_tokens"] <= config.evaluate.max_new_tokens for row in samples)
     assert "ADSC, reverse" in (tmp_path / "report-b" / "report.html").read_text()

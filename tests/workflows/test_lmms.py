@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoProcessor
 
 import adsc
-from pipeline.evaluation.generation import Questions, generate_answers, score
+from pipeline.evaluation.generation import Questions, generate_answers
+from pipeline.evaluation.scoring import exact_match
 from tests.small import Small
 from workflows.lmms_task import write_task
 
@@ -73,7 +74,7 @@ def test_the_harness_finds_what_the_pipeline_finds(
     assert [row["filtered_resps"] for row in rows] == answers
     (found,) = (tmp_path / "out").rglob("*_results.json")
     metrics = json.loads(found.read_text())["results"]["few_grids"]
-    expected = [score(a, q.expected) for a, q in zip(answers, questions, strict=True)]
+    expected = [exact_match(a, q.expected) for a, q in zip(answers, questions, strict=True)]
     assert metrics["exact_match,none"] == pytest.approx(sum(expected) / 48)
 
 
@@ -108,3 +109,62 @@ def test_the_benchmarks_are_known_by_these_names(tmp_path: Path) -> None:
     done = subprocess.run([str(PYTHON), "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+SAID = ("yes", "No.", "y", "no, it is", "two", "The 3", "a dog", "dont know", "red, blue",
+        "p.m.", "dog's", "B", "b", "A. cat", "3.5", "1,000", "", "maybe")  # fmt: skip
+TRUE = ("yes", "no", "2", "3", "dog", "don't know", "red blue", "pm", "dog 's", "1000")
+PROGRAM = """
+import json, sys
+from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+from lmms_eval.tasks.mme.utils import mme_process_results
+from lmms_eval.tasks.scienceqa.utils import sqa_process_results
+from lmms_eval.tasks.seedbench.utils import seed_process_result
+from lmms_eval.tasks.textvqa.utils import textvqa_process_results
+from lmms_eval.tasks.vqav2.utils import vqav2_process_results_val
+from pipeline.evaluation.scoring import RULES, _MENDED
+said, true = json.loads(sys.argv[1])
+table = {k: v for k, v in EvalAIAnswerProcessor.CONTRACTIONS.items() if k != v}
+assert table == _MENDED, set(table.items()) ^ set(_MENDED.items())
+def differ(rule, ours, theirs, *about):
+    if ours != theirs and abs(ours - theirs) > 1e-9:
+        print(rule, *map(repr, about), ours, theirs)
+for answer in said:
+    for one in true:
+        given = [one] * 2 + ["x"] * 8
+        expected = "\\n".join(given)
+        people = [{"answer": text, "answer_id": n} for n, text in enumerate(given)]
+        theirs = vqav2_process_results_val({"question_id": 1, "answers": people}, [answer])
+        differ("vqav2", RULES["vqa_accuracy"](answer, expected), theirs["exact_match"], answer, one)
+        theirs = textvqa_process_results({"question_id": 1, "answers": list(given)}, [answer])
+        ours = RULES["text_vqa_accuracy"](answer, expected)
+        differ("textvqa", ours, theirs["exact_match"], answer, one)
+    for one in ("yes", "no"):
+        doc = {"answer": one, "category": "count", "question_id": 1}
+        theirs = mme_process_results(doc, [answer])["mme_perception_score"]["score"]
+        differ("mme", RULES["mme_match"](answer, one), theirs, answer, one)
+for answer in ("A", "b", "B.", "A. cat", "cat", ""):
+    for place in (0, 1):
+        theirs = sqa_process_results({"choices": ["cat", "dog"], "answer": place}, [answer])
+        ours = RULES["letter_match"](answer, "AB"[place])
+        differ("scienceqa", ours, theirs["exact_match"], answer)
+for answer in ("A", "b", "B.", "C. cat", ""):
+    for one in "ABCD":
+        doc = {"answer": one, "data_type": "image", "question_id": 1}
+        theirs = seed_process_result(doc, [answer])["seed_image"]
+        hit = float(theirs["pred"].lower().strip() == one.lower())
+        differ("seed", RULES["letter_match"](answer, one), hit, answer, one)
+"""
+
+
+def test_our_rules_are_the_harness_s(tmp_path: Path) -> None:
+    """Where both score VQAv2, TextVQA, MME, ScienceQA and SEED-Bench, every score is the same."""
+    program = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import run_lmms\n" + PROGRAM
+    done = subprocess.run(
+        [str(PYTHON), "-c", program, json.dumps([SAID, TRUE])],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stdout.strip(), done.stdout

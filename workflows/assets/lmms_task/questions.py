@@ -10,6 +10,6 @@ def doc_to_text(doc, lmms_eval_specific_kwargs=None):
 
 
 def process_results(doc, results):
-    """Exact match, in all and by kind of question, as pipeline.evaluation.generation.score."""
+    """Exact match, in all and by kind of question, as pipeline.evaluation.scoring.exact_match."""
     right = float(results[0].strip() == doc["answer"].strip())
     return {"exact_match": right, f"exact_match_{doc['kind']}": right}

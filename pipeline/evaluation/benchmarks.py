@@ -1,0 +1,376 @@
+"""Public benchmarks from their official files: questions as LLaVA-1.5 puts them, for `prepare`.
+
+A record is a picture with all its questions, so that none is stored or read twice. What lies where
+is each benchmark's own layout, as it unpacks (docs/evaluation.md). Scoring is scoring.py's.
+Nothing here downloads, and nothing of a picture is read, except where the file holds it (MMBench).
+"""
+
+import base64
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.config import Config
+from pipeline.data.templates import MARKER
+from pipeline.evaluation.scoring import COGNITION
+from pipeline.stage import StageContext
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+MAX_FIELD = 1 << 27
+"""Most characters of a cell of a table: a picture in base64."""
+CIRCLE = 1_000_000
+"""MMBench: the same question with its options in another order has this much more as its index."""
+LONGEST_INDEX = 64
+"""Characters; MMBench: more is a picture, less the index of the row that has it."""
+MME_PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
+    "artwork", "OCR",
+)  # fmt: skip
+_NOTHING = ("", "nan", None)
+
+
+class BenchmarkError(ValueError):
+    """A benchmark's files are not there, or not as they are published."""
+
+
+class Item(NamedTuple):
+    """One question."""
+
+    picture: str
+    """Below the root of the pictures."""
+    question: str
+    expected: str
+    """One answer, or one in each line."""
+    kind: str
+    record: str = ""
+    """What else it belongs to than its picture."""
+
+
+class Files(NamedTuple):
+    """Where a reader finds things."""
+
+    folder: Path
+    """The benchmark's."""
+    found: list[Path]
+    """What it needs, in that order."""
+    made: Path
+    """Folder of ours for pictures that its files hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What is known of one."""
+
+    title: str
+    needs: tuple[str, ...]
+    """Its files (or folders), as patterns in its folder or in a folder of it."""
+    pictures: str | None
+    """Root of its pictures below its folder; None where its files hold them."""
+    rule: str
+    """A key of scoring.RULES."""
+    read: Callable[[Files], Iterator[Item]]
+    """Its questions."""
+
+
+def _gqa(files: Files) -> Iterator[Item]:
+    for asked in _json(files.found[0]).values():
+        yield Item(
+            f"{asked['imageId']}.jpg",
+            f"{asked['question']}\n{SHORT}",
+            asked["answer"],
+            asked["types"]["structural"],
+        )
+
+
+def _vqav2(files: Files) -> Iterator[Item]:
+    answers = {one["question_id"]: one for one in _json(files.found[1])["annotations"]}
+    for asked in _json(files.found[0])["questions"]:
+        own = answers[asked["question_id"]]
+        yield Item(
+            f"COCO_val2014_{asked['image_id']:012d}.jpg",
+            f"{asked['question']}\n{SHORT}",
+            _lines(one["answer"] for one in own["answers"]),
+            own["answer_type"],
+        )
+
+
+def _textvqa(files: Files) -> Iterator[Item]:
+    for asked in _json(files.found[0])["data"]:
+        yield Item(
+            f"{asked['image_id']}.jpg",
+            f"{asked['question'].capitalize()}\n{SHORT}",
+            _lines(asked["answers"]),
+            "text",
+        )
+
+
+def _vizwiz(files: Files) -> Iterator[Item]:
+    for asked in _json(files.found[0]):
+        yield Item(
+            asked["image"],
+            f"{asked['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}",
+            _lines(one["answer"] for one in asked["answers"]),
+            asked["answer_type"],
+        )
+
+
+def _pope(files: Files) -> Iterator[Item]:
+    for file in files.found:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                asked = json.loads(line)
+                question = f"{asked['text'].strip()}\n{SHORT}"
+                kind = file.stem.rpartition("_")[2]
+                yield Item(asked["image"], question, _yes_or_no(asked["label"]), kind)
+
+
+def _scienceqa(files: Files) -> Iterator[Item]:
+    problems = _json(files.found[0])
+    for number in _json(files.found[1])["test"]:
+        asked = problems[number]
+        if asked["image"] is None:
+            continue
+        hint = f"Context: {asked['hint']}\n" if asked["hint"] else ""
+        yield Item(
+            f"{number}/{asked['image']}",
+            hint + _choices(asked["question"], asked["choices"], LETTER),
+            chr(ord("A") + asked["answer"]),
+            asked["subject"],
+        )
+
+
+def _mme(files: Files) -> Iterator[Item]:
+    for folder in files.found:
+        texts = sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt"))
+        if not texts:
+            raise BenchmarkError(f"{folder} holds no questions: .txt files, a line a question")
+        pictures = folder / "images" if (folder / "images").is_dir() else folder
+        named = {path.stem: path for path in pictures.iterdir() if path.suffix != ".txt"}
+        for text in texts:
+            place = named[text.stem].relative_to(files.folder)
+            for line in text.read_text(encoding="utf-8").splitlines():
+                if line.strip():
+                    question, answer = line.split("\t")
+                    question = question.replace(" Please answer yes or no.", "").strip()
+                    asked = f"{question}\n{SHORT}"
+                    yield Item(str(place), asked, _yes_or_no(answer), folder.name)
+
+
+def _seedbench(files: Files) -> Iterator[Item]:
+    whole = _json(files.found[0])
+    types = {number: name for name, number in whole["question_type"].items()}
+    for asked in whole["questions"]:
+        if asked["data_type"] == "image":
+            choices = [asked[f"choice_{letter}"] for letter in "abcd"]
+            question = _choices(asked["question"], choices, LETTER)
+            kind = types[asked["question_type_id"]]
+            yield Item(asked["data_id"], question, asked["answer"], kind)
+
+
+def _mmbench(prompt: str) -> Callable[[Files], Iterator[Item]]:
+    def read(files: Files) -> Iterator[Item]:
+        csv.field_size_limit(MAX_FIELD)
+        with files.found[0].open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines, delimiter="\t"):
+                record = int(row["index"]) % CIRCLE
+                own = len(row["image"]) > LONGEST_INDEX
+                picture = f"{record if own else int(row['image']) % CIRCLE}.jpg"
+                if own and not (files.made / picture).exists():
+                    data = base64.b64decode(row["image"], validate=True)
+                    (files.made / picture).write_bytes(data)
+                choices = [row[letter] for letter in "ABCD" if row.get(letter, "") not in _NOTHING]
+                hint = "" if row["hint"] in _NOTHING else f"{row['hint']}\n"
+                yield Item(
+                    picture,
+                    hint + _choices(row["question"], choices, prompt),
+                    row["answer"],
+                    row["category"],
+                    str(record),
+                )
+
+    return read
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _lines(answers: Any) -> str:
+    return "\n".join(" ".join(answer.split()) for answer in answers)
+
+
+def _yes_or_no(answer: str) -> str:
+    text = answer.strip().lower()
+    if text not in ("yes", "no"):
+        raise ValueError(f"answer {answer!r} is neither yes nor no")
+    return text
+
+
+def _choices(question: str, choices: list[str], prompt: str) -> str:
+    lines = [f"{letter}. {text}" for letter, text in zip("ABCDEFGH", choices, strict=False)]
+    return "\n".join([question, *lines, prompt])
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "gqa": Benchmark(
+        title="GQA, testdev balanced",
+        needs=("testdev_balanced_questions.json",),
+        pictures="images",
+        rule="same_words",
+        read=_gqa,
+    ),
+    "vqav2": Benchmark(
+        title="VQAv2, val2014",
+        needs=(
+            "v2_OpenEnded_mscoco_val2014_questions.json",
+            "v2_mscoco_val2014_annotations.json",
+        ),
+        pictures="val2014",
+        rule="vqa_accuracy",
+        read=_vqav2,
+    ),
+    "textvqa": Benchmark(
+        title="TextVQA, val 0.5.1, no OCR tokens",
+        needs=("TextVQA_0.5.1_val.json",),
+        pictures="train_images",
+        rule="text_vqa_accuracy",
+        read=_textvqa,
+    ),
+    "vizwiz": Benchmark(
+        title="VizWiz VQA, val",
+        needs=("val.json",),
+        pictures="val",
+        rule="text_vqa_accuracy",
+        read=_vizwiz,
+    ),
+    "pope": Benchmark(
+        title="POPE on COCO",
+        needs=tuple(f"coco_pope_{kind}.json" for kind in ("random", "popular", "adversarial")),
+        pictures="val2014",
+        rule="pope_match",
+        read=_pope,
+    ),
+    "scienceqa": Benchmark(
+        title="ScienceQA, test, questions with a picture",
+        needs=("problems.json", "pid_splits.json"),
+        pictures="images/test",
+        rule="letter_match",
+        read=_scienceqa,
+    ),
+    "mme": Benchmark(
+        title="MME", needs=(*MME_PERCEPTION, *COGNITION), pictures=".", rule="mme_match", read=_mme
+    ),
+    "seedbench": Benchmark(
+        title="SEED-Bench, pictures",
+        needs=("SEED-Bench.json",),
+        pictures="SEED-Bench-image",
+        rule="letter_match",
+        read=_seedbench,
+    ),
+    "mmbench": Benchmark(
+        title="MMBench, dev",
+        needs=("mmbench_dev_[!c]*.tsv",),
+        pictures=None,
+        rule="letter_match",
+        read=_mmbench(LETTER),
+    ),
+    "mmbench_cn": Benchmark(
+        title="MMBench-CN, dev",
+        needs=("mmbench_dev_cn*.tsv",),
+        pictures=None,
+        rule="letter_match",
+        read=_mmbench(LETTER_CN),
+    ),
+}
+
+
+class BenchmarksConfig(Config):
+    """Which are converted."""
+
+    folders: dict[str, str]
+    """Name of a benchmark -> its folder."""
+    digests: dict[str, str]
+    """Name of a benchmark -> digest of what lies there: changed files are another run."""
+
+
+BENCHMARKS_VERSION = 1
+"""To be raised whenever the stage computes something else; see `Stage.version`."""
+
+
+def convert(ctx: StageContext, config: BenchmarksConfig) -> dict[str, Any]:
+    """Stage body: NAME.jsonl of conversations for each benchmark, and pictures/NAME where its file
+    holds the pictures.
+
+    Raises:
+        BenchmarkError: a file is missing, or is not as it is published.
+    """
+    counts = {}
+    for done, (name, folder) in enumerate(config.folders.items()):
+        ctx.progress(done, len(config.folders), name)
+        counts[name] = convert_one(name, Path(folder), ctx.out)
+    return {"questions": counts}
+
+
+def find_files(name: str, folder: Path) -> list[Path]:
+    """The files that a benchmark needs, each in its folder or in a folder of it.
+
+    Raises:
+        BenchmarkError: there is none, or more than one, or no folder of pictures.
+    """
+    found = []
+    for pattern in BENCHMARKS[name].needs:
+        there = sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
+        if len(there) != 1:
+            names = ", ".join(map(str, there)) or "none"
+            raise BenchmarkError(f"{name}: {folder} should hold one {pattern}; there is {names}")
+        found += there
+    if not (pictures := folder / (BENCHMARKS[name].pictures or ".")).is_dir():
+        raise BenchmarkError(f"{name}: there is no folder of pictures {pictures}")
+    return found
+
+
+def convert_one(name: str, folder: Path, out: Path) -> int:
+    """Write `out`/NAME.jsonl and return how many questions it holds. Raises: as `convert`."""
+    found = find_files(name, folder)
+    made = root_of(name, folder, out)
+    made.mkdir(parents=True, exist_ok=True)
+    records: dict[tuple[str, str], list[Item]] = {}
+    count = 0
+    try:
+        for count, item in enumerate(BENCHMARKS[name].read(Files(folder, found, made)), 1):  # noqa: B007
+            records.setdefault((item.record, item.picture), []).append(item)
+    except BenchmarkError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise BenchmarkError(
+            f"{name}: the files in {folder} are not as they are published: after {count} "
+            f"questions, {type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    if not count:
+        raise BenchmarkError(f"{name}: there is no question in {folder}")
+    with (out / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
+        for (record, picture), items in records.items():
+            lines.write(json.dumps(_record(record or picture, picture, items)) + "\n")
+    return count
+
+
+def root_of(name: str, folder: Path, out: Path) -> Path:
+    """Root of a benchmark's pictures: of its own, or of those that `convert` writes."""
+    own = BENCHMARKS[name].pictures
+    return out / "pictures" / name if own is None else folder / own
+
+
+def _record(name: str, picture: str, items: list[Item]) -> dict[str, Any]:
+    turns = []
+    for place, item in enumerate(items):
+        marker = "" if place else f"{MARKER}\n"
+        turns.append({"from": "human", "value": marker + item.question})
+        turns.append({"from": "gpt", "value": item.expected})
+    kinds = [item.kind for item in items]
+    return {"id": name, "image": picture, "conversations": turns, "kinds": kinds}
