@@ -77,18 +77,23 @@ class Bootstrap:
         return _interval(mean, self._draw(own, mask) - self._draw(control, mask, same_seeds))
 
     def ratio(
-        self, own: np.ndarray, control: np.ndarray, *, same_seeds: bool = True
+        self,
+        own: np.ndarray,
+        control: np.ndarray,
+        chosen: np.ndarray | None = None,
+        *,
+        same_seeds: bool = True,
     ) -> dict[str, float] | None:
         """Mean of own as a share of the control's, paired likewise; None where the control has
         nothing right, or where all is about one picture: a ratio has no bound."""
         own, control = np.atleast_2d(own), np.atleast_2d(control)
-        mask = np.ones(own.shape[1], bool)
-        if not control.any() or self._one_picture(mask):
+        mask = np.ones(own.shape[1], bool) if chosen is None else chosen
+        if not control[:, mask].any() or self._one_picture(mask):
             return None
         below = self._draw(control, mask, same_seeds)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = np.where(below > 0, self._draw(own, mask) / below, np.nan)
-        return _interval(float(own.mean() / control.mean()), draws)
+        return _interval(float(own[:, mask].mean() / control[:, mask].mean()), draws)
 
     def _one_picture(self, mask: np.ndarray) -> bool:
         return len(np.unique(self._picture[mask])) < 2

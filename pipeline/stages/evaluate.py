@@ -390,8 +390,8 @@ def _table(
 ) -> list[dict[str, Any]]:
     bootstrap = Bootstrap(scenes, config.seed)
     kinds = np.array([question.kind for question in asked])
-    tasks = np.array(splits)
     several = list(dict.fromkeys(splits)) if len(set(splits)) > 1 else []
+    tasks = {task: np.array(splits) == task for task in several}
     rows = _rows(config.arms)
     scores = {row.name: np.stack([scored[arm.name].scores for arm in row.arms]) for row in rows}
     control = next((row for row in rows if row.name == config.control), None)
@@ -415,7 +415,9 @@ def _table(
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
                 },
-                "by_split": {task: bootstrap.mean(own, tasks == task) for task in several},
+                "by_split": {
+                    task: _of_task(bootstrap, own, other, mask) for task, mask in tasks.items()
+                },
                 "difference": other
                 and bootstrap.difference(other.own, other.control, same_seeds=other.same_seeds),
                 "retention": kept and kept["mean"],
@@ -433,6 +435,21 @@ def _table(
             | _costs(measured, arm.runs_with, dense)
         )
     return table
+
+
+def _of_task(
+    bootstrap: Bootstrap, own: np.ndarray, other: Against | None, mask: np.ndarray
+) -> dict[str, Any]:
+    """A row's share of one task, with what is paired with the control."""
+    if other is None:
+        return bootstrap.mean(own, mask)
+    pair, same = (other.own, other.control, mask), other.same_seeds
+    kept = bootstrap.ratio(*pair, same_seeds=same)
+    return {
+        **bootstrap.mean(own, mask),
+        "difference": bootstrap.difference(*pair, same_seeds=same),
+        "retention": kept and kept["mean"],
+    }
 
 
 def _against(row: Row, control: Row, scores: dict[str, np.ndarray]) -> Against:

@@ -28,6 +28,13 @@ class Interval(_Part):
     high: float
 
 
+class Task(Interval):
+    """Of one task of several; what is paired with the control, but for the control itself."""
+
+    difference: Interval | None = None
+    retention: float | None = None
+
+
 class Quartiles(_Part):
     """A measured time or rate: median and quartiles over rounds."""
 
@@ -64,7 +71,7 @@ class Arm(_Part):
     trained: bool
     accuracy: Interval
     by_kind: dict[str, Interval]
-    by_split: dict[str, Interval] = {}
+    by_split: dict[str, Task] = {}
     """Of every split, or task file, where there are several."""
     difference: Interval | None = None
     retention: float | None = None

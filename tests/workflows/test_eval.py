@@ -126,6 +126,13 @@ def test_public_benchmarks_are_scored_by_their_rules(small: Small, tmp_path: Pat
     dense, plan = results["arms"]
     pope = [row["score"] for row in answers if row["split"] == "pope" and row["arm"] == "dense"]
     assert dense["by_split"]["pope"]["mean"] == pytest.approx(np.mean(pope))
+    own = [row["score"] for row in answers if row["split"] == "pope" and row["arm"] != "dense"]
+    difference = plan["by_split"]["pope"]["difference"]
+    assert difference["mean"] == pytest.approx(np.mean(own) - np.mean(pope))
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert plan["by_split"]["pope"]["retention"] == pytest.approx(np.mean(own) / np.mean(pope))
+    assert plan["by_split"]["gqa"]["retention"] is None, "the control has nothing right there"
+    assert "difference" not in dense["by_split"]["pope"]
     assert {name: list(found) for name, found in results["benchmarks"].items()} == {
         "pope": ["F1", "answers yes"],
         "mme": ["perception", "cognition"],
@@ -139,6 +146,7 @@ def test_public_benchmarks_are_scored_by_their_rules(small: Small, tmp_path: Pat
     assert results["majority"]["by_kind"]["vqav2: yes/no"] == 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>POPE on COCO</h2>" in page and "<th>perception</th>" in page
+    assert "<small>kept 100.0 %</small>" in page
 
 
 def test_a_limit_takes_some_pictures_of_each_task(tmp_path: Path) -> None:
