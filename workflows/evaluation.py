@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 import adsc
 from pipeline.config import Config
@@ -127,12 +128,15 @@ def content_digest(place: str) -> str | None:
 
 def _checkpoint(source: str) -> Stage:
     if source.startswith("package://") or _is_hub_id(source):
+        config = pin_digest(BaseConfig(source=source))
+        if _is_hub_id(source) and (found := _hub_config(source)) is not None:
+            config = config.model_copy(update={"revision": extract_commit_hash(str(found), None)})
         return Stage(
             name="base",
             title="base: the checkpoint",
             body=base,
             version=BASE_VERSION,
-            config=pin_digest(BaseConfig(source=source)),
+            config=config,
         )
     if open_store(source).read("config.json") is None:
         raise ValueError(
@@ -293,16 +297,21 @@ def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
 def _read_config(checkpoint: str) -> dict[str, Any] | None:
     """The checkpoint's config.json; None where that can't be read from here."""
     if _is_hub_id(checkpoint):
-        try:
-            found = cached_file(checkpoint, "config.json")
-        except (OSError, ValueError):  # offline, or the hub has no such model
-            return None
-        data: bytes | None = Path(str(found)).read_bytes()
+        found = _hub_config(checkpoint)
+        data = None if found is None else found.read_bytes()
     elif checkpoint.startswith("package://"):
         data = (resolve(checkpoint) / "config.json").read_bytes()
     else:
         data = open_store(checkpoint).read("config.json")
     return None if data is None else dict(json.loads(data))
+
+
+def _hub_config(checkpoint: str) -> Path | None:
+    """The config.json of a hub id, in the snapshot of its commit; None where it can't be read."""
+    try:
+        return Path(str(cached_file(checkpoint, "config.json")))
+    except (OSError, ValueError):  # offline, or the hub has no such model
+        return None
 
 
 def _is_hub_id(checkpoint: str) -> bool:

@@ -6,7 +6,7 @@ The methods themselves are adsc's. A peer is fitted to the model that it is atta
 import re
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import Config
 
@@ -95,12 +95,12 @@ def parse_method(text: str) -> MethodConfig:
     try:
         pairs = (option.partition("=") for option in options)
         named = {key: yaml.safe_load(value) for key, _, value in pairs}
-    except yaml.YAMLError:
+        return MethodConfig(method=PeerConfig(name=name, average=budget, options=named))
+    except (yaml.YAMLError, ValidationError):
         raise MethodError(
             f"the options of {text!r} can't be read: write them as in fastv:22,layer=3 or "
             "pyramiddrop:22,layers=[1,2,4]"
         ) from None
-    return MethodConfig(method=PeerConfig(name=name, average=budget, options=named))
 
 
 def build_method(config: MethodConfig, model: Any) -> Any:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from transformers import AutoProcessor
 
 import adsc
 from adsc.geometries import HUB_IDS, geometry
-from pipeline.config import Config
+from pipeline.config import ADDED, Config
 from pipeline.record import manifest
 from pipeline.stage import StageContext
 
@@ -26,6 +27,8 @@ class BaseConfig(Config):
     source: str
     """A folder, a hub id such as llava-hf/llava-1.5-7b-hf, or package://NAME/FOLDER for a folder
     that ships inside an installed package."""
+    revision: str | None = Field(None, json_schema_extra=ADDED)
+    """Commit, branch or tag of a hub id; null is its main branch. `adsc eval` takes the commit."""
     digest: str | None = None
     """`folder_digest` of the folder, so that changed weights are another checkpoint; null skips
     the check."""
@@ -90,8 +93,10 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
             f"there is no folder {config.source!r}; give a folder or a hub id owner/name"
         )
     ctx.progress(1, 3, "loading")
-    model = adsc.from_pretrained(source, use_safetensors=True)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    model = adsc.from_pretrained(source, use_safetensors=True, revision=config.revision)
+    processor = AutoProcessor.from_pretrained(
+        source, trust_remote_code=False, revision=config.revision
+    )
     adsc.detach(model)
     ctx.progress(2, 3, "copying")
     model.save_pretrained(ctx.out)

@@ -216,6 +216,7 @@ def test_a_replaced_checkpoint_on_s3_is_fetched_again(
         (["BASE", "--tasks", "T", "--methods", "dense", "fastv:2"], "fastv can't average 2 of"),
         (["BASE", "--tasks", "T", "--methods", "dense", "pool:1000"], "average 1000.0 must be"),
         (["BASE", "--tasks", "T", "--methods", "fastv:22,layer=["], "'fastv:22,layer=['"),
+        (["BASE", "--tasks", "T", "--methods", "fastv:22,layers={a: 1}"], "can't be read: write"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
@@ -270,6 +271,18 @@ def test_own_is_the_plan_in_the_config_of_a_hub_id(hub: Path) -> None:
     config["adsc"] = adsc.PruningPlan.parse(PLAN).to_dict()
     (hub / "config.json").write_text(json.dumps(config))
     assert hub_arms("own") == [PLAN]
+
+
+def test_a_new_commit_of_a_hub_id_is_another_checkpoint(hub: Path) -> None:
+    def prints() -> dict[str, str]:
+        return fingerprints(evaluation_stages(HUB_ID, ["dense"], data=str(Path(__file__).parent)))
+
+    shutil.copy(resolve(TINY) / "config.json", hub)
+    before = prints()
+    later = hub.with_name("1" * 40)
+    shutil.copytree(hub, later)
+    (hub.parent.parent / "refs" / "main").write_text(later.name)
+    assert prints()["base"] != before["base"] and prints()["evaluate"] != before["evaluate"]
 
 
 def test_own_of_a_hub_id_without_a_readable_config_is_refused(hub: Path) -> None:
