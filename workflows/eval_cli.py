@@ -127,7 +127,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             "-" if peak is None else f"{peak / 2**20:.0f}",
         )
     console.print(table)
-    for name, figures in results["benchmarks"].items():
+    for name, figures in results.get("benchmarks", {}).items():
         own = terminal.table("method", *figures, title=BENCHMARKS[name].title)
         for arm in results["arms"]:
             own.add_row(arm["label"], *(f"{of[arm['name']]:.4g}" for of in figures.values()))

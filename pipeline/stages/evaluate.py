@@ -34,7 +34,7 @@ from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.generation import Asked, Questions, majority_answers, share_right
 from pipeline.evaluation.intervals import Bootstrap, over_seeds
 from pipeline.evaluation.methods import MethodConfig
-from pipeline.evaluation.scoring import FIGURES, RULES
+from pipeline.evaluation.scoring import FIGURES, RULES, references
 from pipeline.stage import Input, StageContext
 from pipeline.store import open_store
 
@@ -194,7 +194,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
             {
                 "picture": picture,
                 "question": asked[number].text,
-                "expected": asked[number].expected,
+                "expected": _shown(config, asked[number].expected),
                 "answers": {arm.name: scored[arm.name].shown[number] for arm in _leading(config)},
             }
             for number, picture in zip(shown, pictures, strict=True)
@@ -279,6 +279,13 @@ def _labelled(splits: dict[str, Questions]) -> list[Asked]:
 
 def _rule(config: EvaluateConfig, split: str) -> str:
     return BENCHMARKS[split].rule if split in config.benchmarks else "exact_match"
+
+
+def _shown(config: EvaluateConfig, expected: str) -> str:
+    """What is expected of a question of the first split, each of several answers once."""
+    if config.splits[0] not in config.benchmarks:
+        return expected
+    return ", ".join(dict.fromkeys(references(expected)))
 
 
 def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
