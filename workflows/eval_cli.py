@@ -108,7 +108,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
     title = f"{results['num_questions']} questions, {results['device']}, {results['dtype']}"
     columns = (
-        "method", "right, % [95 %]", f"of {results['control_arm']}", "vision tokens", "GFLOPs",
+        "method", "all right, % [95 %]", f"of {results['control_arm']}", "vision tokens", "GFLOPs",
         "KV KiB", "prefill ms", "decode tokens/s", "peak MiB",
     )  # fmt: skip
     table = terminal.table(*columns, title=title)
@@ -127,8 +127,28 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             "-" if peak is None else f"{peak / 2**20:.0f}",
         )
     console.print(table)
+    arms = results["arms"]
+    if arms and arms[0].get("by_split"):
+        console.print(_by_task({a["label"]: a["by_split"] for a in arms}, "by task, %", 100))
     for name, figures in results.get("benchmarks", {}).items():
-        own = terminal.table("method", *figures, title=BENCHMARKS[name].title)
-        for arm in results["arms"]:
-            own.add_row(arm["label"], *(f"{of[arm['name']]:.4g}" for of in figures.values()))
-        console.print(own)
+        rows = {a["label"]: {key: of[a["name"]] for key, of in figures.items()} for a in arms}
+        console.print(_by_task(rows, BENCHMARKS[name].title, 1))
+
+
+def _by_task(rows: dict[str, dict[str, Any]], title: str, scale: float) -> Any:
+    """A row a task (or figure) and method: share, interval, what it keeps of the control's."""
+    table = terminal.table("task", "method", "[95 %]", "difference [95 %]", "kept", title=title)
+    for task in next(iter(rows.values())):
+        for label, own in rows.items():
+            cells = [
+                "-" if it is None else _spread(it, scale)
+                for it in (own[task], own[task].get("difference"))
+            ]
+            kept = own[task].get("retention")
+            table.add_row(task, label, *cells, "-" if kept is None else f"{100 * kept:.1f} %")
+    return table
+
+
+def _spread(share: dict[str, float], scale: float) -> str:
+    mean, low, high = (f"{scale * share[name]:.4g}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"

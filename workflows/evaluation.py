@@ -215,7 +215,9 @@ def _benchmarks(
     named: Sequence[tuple[str, Path]], limit: int | None
 ) -> tuple[Stage, dict[str, Source]]:
     """Public benchmarks, by their names, from their official files."""
-    folders = {name: folder.resolve() for name, folder in named}
+    folders = {name: folder.expanduser().resolve() for name, folder in named}
+    if len(folders) < len(named):
+        raise ValueError(f"{', '.join(name for name, _ in named)}: name each benchmark once")
     if unknown := [name for name in folders if name not in BENCHMARKS]:
         raise ValueError(
             f"no benchmarks {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}, each as "

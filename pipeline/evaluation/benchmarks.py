@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,6 @@ MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
     "artwork", "OCR",
 )  # fmt: skip
-_NOTHING = ("", "nan", None)
 
 
 class BenchmarkError(ValueError):
@@ -69,7 +69,7 @@ class Benchmark:
 
     title: str
     needs: tuple[str, ...]
-    """Its files (or folders), as patterns in its folder or in a folder of it."""
+    """Its files (or folders), as patterns in its folder or in a folder of it; `|` is or."""
     pictures: str | None
     """Root of its pictures below its folder; None where its files hold them."""
     rule: str
@@ -122,7 +122,7 @@ def _vizwiz(files: Files) -> Iterator[Item]:
 
 def _pope(files: Files) -> Iterator[Item]:
     for file in files.found:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in _text(file).split("\n"):
             if line.strip():
                 asked = json.loads(line)
                 question = f"{asked['text'].strip()}\n{SHORT}"
@@ -149,14 +149,16 @@ def _mme(files: Files) -> Iterator[Item]:
     for folder in files.found:
         texts = sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt"))
         if not texts:
-            raise BenchmarkError(f"{folder} holds no questions: .txt files, a line a question")
+            raise BenchmarkError(f"mme: {folder} holds no questions: .txt files, a line a question")
         pictures = folder / "images" if (folder / "images").is_dir() else folder
         named = {path.stem: path for path in pictures.iterdir() if path.suffix != ".txt"}
         for text in texts:
+            if text.stem not in named:
+                raise BenchmarkError(f"mme: {text} has no picture of that name in {pictures}")
             place = named[text.stem].relative_to(files.folder)
-            for line in text.read_text(encoding="utf-8").splitlines():
+            for line in _text(text).split("\n"):
                 if line.strip():
-                    question, answer = line.split("\t")
+                    question, answer = line.strip().split("\t")
                     question = question.replace(" Please answer yes or no.", "").strip()
                     asked = f"{question}\n{SHORT}"
                     yield Item(str(place), asked, _yes_or_no(answer), folder.name)
@@ -170,26 +172,30 @@ def _seedbench(files: Files) -> Iterator[Item]:
             choices = [asked[f"choice_{letter}"] for letter in "abcd"]
             question = _choices(asked["question"], choices, LETTER)
             kind = types[asked["question_type_id"]]
-            yield Item(asked["data_id"], question, asked["answer"], kind)
+            yield Item(asked["data_id"], question, _letter_of(choices, asked["answer"]), kind)
 
 
 def _mmbench(prompt: str) -> Callable[[Files], Iterator[Item]]:
     def read(files: Files) -> Iterator[Item]:
         csv.field_size_limit(MAX_FIELD)
-        with files.found[0].open(encoding="utf-8", newline="") as lines:
+        with files.found[0].open(encoding="utf-8-sig", newline="") as lines:
             for row in csv.DictReader(lines, delimiter="\t"):
                 record = int(row["index"]) % CIRCLE
                 own = len(row["image"]) > LONGEST_INDEX
                 picture = f"{record if own else int(row['image']) % CIRCLE}.jpg"
-                if own and not (files.made / picture).exists():
+                if not own and not (files.made / picture).exists():
+                    raise ValueError(f"row {row['index']} has the picture of {row['image']!r}")
+                if not (files.made / picture).exists():
                     data = base64.b64decode(row["image"], validate=True)
                     (files.made / picture).write_bytes(data)
-                choices = [row[letter] for letter in "ABCD" if row.get(letter, "") not in _NOTHING]
-                hint = "" if row["hint"] in _NOTHING else f"{row['hint']}\n"
+                choices = list(
+                    takewhile(_is_there, (row.get(letter) or "" for letter in "ABCDEFGH"))
+                )
+                hint = f"{row['hint']}\n" if _is_there(row["hint"]) else ""
                 yield Item(
                     picture,
                     hint + _choices(row["question"], choices, prompt),
-                    row["answer"],
+                    _letter_of(choices, row["answer"]),
                     row["category"],
                     str(record),
                 )
@@ -197,12 +203,21 @@ def _mmbench(prompt: str) -> Callable[[Files], Iterator[Item]]:
     return read
 
 
+def _is_there(cell: str) -> bool:
+    return cell.strip().lower() not in ("", "nan", "none")
+
+
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(_text(file))
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8-sig")
 
 
 def _lines(answers: Any) -> str:
-    return "\n".join(" ".join(answer.split()) for answer in answers)
+    # An answer that is empty stays one: a point has the same normal form.
+    return "\n".join(" ".join(answer.split()) or "." for answer in answers)
 
 
 def _yes_or_no(answer: str) -> str:
@@ -215,6 +230,13 @@ def _yes_or_no(answer: str) -> str:
 def _choices(question: str, choices: list[str], prompt: str) -> str:
     lines = [f"{letter}. {text}" for letter, text in zip("ABCDEFGH", choices, strict=False)]
     return "\n".join([question, *lines, prompt])
+
+
+def _letter_of(choices: list[str], letter: str) -> str:
+    """The letter of an option that is there."""
+    if letter not in "ABCDEFGH"[: len(choices)] or len(letter) != 1:
+        raise ValueError(f"answer {letter!r} is none of {len(choices)} options")
+    return letter
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -275,14 +297,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "mmbench": Benchmark(
         title="MMBench, dev",
-        needs=("mmbench_dev_[!c]*.tsv",),
+        needs=("mmbench_dev_[!c]*.tsv|MMBench_DEV_EN*.tsv",),
         pictures=None,
         rule="letter_match",
         read=_mmbench(LETTER),
     ),
     "mmbench_cn": Benchmark(
         title="MMBench-CN, dev",
-        needs=("mmbench_dev_cn*.tsv",),
+        needs=("mmbench_dev_cn*.tsv|MMBench_DEV_CN*.tsv",),
         pictures=None,
         rule="letter_match",
         read=_mmbench(LETTER_CN),
@@ -325,10 +347,14 @@ def find_files(name: str, folder: Path) -> list[Path]:
     """
     found = []
     for pattern in BENCHMARKS[name].needs:
-        there = sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
+        ways = [way for one in pattern.split("|") for way in (one, f"*/{one}")]
+        there = sorted(path for way in ways for path in folder.glob(way))
         if len(there) != 1:
             names = ", ".join(map(str, there)) or "none"
-            raise BenchmarkError(f"{name}: {folder} should hold one {pattern}; there is {names}")
+            raise BenchmarkError(
+                f"{name}: {folder} should hold one {pattern.replace('|', ' or ')}; there is {names}"
+                + ("; name a folder with one of them" if there else "")
+            )
         found += there
     if not (pictures := folder / (BENCHMARKS[name].pictures or ".")).is_dir():
         raise BenchmarkError(f"{name}: there is no folder of pictures {pictures}")

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -324,7 +323,7 @@ def share_right(
     questions: Sequence[Asked], guesses: dict[str, str], rules: Iterable[Rule] | None = None
 ) -> dict[str, Any]:
     """Accuracy of one guess per kind, in all and by kind; `rules` score each question."""
-    pairs = zip(questions, rules or repeat(exact_match), strict=False)
+    pairs = zip(questions, rules or [exact_match] * len(questions), strict=True)
     hits = np.array([rule(guesses.get(q.kind, ""), q.expected) for q, rule in pairs])
     kinds = np.array([q.kind for q in questions])
     return {

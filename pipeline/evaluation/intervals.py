@@ -57,7 +57,7 @@ class Bootstrap:
         mean = float(scores[:, mask].mean())
         if self._one_picture(mask):
             return {"mean": mean, "low": 0.0, "high": 1.0, "n": int(mask.sum())}
-        return _interval(mean, self._draw(scores, mask)) | {"n": int(mask.sum())}
+        return interval(mean, self._draw(scores, mask)) | {"n": int(mask.sum())}
 
     def difference(
         self,
@@ -74,7 +74,7 @@ class Bootstrap:
         mean = float(own[:, mask].mean() - control[:, mask].mean())
         if self._one_picture(mask):
             return {"mean": mean, "low": -1.0, "high": 1.0}
-        return _interval(mean, self._draw(own, mask) - self._draw(control, mask, same_seeds))
+        return interval(mean, self._draw(own, mask) - self._draw(control, mask, same_seeds))
 
     def ratio(
         self,
@@ -93,7 +93,12 @@ class Bootstrap:
         below = self._draw(control, mask, same_seeds)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = np.where(below > 0, self._draw(own, mask) / below, np.nan)
-        return _interval(float(own[:, mask].mean() / control[:, mask].mean()), draws)
+        return interval(float(own[:, mask].mean() / control[:, mask].mean()), draws)
+
+    def draws(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Means of values (Q,) in all resamples (RESAMPLES,): what any statistic that is made of
+        means needs. The same resamples for all values."""
+        return self._draw(np.atleast_2d(values), chosen)
 
     def _one_picture(self, mask: np.ndarray) -> bool:
         return len(np.unique(self._picture[mask])) < 2
@@ -101,12 +106,13 @@ class Bootstrap:
     def _draw(self, scores: np.ndarray, mask: np.ndarray, same_seeds: bool = True) -> np.ndarray:
         """The resampled means (RESAMPLES,), NaN where no chosen question was drawn. As many seeds
         are drawn alike, unless they are not the `same_seeds`."""
-        pictures, count = self._picture[mask], self._weights.shape[1]
-        sizes = self._weights @ np.bincount(pictures, minlength=count).astype("float64")
+        used, pictures = np.unique(self._picture[mask], return_inverse=True)
+        weights, count = self._weights[:, used].astype("float64"), len(used)
+        sizes = weights @ np.bincount(pictures, minlength=count)
         with np.errstate(invalid="ignore"):
             means = np.stack(
                 [
-                    (self._weights @ np.bincount(pictures, weights=one[mask], minlength=count))
+                    (weights @ np.bincount(pictures, weights=one[mask], minlength=count))
                     / np.where(sizes > 0, sizes, np.nan)
                     for one in scores
                 ]
@@ -119,6 +125,7 @@ class Bootstrap:
         return np.take_along_axis(means, chosen, axis=0).mean(axis=0)
 
 
-def _interval(mean: float, draws: np.ndarray) -> dict[str, float]:
+def interval(mean: float, draws: np.ndarray) -> dict[str, float]:
+    """95 % by percentiles; draws that are NaN are left out."""
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return {"mean": mean, "low": float(low), "high": float(high)}

@@ -7,10 +7,10 @@ mean is `FIGURES`. Each rule names its source; the words are ours.
 
 import re
 import string
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 Rule = Callable[[str, str], float]
 
@@ -118,13 +118,13 @@ def letter_match(answer: str, expected: str) -> float:
 
 
 def _letter(answer: str) -> str | None:
-    if len(answer) == 1:
-        return answer.upper()
+    if alone := re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", answer):
+        return alone[1].upper()
     if first := re.match(r"\(?([A-Z])[.):]", answer):
         return first[1]
     # An A before a word is an article, as in "A dog, so C".
-    alone = set(re.findall(r"(?<![\w'])(?:A(?!\s+(?!and |or )[a-z])|[B-H])(?![\w'])", answer))
-    return alone.pop() if len(alone) == 1 else None
+    found = set(re.findall(r"(?<![\w'])(?:A(?!\s+(?!and |or )[a-z])|[B-H])(?![\w'])", answer))
+    return found.pop() if len(found) == 1 else None
 
 
 RULES: Mapping[str, Rule] = {
@@ -137,51 +137,63 @@ RULES: Mapping[str, Rule] = {
     "letter_match": letter_match,
 }
 
-Figures = dict[str, float]
+Mean = Callable[[np.ndarray, np.ndarray], Any]
+"""Of values (Q,) where a mask (Q,) holds: a number, or one for each resample of the pictures."""
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-def pope_figures(asked: Sequence[Any], scores: Sequence[float]) -> Figures:
+def pope_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
     """F1 of "yes", the mean of the sets (random, popular, adversarial), and the share of "yes"."""
-    said: dict[str, Counter[tuple[str, bool]]] = defaultdict(Counter)
-    for question, score in zip(asked, scores, strict=True):
-        true = question.expected.strip().lower()
-        said[question.kind][true, (true == "yes") == bool(score)] += 1
-    f1 = []
-    for counts in said.values():
-        hits, false, missed = counts["yes", True], counts["no", True], counts["yes", False]
-        f1.append(2 * hits / (2 * hits + false + missed) if hits else 0.0)
-    yes = sum(counts["yes", True] + counts["no", True] for counts in said.values())
-    return {"F1": fmean(f1), "answers yes": yes / len(asked)}
+    true = np.array([question.expected.strip().lower() == "yes" for question in asked])
+    said = true == (scores > 0)
+    f1 = [
+        2 * mean(said & true, kind) / np.maximum(mean(said, kind) + mean(true, kind), 1e-12)
+        for kind in _masks(asked, "kind")
+    ]
+    return {"F1": sum(f1) / len(f1), "answers yes": mean(said, np.ones(len(asked), bool))}
 
 
-def mme_figures(asked: Sequence[Any], scores: Sequence[float]) -> Figures:
+def mme_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
     """Perception (of 2000 points) and cognition (of 800): for each category the percentage of
     questions and that of pictures with both questions right (Fu et al. 2023)."""
-    pictures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for question, score in zip(asked, scores, strict=True):
-        pictures[question.kind][question.record].append(score)
-    points = {"perception": 0.0, "cognition": 0.0}
-    for kind, own in pictures.items():
-        each = fmean(score for both in own.values() for score in both)
-        both_right = fmean(float(all(both)) for both in own.values())
-        points["cognition" if kind in COGNITION else "perception"] += 100 * (each + both_right)
+    both, once = _all_right(asked, scores, lambda question: (question.kind, question.record))
+    points: dict[str, Any] = {"perception": 0.0, "cognition": 0.0}
+    kinds = dict.fromkeys(question.kind for question in asked)
+    for kind, mask in zip(kinds, _masks(asked, "kind"), strict=True):
+        part = "cognition" if kind in COGNITION else "perception"
+        points[part] = points[part] + 100 * (mean(scores, mask) + mean(both, mask & once))
     return points
 
 
-def circular_figures(asked: Sequence[Any], scores: Sequence[float]) -> Figures:
+def circular_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
     """CircularEval of MMBench: a question counts if it is right in every order of its options
     (Liu et al. 2023)."""
-    orders: dict[str, list[float]] = defaultdict(list)
-    for question, score in zip(asked, scores, strict=True):
-        orders[question.record].append(score)
-    return {"circular": fmean(float(all(own)) for own in orders.values())}
+    right, once = _all_right(asked, scores, lambda question: question.record)
+    return {"circular": mean(right, once)}
 
 
-FIGURES: Mapping[str, Callable[[Sequence[Any], Sequence[float]], Figures]] = {
+def _masks(asked: Sequence[Any], field: str) -> list[np.ndarray]:
+    values = np.array([getattr(question, field) for question in asked])
+    return [values == value for value in dict.fromkeys(values.tolist())]
+
+
+def _all_right(
+    asked: Sequence[Any], scores: np.ndarray, group: Callable[[Any], Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether all questions of its group are right (Q,), and the first of each group (Q,)."""
+    keys = [group(question) for question in asked]
+    right = dict.fromkeys(keys, True)
+    for key, score in zip(keys, scores, strict=True):
+        right[key] = right[key] and bool(score)
+    seen: set[Any] = set()
+    first = [not (key in seen or seen.add(key)) for key in keys]  # type: ignore[func-returns-value]
+    return np.array([right[key] for key in keys]), np.array(first)
+
+
+FIGURES: Mapping[str, Callable[[Sequence[Any], np.ndarray, Mean], dict[str, Any]]] = {
     "pope": pope_figures,
     "mme": mme_figures,
     "mmbench": circular_figures,
     "mmbench_cn": circular_figures,
 }
-"""By benchmark, of questions with `record`, `kind`, `expected`, and their scores."""
+"""By benchmark, of questions with `record`, `kind`, `expected`, and their scores (Q,)."""

@@ -8,7 +8,6 @@ summary to results.json, which the report reads. `adsc eval` runs this stage too
 import json
 import re
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -32,9 +31,9 @@ from pipeline.evaluation.answers import (
 )
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.generation import Asked, Questions, majority_answers, share_right
-from pipeline.evaluation.intervals import Bootstrap, over_seeds
+from pipeline.evaluation.intervals import Bootstrap, interval, over_seeds
 from pipeline.evaluation.methods import MethodConfig
-from pipeline.evaluation.scoring import FIGURES, RULES, references
+from pipeline.evaluation.scoring import FIGURES, RULES, Mean, references
 from pipeline.stage import Input, StageContext
 from pipeline.store import open_store
 
@@ -210,7 +209,15 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     }
     ctx.track.dataset(data.uri, "test questions", data.outputs.get("digest", "")[:12])
     ctx.track.metrics(numbers | {"majority": found["majority"]["accuracy"]})
-    ctx.track.metrics(found["benchmarks"])
+    ctx.track.metrics(
+        {
+            benchmark: {
+                name: {row: of["mean"] for row, of in rows.items()}
+                for name, rows in figures.items()
+            }
+            for benchmark, figures in found["benchmarks"].items()
+        }
+    )
     ctx.track.artifact(ctx.out / "results.json")
     return {"arms": summary, "majority": found["majority"]["accuracy"]}
 
@@ -504,7 +511,7 @@ def _majority(
     asked: Sequence[Asked],
 ) -> dict[str, Any]:
     """Always the most frequent answer of the kind: in training, or where no training split is at
-    hand, in the questions themselves (a bound from above)."""
+    hand, in the questions themselves (for exact match a bound from above)."""
     train = ctx.inputs["data"].folder / "train"
     guesses: dict[str, str] = {}
     for split, questions in splits.items():
@@ -519,26 +526,50 @@ def _majority(
 
 def _benchmarks(
     config: EvaluateConfig, splits: dict[str, Questions], scored: dict[str, Scored]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """What the benchmarks make of scores beyond their mean, by benchmark, figure and row; of a
-    group, the mean over its arms."""
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the benchmarks make of scores beyond their mean, by benchmark, figure and row, with
+    intervals and what is paired with the control. Of a group, the mean over its arms."""
     start, found = 0, {}
     for split, questions in splits.items():
         part = slice(start, start + len(questions))
         start = part.stop
         if split in config.benchmarks and split in FIGURES:
-            figures = {
-                row.name: [
-                    FIGURES[split](questions.asked, scored[arm.name].scores[part].tolist())
-                    for arm in row.arms
-                ]
+            bootstrap = Bootstrap(questions.scenes(), config.seed)
+            rows = {
+                row.name: [scored[arm.name].scores[part] for arm in row.arms]
                 for row in _rows(config.arms)
             }
-            names = next(iter(figures.values()))[0]
-            found[split] = {
-                name: {row: fmean(one[name] for one in own) for row, own in figures.items()}
-                for name in names
-            }
+            found[split] = _figures(split, questions.asked, rows, config.control, bootstrap)
+    return found
+
+
+def _figures(
+    benchmark: str,
+    asked: Sequence[Asked],
+    rows: dict[str, list[np.ndarray]],
+    control: str,
+    bootstrap: Bootstrap,
+) -> dict[str, dict[str, Any]]:
+    """By figure and row; the scores of a row are a list of (Q,), one a seed."""
+
+    def figures(scores: Sequence[np.ndarray], mean: Mean) -> dict[str, Any]:
+        each = [FIGURES[benchmark](asked, one, mean) for one in scores]
+        return {name: sum(of[name] for of in each) / len(each) for name in each[0]}
+
+    def plain(values: np.ndarray, chosen: np.ndarray) -> float:
+        return float(values[chosen].mean())
+
+    points = {row: figures(scores, plain) for row, scores in rows.items()}
+    drawn = {row: figures(scores, bootstrap.draws) for row, scores in rows.items()}
+    found: dict[str, dict[str, Any]] = {name: {} for name in next(iter(points.values()))}
+    for name, of_rows in found.items():
+        for row in rows:
+            own, draws = points[row][name], drawn[row][name]
+            of_rows[row] = interval(own, draws)
+            if row != control and control in rows:
+                other = points[control][name]
+                of_rows[row]["difference"] = interval(own - other, draws - drawn[control][name])
+                of_rows[row]["retention"] = own / other if other else None
     return found
 
 

@@ -41,7 +41,7 @@ class ReportConfig(Config):
     """Longest side of a picture in pixels."""
 
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 """To be raised whenever the stage computes something else; see `Stage.version`."""
 
 

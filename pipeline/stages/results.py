@@ -29,7 +29,8 @@ class Interval(_Part):
 
 
 class Task(Interval):
-    """Of one task of several; what is paired with the control, but for the control itself."""
+    """Of one task of several, or a figure of a benchmark; what is paired with the control, but for
+    the control itself."""
 
     difference: Interval | None = None
     retention: float | None = None
@@ -128,7 +129,7 @@ class Results(_Part):
     arms: list[Arm]
     curves: dict[str, list[tuple[float, float]]] = {}
     samples: list[Sample] = []
-    benchmarks: dict[str, dict[str, dict[str, float]]] = {}
+    benchmarks: dict[str, dict[str, dict[str, Task]]] = {}
     """What public benchmarks make of scores beyond their mean: benchmark -> figure -> arm."""
 
     @classmethod

@@ -141,3 +141,40 @@ def test_missing_and_changed_files_are_named(tmp_path: Path) -> None:
     text.write_text("Is it? Please answer yes or no.\tMaybe\n")
     with pytest.raises(BenchmarkError, match="'Maybe' is neither yes nor no"):
         convert_one("mme", tmp_path / "mme", out)
+
+
+def test_files_are_read_as_they_come(tmp_path: Path) -> None:
+    """With a byte order mark; people's empty answers stay answers; trailing tabs; other names."""
+    out = tmp_path / "out"
+    out.mkdir()
+    WRITERS["textvqa"](tmp_path)
+    file = tmp_path / "TextVQA_0.5.1_val.json"
+    file.write_text("\ufeff" + file.read_text().replace('"the stop"', '""'), encoding="utf-8")
+    assert convert_one("textvqa", tmp_path, out) == 1
+    (record,) = map(json.loads, (out / "textvqa.jsonl").read_text().splitlines())
+    assert record["conversations"][1]["value"] == "\n".join(["stop"] * 9 + ["."])
+    WRITERS["mme"](tmp_path)
+    text = tmp_path / "MME_Benchmark_release_version" / "count" / "a.txt"
+    text.write_text("Is it?\tYes\t\n")
+    assert convert_one("mme", tmp_path, out) == QUESTIONS["mme"] - 1
+    text.with_suffix(".png").rename(text.with_name("b.png"))
+    with pytest.raises(BenchmarkError, match=r"count/a.txt has no picture of that name"):
+        convert_one("mme", tmp_path, out)
+
+
+def test_options_have_no_gaps(tmp_path: Path) -> None:
+    WRITERS["mmbench"](tmp_path)
+    (tmp_path / "mmbench_dev_cn_20231003.tsv").unlink()
+    file = (tmp_path / "mmbench_dev_20230712.tsv").rename(tmp_path / "MMBench_DEV_EN.tsv")
+    out = tmp_path / "out"
+    assert convert_one("mmbench", tmp_path, out) == 3
+    whole = file.read_text()
+    file.write_text(whole.replace('"2"\t"3"', '""\t"3"'))
+    with pytest.raises(BenchmarkError, match=r"after 2 questions, .*'D' is none of 1 options"):
+        convert_one("mmbench", tmp_path, out)
+    file.write_text(whole.replace('\t"241"\t', '\t"7"\t'))
+    with pytest.raises(BenchmarkError, match=r"row 252 has the picture of '7'"):
+        convert_one("mmbench", tmp_path, out)
+    (tmp_path / "mmbench_dev_en_20231003.tsv").write_text(whole)
+    with pytest.raises(BenchmarkError, match="name a folder with one of them"):
+        convert_one("mmbench", tmp_path, out)

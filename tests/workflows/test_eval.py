@@ -108,7 +108,9 @@ def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path)
     assert "<h2>By task</h2>" in page and "<th>random</th><th>popular</th>" in page
 
 
-def test_public_benchmarks_are_scored_by_their_rules(small: Small, tmp_path: Path) -> None:
+def test_public_benchmarks_are_scored_by_their_rules(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All of them, from files in the official formats, by one command."""
     tasks = []
     for name, write in WRITERS.items():
@@ -142,7 +144,12 @@ def test_public_benchmarks_are_scored_by_their_rules(small: Small, tmp_path: Pat
     assert results["benchmarks"]["pope"]["F1"].keys() == {dense["name"], plan["name"]}
     # A tiny model says no "no": of POPE's four questions a set it gets the one "yes" right.
     assert set(pope) == {0.0, 1.0}
-    assert results["benchmarks"]["pope"]["F1"]["dense"] == pytest.approx(2 / 5)
+    f1 = results["benchmarks"]["pope"]["F1"]
+    assert f1["dense"]["mean"] == pytest.approx(2 / 5) and "difference" not in f1["dense"]
+    assert f1["dense"]["low"] <= 2 / 5 <= f1["dense"]["high"]
+    assert f1[plan["name"]]["difference"]["mean"] == pytest.approx(f1[plan["name"]]["mean"] - 2 / 5)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "by task, %" in printed and "POPE on COCO" in printed
     assert results["majority"]["by_kind"]["vqav2: yes/no"] == 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>POPE on COCO</h2>" in page and "<th>perception</th>" in page
@@ -206,6 +213,7 @@ def test_a_replaced_checkpoint_on_s3_is_fetched_again(
         (["BASE", "--tasks", "docvqa=."], "no benchmarks docvqa: there are gqa, vqav2,"),
         (["BASE", "--tasks", "gqa=absent"], "absent should hold one testdev_balanced_questions"),
         (["BASE", "--tasks", "mme=absent"], "absent should hold one existence"),
+        (["BASE", "--tasks", "gqa=.", "gqa=."], "name each benchmark once"),
         (["BASE", "--tasks", "gqa=.", "T"], "ask them by two commands"),
         (["BASE", "--data", "absent", "--limit", "3"], "prepared data is asked as it is"),
         (["BASE", "--data", "absent"], "there is no prepared data at 'absent'"),

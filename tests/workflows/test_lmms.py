@@ -130,8 +130,8 @@ def differ(rule, ours, theirs, *about):
     if ours != theirs and abs(ours - theirs) > 1e-9:
         print(rule, *map(repr, about), ours, theirs)
 for answer in said:
-    for one in true:
-        given = [one] * 2 + ["x"] * 8
+    for one, others in [(one, others) for one in true for others in (0, 7, 8)]:
+        given = [one] * (10 - others) + ["x"] * others
         expected = "\\n".join(given)
         people = [{"answer": text, "answer_id": n} for n, text in enumerate(given)]
         theirs = vqav2_process_results_val({"question_id": 1, "answers": people}, [answer])
