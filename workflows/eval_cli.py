@@ -137,7 +137,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 def _by_task(rows: dict[str, dict[str, Any]], title: str, scale: float) -> Any:
     """A row a task (or figure) and method: share, interval, what it keeps of the control's."""
-    table = terminal.table("task", "method", "[95 %]", "difference [95 %]", "kept", title=title)
+    table = terminal.table("", "method", "mean [95 %]", "difference [95 %]", "kept", title=title)
     for task in next(iter(rows.values())):
         for label, own in rows.items():
             cells = [
