@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
         "--max-new-tokens", type=positive(int), default=16, help="longest answer in tokens"
     )
     parser.add_argument(
-        "--limit", type=positive(int), metavar="N", help="most pictures of each task, at random"
+        "--limit", type=positive(int), metavar="N", help="most records of each task, at random"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and report there")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")

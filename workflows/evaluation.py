@@ -36,8 +36,6 @@ from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
 from pipeline.store import open_store
 
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length
-
-
 TOWERS = {"efficientnet_lite0": "workflows.stamps_tower.register"}
 """Vision towers that transformers doesn't have, and what tells them to a process."""
 
@@ -66,7 +64,8 @@ def evaluation_stages(
         tasks: JSON files of one folder, or benchmarks as NAME=FOLDER; with `data`, the names of
             its splits (`test` if none).
         data: the folder of a finished prepare stage.
-        limit: most pictures of each task, drawn at random by a fixed seed.
+        limit: most records of each task, drawn at random by a fixed seed: of benchmarks, a picture
+            with its questions, or a question in all orders of its options.
         settings: further fields of EvaluateConfig.
 
     Raises:
@@ -176,10 +175,7 @@ def _data(
     else:
         made, sources = _files([Path(task) for task in tasks], limit)
     config = TaskConfig(
-        splits={
-            name: {name: source} if limit or source.images else source.data
-            for name, source in sources.items()
-        },
+        splits={name: {name: source} for name, source in sources.items()},
         template="auto",
         context=CONTEXT,
         max_quarantined=0,

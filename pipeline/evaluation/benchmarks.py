@@ -1,4 +1,4 @@
-"""Public benchmarks from their official files: questions as LLaVA-1.5 puts them, for `prepare`.
+"""Public benchmarks from their official files: questions as lmms-eval puts them to LLaVA.
 
 A record is a picture with all its questions, so that none is stored or read twice. What lies where
 is each benchmark's own layout, as it unpacks (docs/evaluation.md). Scoring is scoring.py's.
@@ -21,6 +21,7 @@ from pipeline.stage import StageContext
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+LETTERS = "ABCDEFGH"
 LETTER_CN = "请直接回答选项字母。"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 MAX_FIELD = 1 << 27
@@ -122,12 +123,10 @@ def _vizwiz(files: Files) -> Iterator[Item]:
 
 def _pope(files: Files) -> Iterator[Item]:
     for file in files.found:
-        for line in _text(file).split("\n"):
-            if line.strip():
-                asked = json.loads(line)
-                question = f"{asked['text'].strip()}\n{SHORT}"
-                kind = file.stem.rpartition("_")[2]
-                yield Item(asked["image"], question, _yes_or_no(asked["label"]), kind)
+        kind = file.stem.rpartition("_")[2]
+        for asked in map(json.loads, _rows(file)):
+            question = f"{asked['text'].strip()}\n{SHORT}"
+            yield Item(asked["image"], question, _yes_or_no(asked["label"]), kind)
 
 
 def _scienceqa(files: Files) -> Iterator[Item]:
@@ -156,12 +155,11 @@ def _mme(files: Files) -> Iterator[Item]:
             if text.stem not in named:
                 raise BenchmarkError(f"mme: {text} has no picture of that name in {pictures}")
             place = named[text.stem].relative_to(files.folder)
-            for line in _text(text).split("\n"):
-                if line.strip():
-                    question, answer = line.strip().split("\t")
-                    question = question.replace(" Please answer yes or no.", "").strip()
-                    asked = f"{question}\n{SHORT}"
-                    yield Item(str(place), asked, _yes_or_no(answer), folder.name)
+            for row in _rows(text):
+                question, answer = row.split("\t")
+                question = question.replace(" Please answer yes or no.", "").strip()
+                asked = f"{question}\n{SHORT}"
+                yield Item(str(place), asked, _yes_or_no(answer), folder.name)
 
 
 def _seedbench(files: Files) -> Iterator[Item]:
@@ -182,18 +180,16 @@ def _mmbench(prompt: str) -> Callable[[Files], Iterator[Item]]:
             for row in csv.DictReader(lines, delimiter="\t"):
                 record = int(row["index"]) % CIRCLE
                 own = len(row["image"]) > LONGEST_INDEX
-                picture = f"{record if own else int(row['image']) % CIRCLE}.jpg"
-                if not own and not (files.made / picture).exists():
-                    raise ValueError(f"row {row['index']} has the picture of {row['image']!r}")
-                if not (files.made / picture).exists():
-                    data = base64.b64decode(row["image"], validate=True)
-                    (files.made / picture).write_bytes(data)
-                choices = list(
-                    takewhile(_is_there, (row.get(letter) or "" for letter in "ABCDEFGH"))
-                )
+                made = files.made / f"{record if own else int(row['image']) % CIRCLE}.jpg"
+                if not made.exists():
+                    if not own:
+                        raise ValueError(f"row {row['index']} has the picture of {row['image']!r}")
+                    made.write_bytes(base64.b64decode(row["image"], validate=True))
+                cells = (row.get(letter) or "" for letter in LETTERS)
+                choices = list(takewhile(_is_there, cells))
                 hint = f"{row['hint']}\n" if _is_there(row["hint"]) else ""
                 yield Item(
-                    picture,
+                    made.name,
                     hint + _choices(row["question"], choices, prompt),
                     _letter_of(choices, row["answer"]),
                     row["category"],
@@ -215,6 +211,11 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8-sig")
 
 
+def _rows(file: Path) -> list[str]:
+    """Its lines that are not empty; other characters that end one belong to the text."""
+    return [line.strip() for line in _text(file).split("\n") if line.strip()]
+
+
 def _lines(answers: Any) -> str:
     # An answer that is empty stays one: a point has the same normal form.
     return "\n".join(" ".join(answer.split()) or "." for answer in answers)
@@ -228,13 +229,13 @@ def _yes_or_no(answer: str) -> str:
 
 
 def _choices(question: str, choices: list[str], prompt: str) -> str:
-    lines = [f"{letter}. {text}" for letter, text in zip("ABCDEFGH", choices, strict=False)]
+    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
     return "\n".join([question, *lines, prompt])
 
 
 def _letter_of(choices: list[str], letter: str) -> str:
     """The letter of an option that is there."""
-    if letter not in "ABCDEFGH"[: len(choices)] or len(letter) != 1:
+    if letter not in list(LETTERS[: len(choices)]):
         raise ValueError(f"answer {letter!r} is none of {len(choices)} options")
     return letter
 

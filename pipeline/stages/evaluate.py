@@ -170,6 +170,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     data = ctx.inputs["data"]
     splits = {split: Questions(data.folder / split) for split in config.splits}
     asked = _labelled(splits)
+    scenes = [scene for questions in splits.values() for scene in questions.scenes()]
     job = _job(ctx, config)
     order = sorted(config.arms, key=lambda arm: _first(config.arms, arm.checkpoint))
     sizes = {split: len(questions) for split, questions in splits.items()}
@@ -180,7 +181,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     found = results(
         config,
         asked,
-        [scene for questions in splits.values() for scene in questions.scenes()],
+        scenes,
         scored,
         measured,
         splits=[split for split, size in sizes.items() for _ in range(size)],
@@ -188,7 +189,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         commit=ctx.run.commit,
         config={"evaluate": config.model_dump(mode="json")} | _training(ctx),
         majority=_majority(ctx, config, splits, asked),
-        benchmarks=_benchmarks(config, splits, scored),
+        benchmarks=_benchmarks(config, splits, scenes, scored),
         samples=[
             {
                 "picture": picture,
@@ -525,7 +526,10 @@ def _majority(
 
 
 def _benchmarks(
-    config: EvaluateConfig, splits: dict[str, Questions], scored: dict[str, Scored]
+    config: EvaluateConfig,
+    splits: dict[str, Questions],
+    scenes: Sequence[str],
+    scored: dict[str, Scored],
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """What the benchmarks make of scores beyond their mean, by benchmark, figure and row, with
     intervals and what is paired with the control. Of a group, the mean over its arms."""
@@ -534,7 +538,7 @@ def _benchmarks(
         part = slice(start, start + len(questions))
         start = part.stop
         if split in config.benchmarks and split in FIGURES:
-            bootstrap = Bootstrap(questions.scenes(), config.seed)
+            bootstrap = Bootstrap(scenes[part], config.seed)
             rows = {
                 row.name: [scored[arm.name].scores[part] for arm in row.arms]
                 for row in _rows(config.arms)
