@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import failure
 from pipeline import record as records
-from pipeline.identity import body_name, canonical
+from pipeline.identity import canonical
 from pipeline.lease import Holder, Lease, acquire
 from pipeline.progress import ProgressHandle, Report
 from pipeline.record import Record, Source
@@ -122,7 +122,7 @@ def _attempt(
                 track=track,
                 progress_handle=progress,
             )
-            outputs = _outputs(stage, stage.body(body_context, stage.config))
+            outputs = _outputs(stage, stage.kind.body(body_context, stage.config))
             made = Record(
                 stage=stage.name,
                 fingerprint=fingerprint,
@@ -134,8 +134,8 @@ def _attempt(
                     for name, it in inputs.items()
                 },
                 config=canonical(stage.config),
-                version=stage.version,
-                body=body_name(stage.body),
+                version=stage.kind.version,
+                body=stage.kind.id,
                 commit=context.commit,
                 started=started.isoformat(timespec="seconds"),
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),

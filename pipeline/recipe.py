@@ -15,24 +15,22 @@ from pipeline.config import Config
 from pipeline.data.templates import NAMES
 from pipeline.search.config import FOUND, SearchConfig
 from pipeline.stage import Stage
-from pipeline.stages.base import BASE_VERSION, BaseConfig, base, num_decoder_layers, pin_digest
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.export import EXPORT_VERSION, ExportConfig, export
-from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
-from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
-from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.base import BASE, BaseConfig, num_decoder_layers, pin_digest
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.export import EXPORT, ExportConfig
+from pipeline.stages.merge import MERGE, MergeConfig
+from pipeline.stages.prepare import PREPARE, PrepareConfig
+from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.stages.search import (
-    SEARCH_DATA_VERSION,
-    SEARCH_VERSION,
+    EVALUATE_FOUND,
+    MERGE_FOUND,
+    SEARCH,
+    SEARCH_DATA,
+    TRAIN_FOUND,
     SearchDataConfig,
     SearchStageConfig,
-    evaluate_found,
-    merge_found,
-    search,
-    search_data,
-    train_found,
 )
-from pipeline.stages.train import TRAIN_VERSION, train_stage
+from pipeline.stages.train import TRAIN
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import CurriculumConfig, configs_of, plans_of
 
@@ -135,30 +133,24 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             trained=True,
         ),
     )
-    trained = {s.name: s.name for s in stages if s.body in (train_stage, train_found)}
+    trained = {s.name: s.name for s in stages if s.kind in (TRAIN, TRAIN_FOUND)}
     checkpoints = {name: name for name in ("base", "merge", "merge-control")}
     stages += [
-        Stage(
+        (EVALUATE_FOUND if config.searched else EVALUATE).stage(
             name="evaluate",
             title="evaluate: every arm, same questions",
-            body=evaluate_found if config.searched else evaluate,
-            version=EVALUATE_VERSION,
             config=config.evaluate.model_copy(update={"arms": arms, "seed": config.train.seed}),
             needs={"data": "prepare", **checkpoints, **trained, **found},
         ),
-        Stage(
+        EXPORT.stage(
             name="export",
             title="export: the compressed checkpoint",
-            body=export,
-            version=EXPORT_VERSION,
             config=config.export,
             needs={"merge": "merge", "evaluate": "evaluate", "data": "prepare"},
         ),
-        Stage(
+        REPORT.stage(
             name="report",
             title="report: page and figure",
-            body=report,
-            version=REPORT_VERSION,
             config=config.report,
             needs={"evaluate": "evaluate", **found},
         ),
@@ -169,18 +161,14 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
 def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConfig) -> list[Stage]:
     """The stages `base` and `prepare`, which others need; `data` writes records and pictures."""
     return [
-        Stage(
+        BASE.stage(
             name="base",
             title="base: the checkpoint to compress",
-            body=base,
-            version=BASE_VERSION,
             config=pin_digest(checkpoint),
         ),
-        Stage(
+        PREPARE.stage(
             name="prepare",
             title="prepare: real records to tokens",
-            body=prepare,
-            version=PREPARE_VERSION,
             config=rendering,
             needs={"data": data.name, "base": "base"},
         ),
@@ -224,19 +212,15 @@ def _search(config: CompressConfig) -> list[Stage]:
     if own.fidelity == "curriculum":
         way = config.curriculum
     return [
-        Stage(
+        SEARCH_DATA.stage(
             name="search-data",
             title="search-data: conversations for trials",
-            body=search_data,
-            version=SEARCH_DATA_VERSION,
             config=SearchDataConfig(train_rows=own.train_rows, **held),
             needs={"data": "prepare"},
         ),
-        Stage(
+        SEARCH.stage(
             name="search",
             title=f"search: {own.trials} trials, {own.fidelity}",
-            body=search,
-            version=SEARCH_VERSION,
             config=SearchStageConfig(search=own, train=train, curriculum=way),
             needs={"base": "base", "data": "search-data"},
         ),
@@ -259,22 +243,18 @@ def train_and_merge(
     for number, train in enumerate(trainings, 1):
         start = {"start": stages[-1].name} if stages else {}
         stages.append(
-            Stage(
+            (TRAIN_FOUND if searched else TRAIN).stage(
                 name=f"{prefix}-{number}",
                 title=f"{prefix} {number}/{len(trainings)}: "
                 f"LoRA with {train.runs_with or 'no drop'}",
-                body=train_found if searched else train_stage,
-                version=TRAIN_VERSION,
                 config=train,
                 needs=needs | start,
             )
         )
     stages.append(
-        Stage(
+        (MERGE_FOUND if searched else MERGE).stage(
             name=merged,
             title=f"{merged}: adapter into base",
-            body=merge_found if searched else merge,
-            version=MERGE_VERSION,
             config=merging,
             needs=needs | {"trained": stages[-1].name},
         )

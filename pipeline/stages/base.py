@@ -18,7 +18,7 @@ import adsc
 from adsc.geometries import HUB_IDS, geometry
 from pipeline.config import ADDED, Config
 from pipeline.record import manifest
-from pipeline.stage import StageContext
+from pipeline.stage import Kind, StageContext
 
 
 class BaseConfig(Config):
@@ -74,10 +74,6 @@ def num_decoder_layers(source: str) -> int | None:
     return int((config.get("text_config") or config)["num_hidden_layers"])
 
 
-BASE_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
-
-
 def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
     """Stage body: a copy of the checkpoint, loaded once with strict keys and a known family."""
     source = resolve(config.source)
@@ -106,3 +102,6 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise BaseError(f"{config.source} holds weights that are not finite")
     return {"parameters": parameters, "architecture": type(model).__name__}
+
+
+BASE = Kind(id="pipeline.stages.base.base", version=1, body=base, config=BaseConfig)

@@ -18,7 +18,7 @@ from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
 from pipeline.evaluation.methods import MethodConfig, PeerConfig, build_method
-from pipeline.stage import StageContext
+from pipeline.stage import Kind, StageContext
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
 
@@ -40,10 +40,6 @@ class MergeConfig(MethodConfig):
 
 class MergeMismatch(RuntimeError):
     """The merged model does not compute what the adapter model computes."""
-
-
-MERGE_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
@@ -81,6 +77,9 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}
+
+
+MERGE = Kind(id="pipeline.stages.merge.merge", version=1, body=merge, config=MergeConfig)
 
 
 def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ stage of that pressure), their needs name the search, and so their fingerprints 
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,14 @@ from pipeline.data.shards import ShardWriter
 from pipeline.search.config import FOUND, UNITS, SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Study, Trial
-from pipeline.stage import Inputs, StageContext
-from pipeline.stages.evaluate import EvaluateConfig, evaluate, workers_that_fit
-from pipeline.stages.merge import MergeConfig, merge
-from pipeline.stages.train import train_stage
+from pipeline.stage import Inputs, Kind, StageContext
+from pipeline.stages.evaluate import EVALUATE, EvaluateConfig, evaluate, workers_that_fit
+from pipeline.stages.merge import MERGE, MergeConfig, merge
+from pipeline.stages.train import TRAIN, train_stage
 from pipeline.store import Store, open_store
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
 
-SEARCH_DATA_VERSION = 1
-SEARCH_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 PREFILL = "prefill.json"
 """Measured times in the search's folder, which a resumed search goes on with."""
 
@@ -121,6 +119,11 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
     }
 
 
+SEARCH_DATA = Kind(
+    id="pipeline.stages.search.search_data", version=1, body=search_data, config=SearchDataConfig
+)
+
+
 def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     """Stage body; inputs `base` and `data` (of `search_data`).
 
@@ -183,6 +186,9 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     return {key: results[key] for key in told_on}
 
 
+SEARCH = Kind(id="pipeline.stages.search.search", version=1, body=search, config=SearchStageConfig)
+
+
 def found_plan(text: str, found: str) -> str:
     """What a reference stands for: `search` is the found plan, `search^1.5` the one of that
     pressure (adsc.curriculum); anything else is itself.
@@ -218,6 +224,11 @@ def evaluate_found(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         return evaluate(ctx, config.model_copy(update={"arms": arms}))
     finally:
         ctx.inputs = searched
+
+
+TRAIN_FOUND = replace(TRAIN, id="pipeline.stages.search.train_found", body=train_found)
+MERGE_FOUND = replace(MERGE, id="pipeline.stages.search.merge_found", body=merge_found)
+EVALUATE_FOUND = replace(EVALUATE, id="pipeline.stages.search.evaluate_found", body=evaluate_found)
 
 
 def _of(ctx: StageContext, text: str) -> str:

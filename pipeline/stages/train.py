@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.progress import ProgressHandle
-from pipeline.stage import Input, StageContext
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.tracking import gauges
 from pipeline.tracking.tracker import RunHandle
 from pipeline.training.config import MOMENTS, TrainConfig
@@ -214,10 +214,6 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     return None
 
 
-TRAIN_VERSION = 2
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
-
-
 def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     """Stage body; inputs `base`, `data` and, from the second stage on, `start`.
 
@@ -280,3 +276,8 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             shutil.copyfile(Path(folder) / MOMENTS, ctx.out / MOMENTS)
     metrics = result.metrics
     return {"plan": config.runs_with, "steps": metrics["step"], "loss": metrics["loss"]}
+
+
+TRAIN = Kind(
+    id="pipeline.stages.train.train_stage", version=2, body=train_stage, config=TrainConfig
+)

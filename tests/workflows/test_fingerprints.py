@@ -6,15 +6,17 @@ After a version was raised on purpose, or a stage was added:
 """
 
 import dataclasses
+import importlib
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.evaluation.benchmarks import BenchmarksConfig
 from pipeline.graph import fingerprints
-from pipeline.stage import Stage
+from pipeline.stage import Kind, Stage
 from pipeline.workflow import Workflow
 from tests.benchmark_files import WRITERS
 from workflows.cli import WORKFLOWS, load_workflow
@@ -36,8 +38,9 @@ def variants() -> Iterator[tuple[str, Workflow]]:
     for fidelity in ("untrained", "lora", "curriculum"):
         yield f"demo, search, {fidelity}", demo().edit({**SEARCH, "search.fidelity": fidelity})
     yield "demo, one training", demo().edit({"curriculum.order": "fixed", "curriculum.stages": 1})
-    yield "demo, search, one training", demo().edit(
-        {**SEARCH, "curriculum.order": "fixed", "curriculum.stages": 1}
+    yield (
+        "demo, search, one training",
+        demo().edit({**SEARCH, "curriculum.order": "fixed", "curriculum.stages": 1}),
     )
     small = {"seeds": (0,), "variants": ("adsc",), "anchors": (), "trained_peers": ("fastv",)}
     yield "evidence, small", evidence().edit(small)
@@ -88,6 +91,21 @@ def test_no_finished_stage_is_made_again(tmp_path: Path) -> None:
         "version on purpose (see this file's first lines)"
     )
     assert found.keys() == frozen.keys()
+
+
+def test_every_kind_that_ships_has_an_id_of_its_own() -> None:
+    root = Path(__file__).parents[2]
+    kinds: dict[str, list[Kind[Any]]] = {}
+    for path in (
+        path for name in ("pipeline", "workflows") for path in (root / name).rglob("*.py")
+    ):
+        if "Kind(" in path.read_text():
+            module = importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+            for kind in (it for it in vars(module).values() if isinstance(it, Kind)):
+                if kind not in kinds.setdefault(kind.id, []):
+                    kinds[kind.id].append(kind)
+    assert {"pipeline.stages.merge.merge", "workflows.fashion.compose_fashion"} < kinds.keys()
+    assert not {id: same for id, same in kinds.items() if len(same) > 1}
 
 
 if __name__ == "__main__":
