@@ -75,8 +75,9 @@ def _shared_ids(kinds: Iterable[Kind[Any]]) -> Iterator[str]:
     """Two kinds of one id would take each other's results for their own."""
     known: dict[str, list[Kind[Any]]] = {}
     for kind in kinds:
-        if kind not in known.setdefault(kind.id, []):
-            known[kind.id].append(kind)
+        for id in kind.ids:
+            if kind not in known.setdefault(id, []):
+                known[id].append(kind)
     for id, same in known.items():
         if len(same) > 1:
             which = " and ".join(f"{kind.body!r} in version {kind.version}" for kind in same)
@@ -95,7 +96,7 @@ def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
             config=stage.config,
             inputs={need: prints[source] for need, source in stage.needs.items()},
             version=stage.kind.version,
-            kind=stage.kind.id,
+            kind=stage.kind_id,
         )
     return prints
 

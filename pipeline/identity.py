@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config import ADDED, OPERATIONAL
+from pipeline.reference import Reference
 
 SHORT = 12  # hexadecimal digits of a fingerprint that a folder's name carries
 
@@ -52,6 +53,8 @@ def canonical(value: Any, field: str = "config") -> Any:
     if isinstance(value, str | int):
         return str(value) if isinstance(value, str) else int(value)
     if isinstance(value, Fraction):
+        return str(value)
+    if isinstance(value, Reference):
         return str(value)
     if isinstance(value, PurePath):
         return value.as_posix()

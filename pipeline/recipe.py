@@ -13,7 +13,8 @@ from adsc.curriculum import pressures
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config
 from pipeline.data.templates import NAMES
-from pipeline.search.config import FOUND, SearchConfig
+from pipeline.evaluation.methods import FoundPlan, Plan
+from pipeline.search.config import SearchConfig
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE, BaseConfig, num_decoder_layers, pin_digest
 from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
@@ -22,11 +23,8 @@ from pipeline.stages.merge import MERGE, MergeConfig
 from pipeline.stages.prepare import PREPARE, PrepareConfig
 from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.stages.search import (
-    EVALUATE_FOUND,
-    MERGE_FOUND,
     SEARCH,
     SEARCH_DATA,
-    TRAIN_FOUND,
     SearchDataConfig,
     SearchStageConfig,
 )
@@ -38,7 +36,7 @@ from pipeline.training.curriculum import CurriculumConfig, configs_of, plans_of
 class CompressConfig(Config):
     """Everything that decides what a compression computes."""
 
-    plan: str
+    plan: Plan
     """The target plan, such as `2:1/4,5:1/4`; `search` is the one that the search stage finds."""
     base: BaseConfig
     """The checkpoint to compress."""
@@ -69,7 +67,12 @@ class CompressConfig(Config):
         given = [name for name, value in filled.items() if value]
         if given:
             raise ValueError(f"{', '.join(given)} follow from `plan` and `curriculum`: set those")
-        if self.plan == FOUND and self.curriculum.order == "explicit":
+        if isinstance(self.plan, FoundPlan) and self.plan != FoundPlan():
+            raise ValueError(
+                f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
+                "and let curriculum.order and curriculum.extreme set the pressure of each training"
+            )
+        if self.searched and self.curriculum.order == "explicit":
             raise ValueError(
                 "plan = search and curriculum.order = explicit contradict: plans can't be listed "
                 "before the target is found; choose reverse, forward or fixed"
@@ -79,7 +82,7 @@ class CompressConfig(Config):
     @property
     def searched(self) -> bool:
         """Whether the plan comes from a search."""
-        return self.plan == FOUND
+        return isinstance(self.plan, FoundPlan)
 
 
 def compress(config: CompressConfig, data: Stage) -> list[Stage]:
@@ -91,7 +94,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         PlanError: a plan that is malformed or that names a layer which the base does not have.
     """
     layers = num_decoder_layers(config.base.source)
-    if layers is not None and not config.searched:
+    if layers is not None and not isinstance(config.plan, FoundPlan):
         PruningPlan.parse(config.plan).check_layers(layers)
     if config.prepare.template not in NAMES:
         raise ValueError(
@@ -101,8 +104,6 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         raise ValueError("nothing to train: set train.lora or train.tune")
     stages = [data, *base_and_prepare(data, config.base, config.prepare), *_search(config)]
     plans = training_plans(config)
-    # Stages that run with a found plan are told by its stage, and known by its fingerprint.
-    found = {FOUND: "search"} if config.searched else {}
     for prefix, merged, each in (
         ("train", "merge", plans),
         ("control", "merge-control", [""] * len(plans)),
@@ -133,14 +134,14 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             trained=True,
         ),
     )
-    trained = {s.name: s.name for s in stages if s.kind in (TRAIN, TRAIN_FOUND)}
+    trained = {s.name: s.name for s in stages if s.kind == TRAIN}
     checkpoints = {name: name for name in ("base", "merge", "merge-control")}
     stages += [
-        (EVALUATE_FOUND if config.searched else EVALUATE).stage(
+        EVALUATE.stage(
             name="evaluate",
             title="evaluate: every arm, same questions",
             config=config.evaluate.model_copy(update={"arms": arms, "seed": config.train.seed}),
-            needs={"data": "prepare", **checkpoints, **trained, **found},
+            needs={"data": "prepare", **checkpoints, **trained},
         ),
         EXPORT.stage(
             name="export",
@@ -152,7 +153,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="report",
             title="report: page and figure",
             config=config.report,
-            needs={"evaluate": "evaluate", **found},
+            needs={"evaluate": "evaluate", **({"search": "search"} if config.searched else {})},
         ),
     ]
     return stages
@@ -175,17 +176,17 @@ def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConf
     ]
 
 
-def training_plans(config: CompressConfig) -> list[str]:
-    """The plan of each training stage; see `plans_of`. Those of a search are references
-    (`found_plan`), as its own is."""
-    if config.searched:
-        way = config.curriculum
+def training_plans(config: CompressConfig) -> list[str] | list[FoundPlan]:
+    """The plan of each training stage; see `plans_of`. Those of a search are references, as its own
+    is."""
+    way = config.curriculum
+    if isinstance(config.plan, FoundPlan):
         each = pressures(way.order, way.stages, way.extreme)
-        return [FOUND if pressure == 1 else f"{FOUND}^{pressure}" for pressure in each]
-    return plans_of(config.curriculum, config.plan)
+        return [FoundPlan(pressure=pressure) for pressure in each]
+    return plans_of(way, config.plan)
 
 
-def training_configs(config: CompressConfig, plans: list[str]) -> list[TrainConfig]:
+def training_configs(config: CompressConfig, plans: Sequence[str | FoundPlan]) -> list[TrainConfig]:
     """The config of each training stage; see `configs_of`."""
     return configs_of(config.curriculum, config.train, plans)
 
@@ -238,12 +239,11 @@ def train_and_merge(
         merged: the name of the last stage.
     """
     stages: list[Stage] = []
-    searched = merging.plan == FOUND
-    needs = {"base": "base", "data": "prepare", **({FOUND: "search"} if searched else {})}
+    needs = {"base": "base", "data": "prepare"}
     for number, train in enumerate(trainings, 1):
         start = {"start": stages[-1].name} if stages else {}
         stages.append(
-            (TRAIN_FOUND if searched else TRAIN).stage(
+            TRAIN.stage(
                 name=f"{prefix}-{number}",
                 title=f"{prefix} {number}/{len(trainings)}: "
                 f"LoRA with {train.runs_with or 'no drop'}",
@@ -252,7 +252,7 @@ def train_and_merge(
             )
         )
     stages.append(
-        (MERGE_FOUND if searched else MERGE).stage(
+        MERGE.stage(
             name=merged,
             title=f"{merged}: adapter into base",
             config=merging,

@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.identity import IdentityError, body_name, canonical
 from pipeline.progress import ProgressHandle
 from pipeline.record import Record
+from pipeline.reference import references
 from pipeline.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -42,18 +43,31 @@ class Kind(Generic[ConfigT]):
     """A function at the top of a module: (context, config) to outputs, which are JSON."""
     config: type[ConfigT]
     """The class of its stages' configs."""
+    referring_id: str = ""
+    """The id instead where a config has references, for kinds of which such stages are finished
+    that were kinds of their own then; empty: the same id."""
 
     def __post_init__(self) -> None:
-        if not _KIND.fullmatch(self.id):
-            raise IdentityError(
-                f"{self.id!r} is not a kind's id: use letters, digits, `_`, `.` and `-`"
-            )
+        for id in self.ids:
+            if not _KIND.fullmatch(id):
+                raise IdentityError(
+                    f"{id!r} is not a kind's id: use letters, digits, `_`, `.` and `-`"
+                )
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All by which results of this kind are known."""
+        return (self.id, self.referring_id) if self.referring_id else (self.id,)
 
     def stage(
         self, *, name: str, title: str, config: ConfigT, needs: Mapping[str, str] | None = None
     ) -> Stage:
-        """A stage of this kind; see the fields of `Stage`."""
-        return Stage(name=name, title=title, kind=self, config=config, needs=needs or {})
+        """A stage of this kind, which also needs the stages that its config refers to; see the
+        fields of `Stage`."""
+        referred = {reference.stage: reference.stage for reference in references(config)}
+        return Stage(
+            name=name, title=title, kind=self, config=config, needs={**(needs or {}), **referred}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +90,12 @@ class Stage:
     """Of what lies at that address: other files there are another result. Empty: what is there is
     taken never to change."""
 
+    @property
+    def kind_id(self) -> str:
+        """The id by which results of this stage are known."""
+        refers = any(references(self.config))
+        return self.kind.ids[-1] if refers else self.kind.id
+
     def finished(self, store: Store, fingerprint: str) -> Record | None:
         """Its record, None if it isn't finished; of a pinned stage, the record of what is there."""
         if self.pinned is not None:
@@ -92,6 +112,12 @@ class Stage:
                 f"{self.name}: its config is no {wanted}, which {self.kind.id} takes, but "
                 + repr(self.config)
             )
+        for reference in references(self.config):
+            if self.needs.get(reference.stage) != reference.stage:
+                yield (
+                    f"{self.name}: its config refers to {reference.stage}, which isn't among its "
+                    f"needs; add {{{reference.stage!r}: {reference.stage!r}}}"
+                )
         for identify in (
             lambda: canonical(self.config, f"{self.name}.config"),
             lambda: body_name(self.kind.body),

@@ -220,7 +220,11 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
 
 
 EVALUATE = Kind(
-    id="pipeline.stages.evaluate.evaluate", version=4, body=evaluate, config=EvaluateConfig
+    id="pipeline.stages.evaluate.evaluate",
+    referring_id="pipeline.stages.search.evaluate_found",
+    version=4,
+    body=evaluate,
+    config=EvaluateConfig,
 )
 
 

@@ -279,5 +279,9 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
 
 
 TRAIN = Kind(
-    id="pipeline.stages.train.train_stage", version=2, body=train_stage, config=TrainConfig
+    id="pipeline.stages.train.train_stage",
+    referring_id="pipeline.stages.search.train_found",
+    version=2,
+    body=train_stage,
+    config=TrainConfig,
 )
