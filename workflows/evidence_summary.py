@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from pipeline.config import Config
 from pipeline.evaluation.intervals import Bootstrap, over_seeds
+from pipeline.figure_style import STYLE
 from pipeline.stage import Kind, StageContext
-from pipeline.stages.figures import STYLE
 from pipeline.stages.results import Arm, Interval, Results
 
 REINDEXED = ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")

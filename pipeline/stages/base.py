@@ -6,7 +6,6 @@ processor. Weights in any other format are refused: nothing is unpickled.
 
 import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoProcessor
 import adsc
 from adsc.geometries import HUB_IDS, geometry
 from pipeline.config import ADDED, Config
+from pipeline.packaged import resolve
 from pipeline.record import manifest
 from pipeline.stage import Kind, StageContext
 
@@ -42,14 +42,6 @@ def folder_digest(folder: Path) -> str:
     """SHA-256 over names and contents of a checkpoint's files."""
     lines = [f"{file.path} {file.sha256}\n" for file in manifest(folder)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def resolve(source: str) -> Path:
-    """The folder that a source names; a hub id stays as it is."""
-    if not source.startswith("package://"):
-        return Path(source).expanduser()
-    package, _, folder = source.removeprefix("package://").partition("/")
-    return Path(str(files(package))) / folder
 
 
 def pin_digest(config: BaseConfig) -> BaseConfig:

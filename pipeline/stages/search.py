@@ -26,6 +26,7 @@ from pipeline.search.space import Costs, Space
 from pipeline.search.study import Study, Trial
 from pipeline.stage import Kind, StageContext
 from pipeline.stages.evaluate import workers_that_fit
+from pipeline.stages.train import train_stage
 from pipeline.store import Store, open_store
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
@@ -140,6 +141,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
         inputs={key: ctx.inputs[key] for key in ("base", "data")},
         storage=store.root,
         run=ctx.run,
+        train_stage=train_stage,
     )
     model = AutoConfig.from_pretrained(ctx.inputs["base"].folder)
     times = _prefill(job, store) if config.search.budget[0] == "prefill_ms" else None

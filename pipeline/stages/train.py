@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pipeline.progress import ProgressHandle
 from pipeline.stage import Input, Kind, StageContext
 from pipeline.tracking import gauges
-from pipeline.tracking.tracker import RunHandle
+from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.config import MOMENTS, TrainConfig
 from pipeline.training.feed import from_ray_data, from_thread
 
@@ -75,7 +75,7 @@ class RayContext:
         self.world_size: int = context.get_world_size()
         self._progress = progress
         self._inputs, self._data_workers = inputs, data_workers
-        self._tracker = run.tracker()
+        self._tracker = Tracker(run)
         self._one_write = threading.Semaphore()
         self._ask_at = time.monotonic()
         self._answered: set[str] = set()

@@ -39,6 +39,7 @@ from pipeline.stages.search import (
     search,
     search_data,
 )
+from pipeline.stages.train import train_stage
 from pipeline.store import open_store
 from pipeline.store.local import LocalStore
 from pipeline.training.config import LoraSettings, TrainConfig
@@ -388,6 +389,7 @@ def job_of(small: Small, held: Path, folder: Path, **settings: Any) -> Job:
     return Job(
         search=config, train=TRAIN, curriculum=CurriculumConfig(stages=2),
         inputs=dict(ctx.inputs), storage=str(folder / "run"), run=ctx.run,
+        train_stage=train_stage,
     )  # fmt: skip
 
 
