@@ -22,7 +22,6 @@ from adsc.families import Family, UnsupportedModel
 from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_entering
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
     from adsc.scoring_cost import Sizes
 
 KINDS: dict[str, type[Method]] = {}  # every method by its name
@@ -157,11 +156,12 @@ class Method:
         """Layers before which `note` is asked."""
         return frozenset()
 
-    def note(self, scene: Scene) -> Any:
+    # Scenes are adsc.choice.Scene, and that file knows methods: here they are of any type.
+    def note(self, scene: Any) -> Any:
         """What to remember of a watched layer's input; later `scene.notes[layer]`."""
         raise NotImplementedError
 
-    def choose(self, scene: Scene, stage: int) -> list[Selection]:
+    def choose(self, scene: Any, stage: int) -> list[Selection]:
         """What stage number `stage` leaves of each of `scene.spots`; must not need gradients."""
         raise NotImplementedError
 
