@@ -4,7 +4,7 @@ Torch, transformers and peft only: nothing here knows of Ray, MLflow or object s
 """
 
 from adsc import peers
-from adsc.attach import attach, detach, plan_of
+from adsc.attach import attach, detach, name_plans, plan_of, plans_of
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
@@ -29,8 +29,10 @@ __all__ = [
     "estimate_cost",
     "from_pretrained",
     "full_length_logits",
+    "name_plans",
     "peers",
     "plan_of",
+    "plans_of",
     "solve_plans",
     "static_cache",
 ]
