@@ -81,19 +81,26 @@ def find_plan(text: str, config: Any) -> PruningPlan | Method:
     text = text.strip()
     if text == DENSE:
         return PruningPlan()
-    if not NAME.fullmatch(text):
-        return PruningPlan.parse(text)
+    return plan_named(text, config) if NAME.fullmatch(text) else PruningPlan.parse(text)
+
+
+def plan_named(name: str, config: Any) -> PruningPlan | Method:
+    """The plan of that name for a model with this config.
+
+    Raises:
+        PlanError: an unknown name, with those that are known.
+    """
     known = names_in(config)
-    if text in known:
-        return known[text]
+    if name in known:
+        return known[name]
     if not known:
         raise PlanError(
-            f"plan {text!r}: this model has no named plans; write {DENSE}, or a plan as "
+            f"plan {name!r}: this model has no named plans; write {DENSE}, or a plan as "
             "layer:keep, such as 8:1/2,16:1/2"
         )
-    near = get_close_matches(text, known, n=1)
+    near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise PlanError(
-        f"plan {text!r} is unknown: {hint}this model has {', '.join(known)} and {DENSE}; a plan "
+        f"plan {name!r} is unknown: {hint}this model has {', '.join(known)} and {DENSE}; a plan "
         "of your own is written layer:keep, such as 8:1/2,16:1/2"
     )

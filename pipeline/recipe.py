@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import model_validator
 
 from adsc.curriculum import pressures
+from adsc.named import DENSE
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config
 from pipeline.data.templates import NAMES
@@ -66,6 +67,7 @@ class CompressConfig(Config):
         filled = {
             "train.plan": self.train.runs_with,
             "merge.plan": self.merge.runs_with,
+            "merge.plans": self.merge.plans,
             "evaluate.arms": self.evaluate.arms,
         }
         given = [name for name, value in filled.items() if value]
@@ -75,6 +77,11 @@ class CompressConfig(Config):
             raise ValueError(
                 "plan = search and curriculum.order = explicit contradict: plans can't be listed "
                 "before the target is found; choose reverse, forward or fixed"
+            )
+        if self.searched and self.curriculum.order == "elastic":
+            raise ValueError(
+                "plan = search and curriculum.order = elastic contradict: the plans of an elastic "
+                "checkpoint are listed in curriculum.elastic, before anything runs"
             )
         return self
 
@@ -110,31 +117,11 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ("control", "merge-control", [""] * len(plans)),
     ):
         merging = config.merge.model_copy(update={"plan": each[-1]})
+        if prefix == "train" and config.curriculum.elastic:
+            names = {"plan": config.plan, "plans": config.curriculum.elastic}
+            merging = config.merge.model_copy(update=names)
         stages += train_and_merge(prefix, merged, training_configs(config, each), merging)
-    arms = (
-        ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
-        ArmConfig(
-            name="dense_lora",
-            label="dense + LoRA",
-            checkpoint="merge-control",
-            plan="",
-            trained=True,
-        ),
-        ArmConfig(
-            name="plan_untrained",
-            label="plan, untrained",
-            checkpoint="base",
-            plan=config.plan,
-            trained=False,
-        ),
-        ArmConfig(
-            name="plan_trained",
-            label=f"plan, trained ({config.curriculum.order})",
-            checkpoint="merge",
-            plan=config.plan,
-            trained=True,
-        ),
-    )
+    arms = _arms(config)
     trained = {s.name: s.name for s in stages if s.body in (train_stage, train_found)}
     checkpoints = {name: name for name in ("base", "merge", "merge-control")}
     stages += [
@@ -164,6 +151,56 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ),
     ]
     return stages
+
+
+def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:
+    """What is compared: the base, the control, the plan untrained and trained; of an elastic
+    checkpoint every plan that it names, and dense."""
+    return (
+        ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
+        ArmConfig(
+            name="dense_lora",
+            label="dense + LoRA",
+            checkpoint="merge-control",
+            plan="",
+            trained=True,
+        ),
+        ArmConfig(
+            name="plan_untrained",
+            label="plan, untrained",
+            checkpoint="base",
+            plan=config.plan,
+            trained=False,
+        ),
+        *_trained_arms(config),
+    )
+
+
+def _trained_arms(config: CompressConfig) -> list[ArmConfig]:
+    budgets = config.curriculum.elastic
+    if not budgets:
+        order = config.curriculum.order
+        return [
+            ArmConfig(
+                name="plan_trained",
+                label=f"plan, trained ({order})",
+                checkpoint="merge",
+                plan=config.plan,
+                trained=True,
+            )
+        ]
+    return [
+        ArmConfig(
+            name=f"elastic_{name}",
+            label=f"elastic, {name}",
+            checkpoint="merge",
+            plan=plan,
+            trained=True,
+            budget=name,
+            curve="elastic checkpoint",
+        )
+        for name, plan in [*budgets.items(), (DENSE, "")]
+    ]
 
 
 def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConfig) -> list[Stage]:

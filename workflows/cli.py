@@ -190,11 +190,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         commands,
         "chat",
         "ask an exported checkpoint about a picture",
-        'examples:\n  adsc chat CHECKPOINT grid.png "where is the bag?"\n',
+        'examples:\n  adsc chat CHECKPOINT grid.png "where is the bag?"\n'
+        "  adsc chat ELASTIC grid.png --plan 64\n",
     )
     chat.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
     chat.add_argument("image", help="a picture: a file or s3://...")
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
+    chat.add_argument(
+        "--plan",
+        help="a named plan of the checkpoint, dense, or a plan such as 2:1/4 (default: its own)",
+    )
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
     export_cli.add_commands(commands)
@@ -499,7 +504,7 @@ def _chat(options: argparse.Namespace) -> int:
     stamps_tower.register()
     picture = _read_file(options.image)
     with _local_folder(options.checkpoint) as folder:
-        model = adsc.from_pretrained(folder).eval()
+        model = adsc.from_pretrained(folder, plan=options.plan).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     asked = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
     for text in filter(None, asked):

@@ -274,6 +274,7 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, 1.12 * max(costs, default=1))
     axes.set_ylabel("right answers, %")
+    _curves(axes, results, costs, shares)
     for index, (arm, x, y) in enumerate(zip(results.arms, costs, shares, strict=True)):
         colour, marker = style_of(index)
         axes.plot([x, x], [100 * arm.accuracy.low, 100 * arm.accuracy.high], color=colour, lw=1.6)
@@ -305,6 +306,20 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
                 color=style_of(i)[0],
                 fontsize=8.5,
             )
+
+
+def _curves(axes: Axes, results: Results, costs: Sequence[float], shares: Sequence[float]) -> None:
+    """A line through the arms that are one checkpoint at several budgets."""
+    for name, places in results.series.items():
+        axes.plot(
+            [costs[place] for place in places],
+            [shares[place] for place in places],
+            color=style_of(places[0])[0],
+            lw=1.4,
+            alpha=0.6,
+            zorder=1,
+            gid=f"curve {name}",
+        )
 
 
 def _legend(axes: Axes, title: str, columns: int) -> None:

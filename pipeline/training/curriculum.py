@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from adsc.curriculum import curriculum
 from adsc.plan import PlanError, PruningPlan
-from pipeline.config import Config, ConfigError, edit
+from pipeline.config import ADDED, Config, ConfigError, edit
 from pipeline.training.config import TrainConfig
 
 
 class CurriculumConfig(Config):
     """The way to the target plan; see adsc.curriculum."""
 
-    order: Literal["reverse", "forward", "fixed", "explicit"] = "reverse"
+    order: Literal["reverse", "forward", "fixed", "explicit", "elastic"] = "reverse"
     """reverse: heaviest compression first. forward: mild first. fixed: the target throughout.
     explicit: the plans in `plans`."""
     stages: int = Field(3, ge=1)
@@ -25,6 +25,8 @@ class CurriculumConfig(Config):
     """The first stage's keep ratios are the target's to this power (or its inverse)."""
     plans: tuple[str, ...] = ()
     """For `explicit`: the plan of each training stage; the last is the target."""
+    elastic: dict[str, str] = Field({}, json_schema_extra=ADDED)
+    """For `elastic`: the plans by name; the target is one of them."""
     training: tuple[dict[str, Any], ...] = ()
     """Changes of `train` for single stages, one mapping each: `[{learning_rate: 1e-4}, {}, {}]`;
     empty trains all alike."""
@@ -46,6 +48,8 @@ def plans_of(way: CurriculumConfig, target: str) -> list[str]:
         PlanError: a malformed plan, or an explicit list that does not end with the target.
     """
     plan = PruningPlan.parse(target)
+    if way.order == "elastic":
+        return [target]
     if way.order != "explicit":
         return [str(one) for one in curriculum(plan, way.order, way.stages, way.extreme)]
     plans = [PruningPlan.parse(one) for one in way.plans]

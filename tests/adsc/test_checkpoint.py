@@ -148,9 +148,9 @@ def test_a_checkpoint_of_one_plan_loads_with_another(tmp_path):
 
 
 def test_an_unknown_name_lists_those_that_are_known(elastic):
-    with pytest.raises(adsc.PlanError, match="'m4' is unknown: .*has 10, 6, m.4-x and dense; a"):
+    with pytest.raises(adsc.PlanError, match=r"'m4' is unknown: .*has 10, 6, m\.4-x and dense; a"):
         adsc.from_pretrained(elastic, plan="m4")
-    with pytest.raises(adsc.PlanError, match="did you mean m.4-x?"):
+    with pytest.raises(adsc.PlanError, match=r"did you mean m\.4-x\?"):
         adsc.attach(adsc.from_pretrained(elastic), "m.4x")
 
 
@@ -200,5 +200,5 @@ def test_a_named_plan_that_does_not_fit_is_refused_on_loading(elastic, tmp_path)
         adsc.from_pretrained(tmp_path)
     config["adsc_plans"] = ["2:1/4"]
     path.write_text(json.dumps(config))
-    with pytest.raises(adsc.PlanError, match="adsc_plans in the config is .*: it maps names to"):
+    with pytest.raises(adsc.PlanError, match=r"adsc_plans in the config is .*: it maps names to"):
         adsc.from_pretrained(tmp_path)
