@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import model_validator
 
 from adsc.curriculum import pressures
-from adsc.named import DENSE
+from adsc.named import DENSE, read_names
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config
 from pipeline.data.templates import NAMES
@@ -101,7 +101,9 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     """
     layers = num_decoder_layers(config.base.source)
     if layers is not None and not config.searched:
-        PruningPlan.parse(config.plan).check_layers(layers)
+        for plan in (config.plan, *config.curriculum.elastic.values()):
+            PruningPlan.parse(plan).check_layers(layers)
+    _check_elastic(config)
     if config.prepare.template not in NAMES:
         raise ValueError(
             f"prepare.template {config.prepare.template!r} is unknown; there are {', '.join(NAMES)}"
@@ -151,6 +153,16 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ),
     ]
     return stages
+
+
+def _check_elastic(config: CompressConfig) -> None:
+    budgets = read_names(config.curriculum.elastic)
+    if budgets and PruningPlan.parse(config.plan) not in budgets.values():
+        raise PlanError(
+            f"plan = {config.plan} is none of curriculum.elastic's "
+            f"{', '.join(f'{name} ({plan})' for name, plan in budgets.items())}: it is what the "
+            "checkpoint runs with unless another name is given, so set it to one of them"
+        )
 
 
 def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:

@@ -81,7 +81,8 @@ processor = AutoProcessor.from_pretrained("FOLDER")
 `transformers` alone loads the weights too, but then runs dense, which is not what was trained.
 `python -m pipeline.stages.export FOLDER` checks a copy: files against manifest.json, then logits
 against probe.safetensors{_named_probe(card)}. `adapter/`, if there, holds the LoRA
-weights by themselves; they go on the base. evaluation.json has the scores and costs below as numbers, data_manifest.json the data.
+weights by themselves; they go on the base. evaluation.json has the scores and costs below as
+numbers, data_manifest.json the data.
 
 ## Plan
 
@@ -138,8 +139,9 @@ def _named_probe(card: Card) -> str:
 
 
 def _listed(card: Card) -> str:
+    default = PruningPlan.parse(card.plan)
     return ", ".join(
-        f"`{name}`{' (the default)' if text == card.plan else ''}"
+        f"`{name}`{' (the default)' if PruningPlan.parse(text) == default else ''}"
         for name, text in card.plans.items()
     )
 

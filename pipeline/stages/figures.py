@@ -141,14 +141,14 @@ def against_flops(axes: Axes, results: Results) -> None:
     unit, divisor = flops_unit(max((arm.flops for arm in results.arms), default=1))
     _scatter(axes, results, [arm.flops / divisor for arm in results.arms])
     axes.set_title("Accuracy against compute")
-    axes.set_xlabel(f"{unit} per question (exact convention)")
+    _against(axes, results, f"{unit} per question (exact convention)")
 
 
 def against_kv(axes: Axes, results: Results) -> None:
     unit, divisor = bytes_unit(max((arm.kv_cache_bytes for arm in results.arms), default=1))
     _scatter(axes, results, [arm.kv_cache_bytes / divisor for arm in results.arms])
     axes.set_title("Accuracy against KV cache")
-    axes.set_xlabel(f"KV cache after prefill, {unit}")
+    _against(axes, results, f"KV cache after prefill, {unit}")
 
 
 def against_prefill(axes: Axes, results: Results) -> None:
@@ -158,7 +158,7 @@ def against_prefill(axes: Axes, results: Results) -> None:
         y = 100 * arm.accuracy.mean
         axes.plot([time.low, time.high], [y, y], color=style_of(index)[0], lw=1.6)
     axes.set_title("Accuracy against prefill time")
-    axes.set_xlabel(f"ms{per_batch(results)}, median and quartiles")
+    _against(axes, results, f"ms{per_batch(results)}, median and quartiles")
 
 
 def tokens_per_layer(axes: Axes, results: Results) -> None:
@@ -308,8 +308,15 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
             )
 
 
+def _against(axes: Axes, results: Results, cost: str) -> None:
+    """The cost below the axis, and what lines are where there are any."""
+    lines = "\na line joins one checkpoint's budgets" if results.series else ""
+    axes.set_xlabel(cost + lines)
+
+
 def _curves(axes: Axes, results: Results, costs: Sequence[float], shares: Sequence[float]) -> None:
-    """A line through the arms that are one checkpoint at several budgets."""
+    """A line through the arms that are one checkpoint at several budgets, in the colour of the
+    cheapest."""
     for name, places in results.series.items():
         axes.plot(
             [costs[place] for place in places],
