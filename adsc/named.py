@@ -58,6 +58,7 @@ def check_name(name: object) -> None:
 
 def names_in(config: Any) -> dict[str, PruningPlan | Method]:
     """The named plans in a model's config, or in what config.json holds; empty if it has none.
+    Saving a config sorts its keys, so names that are numbers come the largest first, then others.
 
     Raises:
         PlanError: what stands there are not named plans.
@@ -68,7 +69,13 @@ def names_in(config: Any) -> dict[str, PruningPlan | Method]:
         return {}
     if not isinstance(data, Mapping) or not all(isinstance(it, Mapping) for it in data.values()):
         raise PlanError(f"{PLANS_FIELD} in the config is {data!r}: it maps names to plans")
-    return read_names({name: from_dict(dict(plan)) for name, plan in data.items()})
+    names = sorted(data, key=_order)
+    return read_names({name: from_dict(dict(data[name])) for name in names})
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    number = re.fullmatch(r"\d+(\.\d+)?", name)
+    return number is None, -float(name) if number else 0, name
 
 
 def find_plan(text: str, config: Any) -> PruningPlan | Method:

@@ -77,7 +77,6 @@ model = adsc.from_pretrained("FOLDER")  # attaches the plan that stands in confi
 processor = AutoProcessor.from_pretrained("FOLDER")
 ```
 {_named_use(card)}
-
 `transformers` alone loads the weights too, but then runs dense, which is not what was trained.
 `python -m pipeline.stages.export FOLDER` checks a copy: files against manifest.json, then logits
 against probe.safetensors{_named_probe(card)}. `adapter/`, if there, holds the LoRA

@@ -87,23 +87,23 @@ def test_peft_around_an_attached_model_and_detach():
     assert torch.equal(wrapped(**inputs).logits, llava()(**inputs).logits)
 
 
-NAMED = {"10": PLAN, "6": "2:1/4", "m.4-x": "0:1/4,3:1/2"}
+NAMED = {"10": PLAN, "9": "2:1/4", "m.4-x": "0:1/4,3:1/2"}
 
 
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory):
     """A checkpoint with three named plans, which runs with the second."""
     folder = tmp_path_factory.mktemp("elastic")
-    adsc.attach(adsc.name_plans(llava(), NAMED), "6").save_pretrained(folder)
+    adsc.attach(adsc.name_plans(llava(), NAMED), "9").save_pretrained(folder)
     return folder
 
 
 def test_named_plans_travel_in_the_config_beside_the_default(elastic):
     config = json.loads((elastic / "config.json").read_text())
-    assert config["adsc"] == config["adsc_plans"]["6"]
+    assert config["adsc"] == config["adsc_plans"]["9"]
     loaded = adsc.from_pretrained(elastic)
     assert str(adsc.plan_of(loaded)) == "2:1/4"
-    assert list(adsc.plans_of(loaded)) == list(NAMED), "in the order in which they were given"
+    assert list(adsc.plans_of(loaded)) == list(NAMED), "numbers first, the largest first"
     assert adsc.plans_of(loaded)["10"] == PLAN
 
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_one_plan_loads_with_another(tmp_path):
 
 
 def test_an_unknown_name_lists_those_that_are_known(elastic):
-    with pytest.raises(adsc.PlanError, match=r"'m4' is unknown: .*has 10, 6, m\.4-x and dense; a"):
+    with pytest.raises(adsc.PlanError, match=r"'m4' is unknown: .*has 10, 9, m\.4-x and dense; a"):
         adsc.from_pretrained(elastic, plan="m4")
     with pytest.raises(adsc.PlanError, match=r"did you mean m\.4-x\?"):
         adsc.attach(adsc.from_pretrained(elastic), "m.4x")
