@@ -29,14 +29,14 @@ from pipeline.evaluation.methods import MethodConfig, PeerConfig
 from pipeline.recipe import base_and_prepare, train_and_merge
 from pipeline.stage import Stage
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
 from pipeline.stages.merge import MergeConfig
 from pipeline.stages.prepare import PrepareConfig
-from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.demo import BASE
-from workflows.evidence_summary import REINDEXED, SUMMARY_VERSION, summarise
+from workflows.evidence_summary import REINDEXED, SUMMARISE
 from workflows.fashion import FashionConfig, pictures
 from workflows.stamps_base import StampsBaseConfig, make_base
 from workflows.stamps_scenes import ScenesConfig, scenes
@@ -375,19 +375,15 @@ def build(config: EvidenceConfig) -> list[Stage]:
         asked = evaluated(config, budget)
         merged = {arm.checkpoint: arm.checkpoint for arm in asked.arms if arm.trained}
         stages += [
-            Stage(
+            EVALUATE.stage(
                 name=f"evaluate-{budget.name}",
                 title=f"evaluate: every arm at {budget.label}",
-                body=evaluate,
-                version=EVALUATE_VERSION,
                 config=asked,
                 needs={"data": "prepare", "base": "base", **merged},
             ),
-            Stage(
+            REPORT.stage(
                 name=f"report-{budget.name}",
                 title=f"report: page and figure at {budget.label}",
-                body=report,
-                version=REPORT_VERSION,
                 config=ReportConfig(),
                 needs={"evaluate": f"evaluate-{budget.name}"},
             ),
@@ -396,11 +392,9 @@ def build(config: EvidenceConfig) -> list[Stage]:
         stages.append(_control_stage(config))
     return [
         *stages,
-        Stage(
+        SUMMARISE.stage(
             name="summary",
             title="summary: all budgets in a table and a figure",
-            body=summarise,
-            version=SUMMARY_VERSION,
             config=Config(),
             needs={budget.name: f"evaluate-{budget.name}" for budget in config.budgets},
         ),
@@ -422,11 +416,9 @@ def _world(config: EvidenceConfig) -> list[Stage]:
 
 def _control_stage(config: EvidenceConfig) -> Stage:
     dense = ArmConfig(name="dense", label="dense base", checkpoint="base")
-    return Stage(
+    return EVALUATE.stage(
         name="evaluate-controls",
         title="evaluate: the dense base without what it needs",
-        body=evaluate,
-        version=EVALUATE_VERSION,
         config=config.evaluate.model_copy(
             update={
                 "title": f"{config.evaluate.title}, controls",

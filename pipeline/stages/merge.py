@@ -17,9 +17,9 @@ import adsc
 from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
-from pipeline.evaluation.methods import MethodConfig, PeerConfig, build_method
+from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan, build_method
 from pipeline.probe import write_named_probe
-from pipeline.stage import StageContext
+from pipeline.stage import Kind, StageContext
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
 
@@ -27,7 +27,7 @@ from pipeline.training.batches import collate
 class MergeConfig(MethodConfig):
     """What the merged checkpoint carries, and how closely it must match."""
 
-    plan: str = ""
+    plan: Plan = ""
     """The plan that the checkpoint runs with; it is stored in its config."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """The peer that it runs with instead."""
@@ -43,10 +43,6 @@ class MergeConfig(MethodConfig):
 
 class MergeMismatch(RuntimeError):
     """The merged model does not compute what the adapter model computes."""
-
-
-MERGE_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
@@ -85,6 +81,15 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     write_named_probe(model, probe, ctx.out)
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}
+
+
+MERGE = Kind(
+    id="pipeline.stages.merge.merge",
+    referring_id="pipeline.stages.search.merge_found",
+    version=1,
+    body=merge,
+    config=MergeConfig,
+)
 
 
 def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config import ADDED, OPERATIONAL, Config
-from pipeline.evaluation.methods import MethodConfig, PeerConfig
+from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan
 
 DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -45,7 +45,7 @@ class OffloadSettings(Config):
 class TrainConfig(MethodConfig):
     """One training stage."""
 
-    plan: str = ""
+    plan: Plan = ""
     """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """A peer while training, instead of a plan."""

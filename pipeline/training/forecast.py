@@ -22,7 +22,7 @@ import adsc
 from adsc.decoder_cost import Decoder
 from adsc.geometries import HUB_IDS, geometry
 from pipeline.evaluation.methods import build_method
-from pipeline.stages.base import resolve
+from pipeline.packaged import resolve
 from pipeline.training.adapters import prepare_trainable
 from pipeline.training.batches import RowShape
 from pipeline.training.config import LoraSettings, TrainConfig
