@@ -12,6 +12,7 @@ from adsc.families import UnsupportedModel, VisionTokenError
 from adsc.held import CacheError
 from adsc.outputs import full_length_logits
 from adsc.plan import PlanError, PruningPlan
+from adsc.running import running, suspended
 from adsc.solve import solve_plans
 from adsc.static import static_cache
 
@@ -31,8 +32,10 @@ __all__ = [
     "full_length_logits",
     "peers",
     "plan_of",
+    "running",
     "solve_plans",
     "static_cache",
+    "suspended",
 ]
 
 attach_on_loading()
