@@ -12,6 +12,7 @@ from adsc.families import UnsupportedModel, VisionTokenError
 from adsc.held import CacheError
 from adsc.outputs import full_length_logits
 from adsc.plan import PlanError, PruningPlan
+from adsc.running import running, suspended
 from adsc.solve import solve_plans
 from adsc.static import static_cache
 
@@ -33,8 +34,10 @@ __all__ = [
     "peers",
     "plan_of",
     "plans_of",
+    "running",
     "solve_plans",
     "static_cache",
+    "suspended",
 ]
 
 attach_on_loading()

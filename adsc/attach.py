@@ -55,32 +55,37 @@ def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, floa
     family, inner = find_family(base)
     decoder = family.decoder(inner)
     layers = decoder.layers
-    plan.check_layers(len(layers))
-    _check_family(family, base.config, plan)
+    check_plan(base, plan)
     _remove_hooks(base)
     setattr(base.config, CONFIG_FIELD, plan.to_dict())
     if not plan.stages:
         return model
     at = [layer for layer, _ in plan.stages]
-    drops = tuple(sum(layer <= number for layer in at) - 1 for number in range(len(layers)))
     for module, path in {id(base): (base, "model"), id(inner): (inner, "")}.values():
         names = tuple(inspect.signature(module.forward).parameters)
         path = "" if module is inner else path
         enter = EnterModel(family, plan, path, names)
         module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(LeaveModel(drops), with_kwargs=True)
+        module.register_forward_hook(LeaveModel(), with_kwargs=True)
     for part in inner.children():
         if part is not decoder:
             part.register_forward_pre_hook(EnterVision(), with_kwargs=True)
             part.register_forward_hook(LeaveVision(), with_kwargs=True)
     for number, layer in enumerate(layers):
-        hook = EnterLayer(number, drops[number], number in at)
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        layer.register_forward_pre_hook(EnterLayer(number), with_kwargs=True)
     if isinstance(plan, Method):
         if at[0] == 0:
             decoder.register_forward_pre_hook(EnterDecoder(), with_kwargs=True)
         plan.install(inner)
     return model
+
+
+def check_plan(model: nn.Module, plan: PruningPlan | Method) -> None:
+    """Raise PlanError if a plan or method does not fit a model."""
+    base = base_model(model)
+    family, inner = find_family(base)
+    plan.check_layers(len(family.decoder(inner).layers))
+    _check_family(family, base.config, plan)
 
 
 def _check_family(family: Family, config: Any, plan: PruningPlan | Method) -> None:
@@ -150,13 +155,9 @@ def check_named_plans(model: nn.Module) -> None:
 
 
 def _check_named(base: Any, plans: Mapping[str, PruningPlan | Method]) -> None:
-    if not plans:
-        return
-    family, inner = find_family(base)
     for name, plan in plans.items():
         try:
-            plan.check_layers(len(family.decoder(inner).layers))
-            _check_family(family, base.config, plan)
+            check_plan(base, plan)
         except ValueError as error:
             raise PlanError(
                 f"plan named {name!r} does not fit this model: {error}; all plans of one "
@@ -167,13 +168,18 @@ def _check_named(base: Any, plans: Mapping[str, PruningPlan | Method]) -> None:
 def plan_of(model: nn.Module) -> PruningPlan | Method | None:
     """The plan or method that a model runs with; None if it has none."""
     base = base_model(model)
-    for hook in base._forward_pre_hooks.values():
-        if isinstance(hook, EnterModel):
-            return hook.plan
+    if (plan := attached(base)) is not None:
+        return plan
     data = getattr(base.config, CONFIG_FIELD, None)
     if data is not None and not from_dict(data).stages:
         return from_dict(data)
     return None
+
+
+def attached(base: nn.Module) -> PruningPlan | Method | None:
+    """The plan or method whose hooks are on a transformers model; None without any."""
+    hooks = base._forward_pre_hooks.values()
+    return next((hook.plan for hook in hooks if isinstance(hook, EnterModel)), None)
 
 
 def base_model(model: Any) -> Any:

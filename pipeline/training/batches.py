@@ -104,6 +104,11 @@ class StepLoader:
         """Optimizer steps of the whole training."""
         return self.config.steps_for(len(self._prepared))
 
+    @property
+    def supervised(self) -> int:
+        """Supervised tokens of the whole split."""
+        return int(self._prepared.supervised.sum())
+
     def __call__(self, step: int) -> StepBatch:
         data, config = self._prepared, self.config
         rows = self._batches.rows(step)

@@ -7,8 +7,9 @@ Fields marked OPERATIONAL decide how a stage is computed and not what: they are 
 import math
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from adsc.plan import PruningPlan
 from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan
 
@@ -16,6 +17,8 @@ DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 )
 PROJECTOR = r".*multi_modal_projector\..*"
+DENSE = "dense"
+"""The name of no plan: as a teacher, and among a training's plans."""
 MOMENTS = "moments.safetensors"
 """AdamW's state in a checkpoint, and in a stage's result where `carry_optimizer` is set."""
 
@@ -42,6 +45,26 @@ class OffloadSettings(Config):
     """`cpu` or a folder for the parameters (zero3 only); null: on the device."""
 
 
+class DistillSettings(Config):
+    """Self-distillation: the model learns from its own answers under less compression."""
+
+    weight: float = Field(1.0, gt=0)
+    """Weight w of the divergence: loss = cross entropy + w * T^2 * KL(teacher || student), all
+    means over supervised tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """T, by which the logits of both are divided before the divergence."""
+    teacher: str = "dense"
+    """`dense`: the base itself, adapter disabled and no plan. Or a milder plan than the student's,
+    such as `2:1/2`: the same weights with the adapter, under that plan."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _is_dense_or_a_plan(cls, teacher: str) -> str:
+        if teacher != DENSE and not PruningPlan.parse(teacher).stages:
+            raise ValueError("a teacher without a plan is written dense")
+        return teacher
+
+
 class TrainConfig(MethodConfig):
     """One training stage."""
 
@@ -49,6 +72,8 @@ class TrainConfig(MethodConfig):
     """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """A peer while training, instead of a plan."""
+    distill: DistillSettings | None = Field(None, json_schema_extra=ADDED)
+    """Self-distillation under the plan or peer; null trains on the data's answers alone."""
     steps: int | None = Field(100, gt=0)
     """Optimizer steps; null where `epochs` is set."""
     epochs: float | None = Field(None, gt=0)

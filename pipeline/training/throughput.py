@@ -60,6 +60,38 @@ def peak_flops(device: torch.device) -> float | None:
     return next((rate for part, rate in PEAKS.items() if re.search(rf"{part}(?!\w)", name)), None)
 
 
+class Stopwatch:
+    """Seconds that blocks of code take on a device, summed; a GPU is waited for only when they are
+    asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds = 0.0
+        self._marks: list[torch.cuda.Event] = []
+
+    def __enter__(self) -> None:
+        self._mark(1)
+
+    def __exit__(self, *raised: object) -> None:
+        self._mark(-1)
+
+    def _mark(self, sign: int) -> None:
+        if self.device.type == "cuda":
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._seconds -= sign * time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last call of this method; not inside a block."""
+        if self._marks:
+            self._marks[-1].synchronize()
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        found = self._seconds + sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        self._seconds, self._marks = 0.0, []
+        return found
+
+
 class StepFlops(NamedTuple):
     """FLOPs of one step."""
 
@@ -177,10 +209,18 @@ class Throughput:
         cost: of this model; None where it is not known, and then there are no FLOPs.
         device: that trains.
         world_size: workers. Each is given like numbers of tokens, so this rank's stand for all.
+        teaching: time that teachers take; None where there are none.
     """
 
-    def __init__(self, cost: TrainingCost | None, device: torch.device, world_size: int) -> None:
+    def __init__(
+        self,
+        cost: TrainingCost | None,
+        device: torch.device,
+        world_size: int,
+        teaching: Stopwatch | None = None,
+    ) -> None:
         self._cost, self._device, self._world_size = cost, device, world_size
+        self._teaching, self._steps = teaching, 0
         self._peak = peak_flops(device)
         self._rows: list[RowShape] = []
         self._text = self._vision = self._padding = 0
@@ -188,6 +228,7 @@ class Throughput:
 
     def update(self, batch: "StepBatch", waited: float = 0.0) -> None:
         """A step is done, before which the trainer waited so many seconds for its data."""
+        self._steps += 1
         self._rows += batch.rows
         self._text += batch.text_tokens
         self._vision += batch.vision_tokens
@@ -206,14 +247,18 @@ class Throughput:
             "vision_tokens_per_second": self._vision * rate,
             "padding_share": self._padding / max(1, positions),
             "data_wait_share": self._waited / seconds,
+            "step_seconds": seconds / max(1, self._steps),
             "peak_memory_bytes": float(peak_memory(self._device)),
         }
+        if self._teaching is not None:
+            found["teacher_share"] = self._teaching.seconds() / seconds
         if self._cost is not None and rows:
             try:
                 found |= self._flops(self._cost, rows, seconds)
             except CostError:  # pictures of other sizes than the model's own
                 self._cost = None
         self._rows, self._text, self._vision, self._padding = [], 0, 0, 0
+        self._steps = 0
         self._waited, self._since = 0.0, now
         return found
 
