@@ -16,6 +16,7 @@ from torch import nn
 
 from adsc.families import find_family
 from adsc.method import Method
+from adsc.named import find_plan
 from adsc.plan import PlanError, PruningPlan, as_plan
 
 # The innermost block last: the modules at which calls of a model begin, and their plan.
@@ -31,7 +32,8 @@ def running(
 
     Args:
         model: as `adsc.attach` takes it; a plan that drops anything needs one that is attached.
-        plan: as `adsc.attach` takes it; empty runs dense. A method only if it is the attached one.
+        plan: as `adsc.attach` takes it, by name too; empty runs dense. A method only if it is the
+            attached one.
 
     Raises:
         PlanError: the plan does not fit the model, or the model has no plan attached.
@@ -41,8 +43,10 @@ def running(
     """
     from adsc.attach import attached, base_model, check_plan  # whose hooks import this file
 
-    plan = plan if isinstance(plan, Method) else as_plan(plan)
     base = base_model(model)
+    if isinstance(plan, str):
+        plan = find_plan(plan, base.config)
+    plan = plan if isinstance(plan, Method) else as_plan(plan)
     if plan.stages:
         check_plan(base, plan)
         has = attached(base)

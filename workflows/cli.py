@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from pipeline.record import Record
     from pipeline.stage import RunContext
+    from pipeline.store import Store
+    from pipeline.workflow import Workflow
 
 DEFAULT_ROOT = "runs"
 
@@ -283,8 +285,12 @@ def _run(options: argparse.Namespace) -> int:
     store = open_store(options.root)
     console = terminal.console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
+    another = _former(workflow, options, store)
     if options.dry_run:
+        _note(another)
         return dry_run.show(console, workflow.config, options)
+    if another:
+        raise ValueError(another)
     context = dataclasses.replace(_context(options), setup=workflow.setup)
     found = graph.run(stages, context, console)
     if told := settle(context.root, context.tracking_uri, context.cache):
@@ -292,6 +298,17 @@ def _run(options: argparse.Namespace) -> int:
     _print_results(console, found)
     _print_next(console, found, context)
     return 0
+
+
+def _former(workflow: Workflow, options: argparse.Namespace, store: Store) -> str | None:
+    from workflows.renamed import former
+
+    return former(workflow, options.changes, store)
+
+
+def _note(text: str | None) -> None:
+    if text:
+        print(f"adsc: {text}", file=sys.stderr)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -382,6 +399,7 @@ def _ls(options: argparse.Namespace) -> int:
         console.print(table)
         return 0
     workflow = load_workflow(options.workflow, options.changes)
+    _note(_former(workflow, options, open_store(options.root)))
     states = graph.state(open_store(options.root), workflow.stages())
     if options.json:
         print(json.dumps([state._asdict() for state in states]))
@@ -418,6 +436,7 @@ def _show(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{workflow.name} has no stage {options.stage!r}; it has {', '.join(names)}"
         )
+    _note(_former(workflow, options, open_store(options.root)))
     record = records.load(
         open_store(options.root), options.stage, graph.fingerprints(stages)[options.stage]
     )

@@ -202,3 +202,15 @@ def test_a_named_plan_that_does_not_fit_is_refused_on_loading(elastic, tmp_path)
     path.write_text(json.dumps(config))
     with pytest.raises(adsc.PlanError, match=r"adsc_plans in the config is .*: it maps names to"):
         adsc.from_pretrained(tmp_path)
+
+
+def test_a_call_runs_under_a_named_plan(elastic):
+    model, inputs = adsc.from_pretrained(elastic).eval(), batch([row(3, 0, 5), row(4)])
+    with torch.no_grad():
+        for name in ("10", "dense"):
+            expected = adsc.from_pretrained(elastic, plan=name).eval()(**inputs).logits
+            with adsc.running(model, name):
+                assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(adsc.PlanError, match="'7' is unknown"):
+        adsc.running(model, "7")
+    assert str(adsc.plan_of(model)) == "2:1/4"
