@@ -117,9 +117,12 @@ def _plan(folder: Path, text: str) -> str:
     if not plan.stages:
         return "None: every decoder layer sees all vision tokens."
     drops = [
-        f"- before layer {layer}, {keep} of the vision tokens stay" for layer, keep in plan.stages
+        f"- before layer {layer}, {keep or 'none'} of the vision tokens stay"
+        for layer, keep in plan.stages
     ]
     words = f"Anchor `{plan.anchor}`, position ids `{plan.positions}`. As text: `{text}`."
+    if plan.pool is not None:
+        words = f"A token that stays is the mean of its group ({plan.pool}). {words}"
     return "\n".join([*drops, "", words, *_tokens(folder, plan)])
 
 
