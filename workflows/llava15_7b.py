@@ -3,8 +3,8 @@ own or all by one; and the paper's setting.
 
 `llava15_7b` (and `_128`, `_64`) is what docs/evidence.md advises: one early drop that averages
 whole tiles, an exit late in the decoder, distillation from the dense base. `llava15_7b_elastic`
-trains one checkpoint for the three budgets. `llava15_7b_paper` (and `_paper_128`, `_paper_64`) is the
-setting of arXiv 2602.12618. One epoch in all, as many steps for the dense control.
+trains one checkpoint for the three budgets. `llava15_7b_paper` (and `_paper_128`, `_paper_64`) is
+the setting of arXiv 2602.12618. One epoch in all, as many steps for the dense control.
 
 Hypotheses: at 192 of 576 tokens the paper's setting keeps 98 % of what the dense model keeps that
 was LoRA-tuned alike, and the advised one no less; how much at 128 and 64 is to be measured. None of
