@@ -306,8 +306,8 @@ def _curves(axes: Axes, results: Results, costs: Sequence[float], shares: Sequen
             [costs[place] for place in places],
             [shares[place] for place in places],
             color=style_of(places[0])[0],
-            lw=1.4,
-            alpha=0.6,
+            lw=2,
+            alpha=0.7,
             zorder=1,
             gid=f"curve {name}",
         )
