@@ -228,11 +228,11 @@ def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConf
 def training_plans(config: CompressConfig) -> list[str] | list[FoundPlan]:
     """The plan of each training stage; see `plans_of`. Those of a search are references, as its own
     is."""
-    way = config.curriculum
+    own = config.curriculum
     if isinstance(config.plan, FoundPlan):
-        each = pressures(way.order, way.stages, way.extreme)
+        each = pressures(own.order, own.stages, own.extreme)
         return [FoundPlan(pressure=pressure) for pressure in each]
-    return plans_of(way, config.plan)
+    return plans_of(own, config.plan)
 
 
 def training_configs(config: CompressConfig, plans: Sequence[str | FoundPlan]) -> list[TrainConfig]:

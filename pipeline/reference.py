@@ -1,8 +1,9 @@
 """References: in a config, in the place of a value that another stage's result holds.
 
-The value is put in once, before the stage's body runs; bodies know nothing of references. Until
-then a reference is its text: in fingerprints, which hold the other stage's by the stage's needs, in
-records, and for people. What a result holds and how that becomes a value is each subclass's matter.
+The value is put in once, before the stage's body runs; bodies know nothing of references, and don't
+see the inputs by which they are resolved. Until then a reference is its text, in fingerprints, in
+records and for people; what it stands for is in the fingerprint of the stage that is needed. What a
+result holds, and how that becomes a value, is each subclass's matter.
 """
 
 from __future__ import annotations

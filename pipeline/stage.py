@@ -44,8 +44,8 @@ class Kind(Generic[ConfigT]):
     config: type[ConfigT]
     """The class of its stages' configs."""
     referring_id: str = ""
-    """The id instead where a config has references, for kinds of which such stages are finished
-    that were kinds of their own then; empty: the same id."""
+    """The id of stages whose config has references, where stores know such stages by an id of
+    their own; empty: the same id."""
 
     def __post_init__(self) -> None:
         for id in self.ids:
@@ -62,8 +62,8 @@ class Kind(Generic[ConfigT]):
     def stage(
         self, *, name: str, title: str, config: ConfigT, needs: Mapping[str, str] | None = None
     ) -> Stage:
-        """A stage of this kind, which also needs the stages that its config refers to; see the
-        fields of `Stage`."""
+        """A stage of this kind; see the fields of `Stage`. The stages that its config refers to are
+        added to its needs."""
         referred = {reference.stage: reference.stage for reference in references(config)}
         return Stage(
             name=name, title=title, kind=self, config=config, needs={**(needs or {}), **referred}
@@ -107,10 +107,9 @@ class Stage:
         if not _NAME.fullmatch(self.name):
             yield f"{self.name!r} is not a stage's name: use lower case letters, digits, - and _"
         if not isinstance(self.config, self.kind.config):
-            wanted = self.kind.config.__name__
             yield (
-                f"{self.name}: its config is no {wanted}, which {self.kind.id} takes, but "
-                + repr(self.config)
+                f"{self.name}: stages of the kind {self.kind.id} take a "
+                f"{self.kind.config.__name__}, not {self.config!r}"
             )
         for reference in references(self.config):
             if self.needs.get(reference.stage) != reference.stage:

@@ -191,7 +191,10 @@ def test_two_kinds_cannot_share_an_id() -> None:
 
 def test_a_kind_takes_configs_of_its_own() -> None:
     total, *rest = toy.stages("log")
-    with pytest.raises(GraphError, match=r"total: its config is no Toy, which tests\.pipeline"):
+    with pytest.raises(
+        GraphError,
+        match=r"total: stages of the kind tests\.pipeline\.toy\.total take a Toy, not Batched",
+    ):
         lint([dataclasses.replace(total, config=Batched()), *rest])
 
 
