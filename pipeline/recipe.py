@@ -34,7 +34,7 @@ from pipeline.stages.search import (
 )
 from pipeline.stages.train import TRAIN_VERSION, train_stage
 from pipeline.training.config import TrainConfig
-from pipeline.training.curriculum import CurriculumConfig, configs_of, plans_of
+from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
 
 
 class CompressConfig(Config):
@@ -66,15 +66,19 @@ class CompressConfig(Config):
         filled = {
             "train.plan": self.train.runs_with,
             "merge.plan": self.merge.runs_with,
+            "merge.plans": self.merge.plans,
+            "train.plans": self.train.plans,
+            "train.weights": self.train.weights,
+            "train.grow": self.train.grow,
             "evaluate.arms": self.evaluate.arms,
         }
         given = [name for name, value in filled.items() if value]
         if given:
             raise ValueError(f"{', '.join(given)} follow from `plan` and `curriculum`: set those")
-        if self.plan == FOUND and self.curriculum.order == "explicit":
+        if self.plan == FOUND and self.curriculum.order in ("explicit", "elastic"):
             raise ValueError(
-                "plan = search and curriculum.order = explicit contradict: plans can't be listed "
-                "before the target is found; choose reverse, forward or fixed"
+                f"plan = search and curriculum.order = {self.curriculum.order} contradict: plans "
+                "can't be listed before the target is found; choose reverse, forward, fixed or grow"
             )
         return self
 
@@ -94,7 +98,8 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     """
     layers = num_decoder_layers(config.base.source)
     if layers is not None and not config.searched:
-        PruningPlan.parse(config.plan).check_layers(layers)
+        for plan in (config.plan, *config.curriculum.elastic.values()):
+            PruningPlan.parse(plan).check_layers(layers)
     if config.prepare.template not in NAMES:
         raise ValueError(
             f"prepare.template {config.prepare.template!r} is unknown; there are {', '.join(NAMES)}"
@@ -109,7 +114,8 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ("train", "merge", plans),
         ("control", "merge-control", [""] * len(plans)),
     ):
-        merging = config.merge.model_copy(update={"plan": each[-1]})
+        named = dict(config.curriculum.elastic) if each[-1] else {}
+        merging = config.merge.model_copy(update={"plan": each[-1], "plans": named})
         stages += train_and_merge(prefix, merged, training_configs(config, each), merging)
     arms = (
         ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
@@ -192,6 +198,8 @@ def training_plans(config: CompressConfig) -> list[str]:
     (`found_plan`), as its own is."""
     if config.searched:
         way = config.curriculum
+        if way.order in WITHIN_ONE:
+            return [FOUND]
         each = pressures(way.order, way.stages, way.extreme)
         return [FOUND if pressure == 1 else f"{FOUND}^{pressure}" for pressure in each]
     return plans_of(config.curriculum, config.plan)

@@ -30,6 +30,8 @@ class MergeConfig(MethodConfig):
     """The plan that the checkpoint runs with; it is stored in its config."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """The peer that it runs with instead."""
+    plans: dict[str, str] = Field({}, json_schema_extra=ADDED)
+    """Plans by name that the checkpoint can run with, too: those of an elastic training."""
     probe_rows: int = Field(4, gt=0)
     """Conversations on which merged and adapter model are compared."""
     tolerance: float = Field(1e-3, gt=0)
@@ -42,6 +44,8 @@ class MergeMismatch(RuntimeError):
     """The merged model does not compute what the adapter model computes."""
 
 
+PLANS = "adsc_plans"
+"""Where a checkpoint's config has its plans by name, beside the one that it runs with."""
 MERGE_VERSION = 1
 """To be raised whenever the stage computes something else; see `Stage.version`."""
 
@@ -71,6 +75,9 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
             "base or a wrong adapter can be the cause"
         )
     ctx.progress(3, 4, "writing")
+    if config.plans:
+        named = {name: adsc.PruningPlan.parse(plan) for name, plan in config.plans.items()}
+        setattr(model.config, PLANS, {name: plan.to_dict() for name, plan in named.items()})
     model.save_pretrained(ctx.out, max_shard_size=config.max_shard_size)
     # Users are to ask as training asked.
     template = ctx.inputs["data"].outputs["template"]
