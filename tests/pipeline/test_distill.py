@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -99,7 +101,7 @@ def test_the_loss_is_the_definition(
     objective = Objective(model, distill, CPU, in_step=False)
     made = objective(**micro, supervised=supervised, plan=PLAN)
     wanted = expected(model, micro, distill) / supervised
-    assert wanted[1] > 5e-5
+    assert wanted[1] > 1e-5
     torch.testing.assert_close(made["cross_entropy"], wanted[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(made["divergence"], wanted[1], rtol=1e-3, atol=1e-7)
     assert made["loss"].item() == pytest.approx(wanted[0].item() + 0.7 * wanted[1].item(), rel=1e-5)
@@ -297,8 +299,6 @@ def test_what_can_not_be_distilled_is_refused(small: Small, tmp_path: Path) -> N
 
 
 def test_data_without_answers_are_refused(small: Small, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     folder = tmp_path / "train"
     folder.mkdir()
     for file in (small.prepared / "train").glob("*.parquet"):
@@ -306,7 +306,8 @@ def test_data_without_answers_are_refused(small: Small, tmp_path: Path) -> None:
         silent = [[-100] * len(one) for one in table["labels"].to_pylist()]
         for name, values in (("labels", silent), ("supervised", [0] * len(table))):
             kind = table.schema.field(name)
-            table = table.set_column(table.schema.get_field_index(name), kind, [values])
+            column = pa.array(values, kind.type)
+            table = table.set_column(table.schema.get_field_index(name), kind, column)
         pq.write_table(table, folder / file.name)
     with pytest.raises(ValueError, match="has no supervised token, so there is nothing"):
         train(DISTILLED, Sources(base=small.base, data=folder), Plain(tmp_path / "out"))
