@@ -18,7 +18,8 @@ ORDERS = ("reverse", "forward", "fixed")
 
 
 def scale_plan(plan: PruningPlan, pressure: float) -> PruningPlan:
-    """The plan with every keep ratio raised to the power `pressure`: above 1 heavier, below milder.
+    """The plan with every keep ratio raised to the power `pressure`: above 1 heavier, below milder;
+    an exit stays one.
 
     >>> str(scale_plan(PruningPlan.parse("2:1/4,4:1/2"), 2))
     '2:1/16,4:1/4'
