@@ -9,19 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, eval_cli, export_cli, jobs, prepare_cli, search_cli, terminal
+from workflows import dry_run, eval_cli, export_cli, jobs_cli, prepare_cli, search_cli, terminal
+from workflows.registry import WORKFLOWS, load_workflow
 from workflows.terminal import add_command
 
 if TYPE_CHECKING:
@@ -29,18 +28,7 @@ if TYPE_CHECKING:
 
     from pipeline.record import Record
     from pipeline.stage import RunContext
-    from pipeline.workflow import Workflow
 
-WORKFLOWS = {
-    "demo": "workflows.demo",
-    "tiny_base": "workflows.tiny_base",
-    "evidence": "workflows.evidence",
-    "stamps": "workflows.stamps",
-    "llava15_7b": "workflows.llava15_7b",
-    "llava15_7b_128": "workflows.llava15_7b",
-    "llava15_7b_64": "workflows.llava15_7b",
-}
-"""Name of a workflow, which is also the name of the function -> its module."""
 DEFAULT_ROOT = "runs"
 
 RUN_EXAMPLES = """examples:
@@ -198,7 +186,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
     export_cli.add_commands(commands)
-    jobs.add_commands(commands, _add_run_options)
+    jobs_cli.add_commands(commands, _add_run_options)
     add_commands(commands)
     return parser, dict(commands.choices)
 
@@ -255,23 +243,6 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lease", type=_positive(float), default=20, help="seconds until a dead run is taken over"
     )
-
-
-def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
-    """The workflow of that name with `KEY=VALUE` changes.
-
-    Raises:
-        ValueError: an unknown name, a change that isn't KEY=VALUE, and (ConfigError) bad keys.
-    """
-    if name not in WORKFLOWS:
-        near = get_close_matches(name, WORKFLOWS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(WORKFLOWS)}"
-        raise ValueError(f"workflow {name!r} is unknown; {hint}")
-    malformed = [change for change in changes if "=" not in change]
-    if malformed:
-        raise ValueError(f"--set {malformed[0]!r} is not KEY=VALUE, such as train.steps=50")
-    make: Callable[[], Workflow] = getattr(importlib.import_module(WORKFLOWS[name]), name)
-    return make().edit(dict(change.split("=", 1) for change in changes))
 
 
 def _context(options: argparse.Namespace) -> RunContext:

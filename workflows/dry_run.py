@@ -58,7 +58,7 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
             markup=False,
             soft_wrap=True,
         )
-    plans = training_plans(config)
+    plans = [str(plan) for plan in training_plans(config)]
     _show_costs(console, model, plans)
     given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}
     assumed = Assumptions(

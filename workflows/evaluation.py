@@ -17,22 +17,20 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 import adsc
-from pipeline.config import Config
 from pipeline.data.mixture import Source
 from pipeline.evaluation.benchmarks import (
     BENCHMARKS,
-    BENCHMARKS_VERSION,
+    CONVERT,
     BenchmarksConfig,
-    convert,
     find_files,
     root_of,
 )
 from pipeline.evaluation.methods import PLAN, MethodConfig, build_method, parse_method
-from pipeline.stage import Stage
-from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest, resolve
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
-from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stage import Stage, adopted
+from pipeline.stages.base import BASE, BaseConfig, pin_digest, resolve
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.prepare import PREPARE, PrepareConfig
+from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.store import open_store
 
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length
@@ -86,19 +84,15 @@ def evaluation_stages(
     return [
         source,
         *made,
-        Stage(
+        EVALUATE.stage(
             name="evaluate",
             title="evaluate: every method, same questions",
-            body=evaluate,
-            version=EVALUATE_VERSION,
             config=config,
             needs={"base": "base", "data": "prepare"},
         ),
-        Stage(
+        REPORT.stage(
             name="report",
             title="report: page and figure",
-            body=report,
-            version=REPORT_VERSION,
             config=ReportConfig(),
             needs={"evaluate": "evaluate"},
         ),
@@ -130,11 +124,9 @@ def _checkpoint(source: str) -> Stage:
         config = pin_digest(BaseConfig(source=source))
         if _is_hub_id(source) and (found := _hub_config(source)) is not None:
             config = config.model_copy(update={"revision": extract_commit_hash(str(found), None)})
-        return Stage(
+        return BASE.stage(
             name="base",
             title="base: the checkpoint",
-            body=base,
-            version=BASE_VERSION,
             config=config,
         )
     if open_store(source).read("config.json") is None:
@@ -142,7 +134,12 @@ def _checkpoint(source: str) -> Stage:
             f"there is no checkpoint at {source!r}: a config.json should lie there; "
             "`adsc show demo export --path` prints a place"
         )
-    return _pinned("base", "base: the checkpoint", source, str(content_digest(source)))
+    return adopted(
+        name="base",
+        title="base: the checkpoint",
+        place=source,
+        digest=str(content_digest(source)),
+    )
 
 
 def _data(
@@ -158,7 +155,12 @@ def _data(
         digest = content_digest(prepared)
         if digest is None:
             raise ValueError(f"there is no prepared data at {prepared!r}")
-        made = _pinned("prepare", "prepare: as it lies there", place, digest)
+        made = adopted(
+            name="prepare",
+            title="prepare: as it lies there",
+            place=place,
+            digest=digest,
+        )
         return [made], list(tasks) or ["test"], []
     named = [task.partition("=") for task in tasks if not Path(task).is_file()]
     if not tasks:
@@ -180,11 +182,9 @@ def _data(
         context=CONTEXT,
         max_quarantined=0,
     )
-    stage = Stage(
+    stage = PREPARE.stage(
         name="prepare",
         title="prepare: task files to questions",
-        body=prepare,
-        version=PREPARE_VERSION,
         config=config,
         needs={"data": "files", "base": "base"},
     )
@@ -204,7 +204,8 @@ def _files(files: Sequence[Path], limit: int | None) -> tuple[Stage, dict[str, S
     lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     lines.append(str(content_digest(str(folder / PrepareConfig().images))))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return _pinned("files", "files: the tasks", str(folder), digest), sources
+    stage = adopted(name="files", title="files: the tasks", place=str(folder), digest=digest)
+    return stage, sources
 
 
 def _benchmarks(
@@ -222,11 +223,9 @@ def _benchmarks(
     for name, folder in folders.items():
         find_files(name, folder)
     digests = {name: str(content_digest(str(folder))) for name, folder in folders.items()}
-    stage = Stage(
+    stage = CONVERT.stage(
         name="files",
         title="files: benchmarks to questions",
-        body=convert,
-        version=BENCHMARKS_VERSION,
         config=BenchmarksConfig(
             folders={name: str(folder) for name, folder in folders.items()}, digests=digests
         ),
@@ -236,19 +235,6 @@ def _benchmarks(
         for name, folder in folders.items()
     }
     return stage, sources
-
-
-def _pinned(name: str, title: str, place: str, digest: str) -> Stage:
-    """A stage whose files are there; its body is never run."""
-    return Stage(
-        name=name,
-        title=title,
-        body=base,
-        version=BASE_VERSION,
-        config=Config(),
-        pinned=open_store(place).root,
-        digest=digest,
-    )
 
 
 def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:

@@ -24,7 +24,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.data.sources import Unreadable, iter_records
 from pipeline.recipe import CompressConfig, CurriculumConfig, compress
-from pipeline.stage import Stage, StageContext
+from pipeline.stage import Kind, Stage, StageContext
 from pipeline.stages.base import BaseConfig
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.export import ExportConfig
@@ -106,11 +106,9 @@ def _variant(average: int, share: str) -> Workflow:
 
 
 def build(config: LlavaConfig) -> list[Stage]:
-    records = Stage(
+    records = HOLD_OUT.stage(
         name="records",
         title="records: a test set is held out",
-        body=hold_out,
-        version=1,
         config=config.data,
     )
     pictures = config.prepare.model_copy(
@@ -164,6 +162,9 @@ def hold_out(ctx: StageContext, config: HoldOutConfig) -> dict[str, Any]:
                 train.write(json.dumps(found) + "\n")
     ctx.track.metrics({f"records.{name}": count for name, count in counts.items()})
     return counts
+
+
+HOLD_OUT = Kind(id="workflows.llava15_7b.hold_out", version=1, body=hold_out, config=HoldOutConfig)
 
 
 def _picture(record: Any) -> str | None:

@@ -34,7 +34,7 @@ from pipeline.evaluation.generation import Asked, Questions, majority_answers, s
 from pipeline.evaluation.intervals import Bootstrap, interval, over_seeds
 from pipeline.evaluation.methods import MethodConfig
 from pipeline.evaluation.scoring import FIGURES, RULES, Mean, references
-from pipeline.stage import Input, StageContext
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.store import open_store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -156,10 +156,6 @@ class Scored(NamedTuple):
     """Answers that the report shows, by question."""
 
 
-EVALUATE_VERSION = 4
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
-
-
 def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     """Stage body; inputs `base` (whose processor puts the questions), `data`, the checkpoints that
     the arms name, and training stages (for their loss curves).
@@ -221,6 +217,15 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     )
     ctx.track.artifact(ctx.out / "results.json")
     return {"arms": summary, "majority": found["majority"]["accuracy"]}
+
+
+EVALUATE = Kind(
+    id="pipeline.stages.evaluate.evaluate",
+    referring_id="pipeline.stages.search.evaluate_found",
+    version=4,
+    body=evaluate,
+    config=EvaluateConfig,
+)
 
 
 def results(

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -36,11 +36,9 @@ from pipeline.manifest import (
 )
 from pipeline.publish import publish
 from pipeline.record import behind
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.stages.card import Card, write_card
 from pipeline.store import Store, open_store
-
-if TYPE_CHECKING:
-    from pipeline.stage import Input, StageContext
 
 PROBE = "probe.safetensors"
 EVALUATION = "evaluation.json"
@@ -81,10 +79,6 @@ class ExportConfig(Config):
     def store(self) -> Store:
         """Where `to` is."""
         return open_store(self.to, self.encryption, self.kms_key, tuple(self.tags.items()))
-
-
-EXPORT_VERSION = 2
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
@@ -154,6 +148,9 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
         "mlflow_model": logged and logged[0],
         "mlflow_version": logged and logged[1],
     }
+
+
+EXPORT = Kind(id="pipeline.stages.export.export", version=2, body=export, config=ExportConfig)
 
 
 def assemble(source: Path, out: Path, card: Card, described: Mapping[str, bytes]) -> None:

@@ -1,8 +1,8 @@
 """The report's figures, drawn with matplotlib onto axes that the caller owns.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; arms differ by marker too,
-and are labelled where they stand. Every panel is about 4 inches wide, so that its text is legible
-on a phone. Nothing is computed here but where to put things.
+Arms differ by colour and by marker, and are labelled where they stand. Every panel is about 4
+inches wide, so that its text is legible on a phone. Nothing is computed here but where to put
+things.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,28 +19,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.figure_style import COLOURS, MARKERS, MUTED, STYLE
 from pipeline.stages.results import Arm, Results
 
-COLOURS = ("#444444", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-MARKERS = ("o", "s", "v", "D", "^", "P", "X")
-MUTED = "#6b7280"
 MANY = 8
 """With more arms than this, points carry the arm's number in the table instead of its label."""
 PROFILES = 5
 """More different token profiles than this are drawn as rows of a heat map."""
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "adsc",
-    "text.parse_math": False,  # labels come from outside: a `$` is a dollar
-}
 
 Panel = Callable[[Axes, Results], None]
 

@@ -17,8 +17,8 @@ import adsc
 from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
-from pipeline.evaluation.methods import MethodConfig, PeerConfig, build_method
-from pipeline.stage import StageContext
+from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan, build_method
+from pipeline.stage import Kind, StageContext
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
 
@@ -26,7 +26,7 @@ from pipeline.training.batches import collate
 class MergeConfig(MethodConfig):
     """What the merged checkpoint carries, and how closely it must match."""
 
-    plan: str = ""
+    plan: Plan = ""
     """The plan that the checkpoint runs with; it is stored in its config."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """The peer that it runs with instead."""
@@ -46,8 +46,6 @@ class MergeMismatch(RuntimeError):
 
 PLANS = "adsc_plans"
 """Where a checkpoint's config has its plans by name, beside the one that it runs with."""
-MERGE_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
@@ -88,6 +86,15 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}
+
+
+MERGE = Kind(
+    id="pipeline.stages.merge.merge",
+    referring_id="pipeline.stages.search.merge_found",
+    version=1,
+    body=merge,
+    config=MergeConfig,
+)
 
 
 def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:

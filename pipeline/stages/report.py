@@ -12,18 +12,16 @@ import io
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.redact import flatten
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.stages import figures
 from pipeline.stages.results import Arm, Interval, Results, Sample
-
-if TYPE_CHECKING:
-    from pipeline.stage import Input, StageContext
 
 TEMPLATE = Path(__file__).with_name("report.html")
 ACROSS = 6
@@ -39,10 +37,6 @@ class ReportConfig(Config):
     """At most so many questions a picture."""
     thumbnail: int = Field(default=240, ge=16)
     """Longest side of a picture in pixels."""
-
-
-REPORT_VERSION = 4
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
@@ -65,6 +59,9 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     ctx.track.note(sentence)
     ctx.progress(2, 2, "done")
     return {"finding": sentence, "html": "report.html", "png": "report.png"}
+
+
+REPORT = Kind(id="pipeline.stages.report.report", version=4, body=report, config=ReportConfig)
 
 
 def _across(names: list[str]) -> list[list[str]]:

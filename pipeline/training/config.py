@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from adsc.plan import PruningPlan
 from pipeline.config import ADDED, OPERATIONAL, Config
-from pipeline.evaluation.methods import MethodConfig, PeerConfig
+from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan
 
 DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -109,7 +109,7 @@ class GrowSettings(Config):
 class TrainConfig(MethodConfig):
     """One training stage."""
 
-    plan: str = ""
+    plan: Plan = ""
     """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """A peer while training, instead of a plan."""

@@ -3,6 +3,7 @@
 The arithmetic of plans is adsc.curriculum's. A recipe makes stages of it, a search trials.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from adsc.curriculum import curriculum
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ADDED, Config, ConfigError, edit
+from pipeline.evaluation.methods import FoundPlan
 from pipeline.training.config import GrowSettings, TrainConfig, check_plans
 
 WITHIN_ONE = ("elastic", "grow")
@@ -94,7 +96,9 @@ def plans_of(way: CurriculumConfig, target: str) -> list[str]:
     return [str(one) for one in plans]
 
 
-def configs_of(way: CurriculumConfig, train: TrainConfig, plans: list[str]) -> list[TrainConfig]:
+def configs_of(
+    way: CurriculumConfig, train: TrainConfig, plans: Sequence[str | FoundPlan]
+) -> list[TrainConfig]:
     """The config of each training stage: `train`, changed as the curriculum says.
 
     Stages without a plan, a dense control's, have no teacher and no other plans either.

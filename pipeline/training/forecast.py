@@ -24,7 +24,7 @@ from adsc.decoder_cost import Decoder
 from adsc.geometries import HUB_IDS, geometry
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from pipeline.stages.base import resolve
+from pipeline.packaged import resolve
 from pipeline.training.adapters import prepare_trainable
 from pipeline.training.batches import RowShape
 from pipeline.training.config import LoraSettings, TrainConfig

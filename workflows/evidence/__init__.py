@@ -10,33 +10,31 @@ larger base with 576 vision tokens first, for a GPU:
 
     python -m workflows.evidence --out DIR --scale 576 --processes 8
 
-Both share arms, training loop, scoring and the form of the results.
+Both share arms, training loop, scoring and the form of the results. The command without Ray is in
+workflows/evidence/command.py, what it does in workflows/evidence_here.py.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
 
 from adsc.curriculum import curriculum
-from pipeline.config import ADDED, Config, ConfigError, edit
+from pipeline.config import ADDED, Config, ConfigError
 from pipeline.evaluation.methods import MethodConfig, PeerConfig
 from pipeline.recipe import base_and_prepare, train_and_merge
 from pipeline.stage import Stage
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
 from pipeline.stages.merge import MergeConfig
 from pipeline.stages.prepare import PrepareConfig
-from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.demo import BASE
-from workflows.evidence_summary import REINDEXED, SUMMARY_VERSION, summarise
+from workflows.evidence_summary import REINDEXED, SUMMARISE
 from workflows.fashion import FashionConfig, pictures
 from workflows.stamps_base import StampsBaseConfig, make_base
 from workflows.stamps_scenes import ScenesConfig, scenes
@@ -375,19 +373,15 @@ def build(config: EvidenceConfig) -> list[Stage]:
         asked = evaluated(config, budget)
         merged = {arm.checkpoint: arm.checkpoint for arm in asked.arms if arm.trained}
         stages += [
-            Stage(
+            EVALUATE.stage(
                 name=f"evaluate-{budget.name}",
                 title=f"evaluate: every arm at {budget.label}",
-                body=evaluate,
-                version=EVALUATE_VERSION,
                 config=asked,
                 needs={"data": "prepare", "base": "base", **merged},
             ),
-            Stage(
+            REPORT.stage(
                 name=f"report-{budget.name}",
                 title=f"report: page and figure at {budget.label}",
-                body=report,
-                version=REPORT_VERSION,
                 config=ReportConfig(),
                 needs={"evaluate": f"evaluate-{budget.name}"},
             ),
@@ -396,11 +390,9 @@ def build(config: EvidenceConfig) -> list[Stage]:
         stages.append(_control_stage(config))
     return [
         *stages,
-        Stage(
+        SUMMARISE.stage(
             name="summary",
             title="summary: all budgets in a table and a figure",
-            body=summarise,
-            version=SUMMARY_VERSION,
             config=Config(),
             needs={budget.name: f"evaluate-{budget.name}" for budget in config.budgets},
         ),
@@ -422,11 +414,9 @@ def _world(config: EvidenceConfig) -> list[Stage]:
 
 def _control_stage(config: EvidenceConfig) -> Stage:
     dense = ArmConfig(name="dense", label="dense base", checkpoint="base")
-    return Stage(
+    return EVALUATE.stage(
         name="evaluate-controls",
         title="evaluate: the dense base without what it needs",
-        body=evaluate,
-        version=EVALUATE_VERSION,
         config=config.evaluate.model_copy(
             update={
                 "title": f"{config.evaluate.title}, controls",
@@ -437,51 +427,3 @@ def _control_stage(config: EvidenceConfig) -> Stage:
         ),
         needs={"data": "prepare", "base": "base"},
     )
-
-
-def scales() -> dict[str, Callable[[], EvidenceConfig]]:
-    """What `--scale` takes."""
-    from workflows.stamps import stamps_config  # which is made of what is here
-
-    return {"demo": evidence_config, "576": evidence_576_config, "stamps": stamps_config}
-
-
-def main(words: list[str] | None = None) -> int:
-    """The command: 0 when every arm has been run."""
-    from workflows import evidence_here
-
-    parser = argparse.ArgumentParser(
-        prog="workflows.evidence", description="the evidence on one machine, without Ray"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
-    parser.add_argument("--scale", choices=tuple(scales()), default="demo")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the config"
-    )
-    parser.add_argument("--processes", type=int, default=1, help="arms at a time, on one device")
-    parser.add_argument("--arms", nargs="+", help="only these, by name")
-    parser.add_argument("--base-only", action="store_true", help="make base and data, no arm")
-    parser.add_argument(
-        "--stop-after", type=float, default=float("inf"), help="begin no arm after these seconds"
-    )
-    given = parser.parse_args(words)
-    try:
-        config = edit(scales()[given.scale](), dict(one.split("=", 1) for one in given.set))
-        return evidence_here.run(
-            config,
-            given.out,
-            processes=given.processes,
-            only=given.arms,
-            base_only=given.base_only,
-            stop_after=given.stop_after,
-        )
-    except ValueError as error:
-        sys.stderr.write(f"evidence: {error}\n")
-        return 2
-
-
-if __name__ == "__main__":
-    # Bodies of a script are called __main__.something, which is another identity.
-    from workflows import evidence as module
-
-    sys.exit(module.main())
