@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import model_validator
 
 from adsc.curriculum import pressures
-from adsc.named import DENSE, read_names
+from adsc.named import DENSE
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config
 from pipeline.data.templates import NAMES
@@ -31,7 +31,7 @@ from pipeline.stages.search import (
 )
 from pipeline.stages.train import TRAIN
 from pipeline.training.config import TrainConfig
-from pipeline.training.curriculum import CurriculumConfig, configs_of, plans_of
+from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
 
 
 class CompressConfig(Config):
@@ -64,6 +64,9 @@ class CompressConfig(Config):
             "train.plan": self.train.runs_with,
             "merge.plan": self.merge.runs_with,
             "merge.plans": self.merge.plans,
+            "train.plans": self.train.plans,
+            "train.weights": self.train.weights,
+            "train.grow": self.train.grow,
             "evaluate.arms": self.evaluate.arms,
         }
         given = [name for name, value in filled.items() if value]
@@ -74,15 +77,10 @@ class CompressConfig(Config):
                 f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
                 "and let curriculum.order and curriculum.extreme set the pressure of each training"
             )
-        if self.searched and self.curriculum.order == "explicit":
+        if self.searched and self.curriculum.order in ("explicit", "elastic"):
             raise ValueError(
-                "plan = search and curriculum.order = explicit contradict: plans can't be listed "
-                "before the target is found; choose reverse, forward or fixed"
-            )
-        if self.searched and self.curriculum.order == "elastic":
-            raise ValueError(
-                "plan = search and curriculum.order = elastic contradict: the plans of an elastic "
-                "checkpoint are listed in curriculum.elastic, before anything runs"
+                f"plan = search and curriculum.order = {self.curriculum.order} contradict: plans "
+                "can't be listed before the target is found; choose reverse, forward, fixed or grow"
             )
         return self
 
@@ -104,7 +102,6 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     if layers is not None and not isinstance(config.plan, FoundPlan):
         for plan in (config.plan, *config.curriculum.elastic.values()):
             PruningPlan.parse(plan).check_layers(layers)
-    _check_elastic(config)
     if config.prepare.template not in NAMES:
         raise ValueError(
             f"prepare.template {config.prepare.template!r} is unknown; there are {', '.join(NAMES)}"
@@ -117,10 +114,8 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ("train", "merge", plans),
         ("control", "merge-control", [""] * len(plans)),
     ):
-        merging = config.merge.model_copy(update={"plan": each[-1]})
-        if prefix == "train" and config.curriculum.elastic:
-            names = {"plan": config.plan, "plans": config.curriculum.elastic}
-            merging = config.merge.model_copy(update=names)
+        named = dict(config.curriculum.elastic) if each[-1] else {}
+        merging = config.merge.model_copy(update={"plan": each[-1], "plans": named})
         stages += train_and_merge(prefix, merged, training_configs(config, each), merging)
     arms = _arms(config)
     trained = {s.name: s.name for s in stages if s.kind == TRAIN}
@@ -146,16 +141,6 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ),
     ]
     return stages
-
-
-def _check_elastic(config: CompressConfig) -> None:
-    budgets = read_names(config.curriculum.elastic)
-    if budgets and PruningPlan.parse(str(config.plan)) not in budgets.values():
-        raise PlanError(
-            f"plan = {config.plan} is none of curriculum.elastic's "
-            f"{', '.join(f'{name} ({plan})' for name, plan in budgets.items())}: it is what the "
-            "checkpoint runs with unless another name is given, so set it to one of them"
-        )
 
 
 def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:
@@ -230,6 +215,8 @@ def training_plans(config: CompressConfig) -> list[str] | list[FoundPlan]:
     is."""
     own = config.curriculum
     if isinstance(config.plan, FoundPlan):
+        if own.order in WITHIN_ONE:
+            return [FoundPlan()]
         each = pressures(own.order, own.stages, own.extreme)
         return [FoundPlan(pressure=pressure) for pressure in each]
     return plans_of(own, config.plan)

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 import adsc
-from pipeline.evaluation.methods import build_method
 from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
 from pipeline.training.batches import StepBatch, StepLoader, check_packing
 from pipeline.training.checkpoints import Snapshot, read_moments, read_state
 from pipeline.training.config import MOMENTS, TrainConfig
 from pipeline.training.movement import check_moved, checksums
 from pipeline.training.objective import Losses, Objective
+from pipeline.training.plans import StepPlans
 from pipeline.training.schedule import rate_factor
 from pipeline.training.strategy import Strategy, strategy_for
 from pipeline.training.throughput import Throughput, cost_of
@@ -108,20 +108,6 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     strategy = strategy_for(config, device)
-    objective = _prepare(config, sources, strategy, device)
-    try:
-        return _train(config, sources, context, strategy, objective)
-    finally:
-        objective.remove()  # the model may be somebody's
-
-
-def _train(
-    config: TrainConfig,
-    sources: Sources,
-    context: TrainContext,
-    strategy: Strategy,
-    objective: Objective,
-) -> bool:
     load = StepLoader(
         data=sources.data,
         processor=sources.base,
@@ -137,9 +123,19 @@ def _train(
             f"{sources.data} has no supervised token, so there is nothing to train or to distil "
             "on: prepare conversations with answers"
         )
+    objective, plans = _prepare(config, sources, strategy, device, steps)
+    try:
+        run = _Run(config, steps, context, strategy, load, objective, plans)
+        return _train(run, sources)
+    finally:
+        objective.remove()  # the model may be somebody's
+
+
+def _train(run: "_Run", sources: Sources) -> bool:
+    config, context, strategy = run.config, run.context, run.strategy
     if sources.start is not None:
         _start_from(sources.start, config, strategy)
-    run = _Run(config, steps, context, strategy, load, objective, checksums(strategy.parts()))
+    run.before = checksums(strategy.parts())
     with context.latest() as folder:
         first = run.restore(folder) if folder is not None else 0
     _agree(first, context.world_size)
@@ -148,8 +144,8 @@ def _train(
 
 
 def _prepare(
-    config: TrainConfig, sources: Sources, strategy: Strategy, device: torch.device
-) -> Objective:
+    config: TrainConfig, sources: Sources, strategy: Strategy, device: torch.device, steps: int
+) -> tuple[Objective, StepPlans]:
     """Load the base, attach the plan, add the adapter, put the objective in the place of its
     forward, and hand all of it to the strategy."""
     if config.distill is not None and not config.runs_with:
@@ -166,7 +162,8 @@ def _prepare(
         )
     if config.packing:
         check_packing(model.config.model_type, config.attention)
-    adsc.attach(model, build_method(config, model))
+    plans = StepPlans(config, model, steps)
+    adsc.attach(model, plans.target)
     if config.activation_checkpointing:
         # transformers before 5.23 knows the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -183,7 +180,7 @@ def _prepare(
         for lora in (True, False)
     ]
     strategy.prepare(trainable, [{"params": group} for group in groups if group])
-    return objective
+    return objective, plans
 
 
 def _agree(first: int, world_size: int) -> None:
@@ -220,7 +217,8 @@ class _Run:
     strategy: Strategy
     load: StepLoader
     objective: Objective
-    before: dict[str, tuple[bool, float]]
+    plans: StepPlans
+    before: dict[str, tuple[bool, float]] = field(default_factory=dict)
     """Checksums of all parameters before the stage's first step."""
     history: list[list[float]] = field(default_factory=list)
     """[step, loss] as logged so far; it travels in the checkpoints."""
@@ -243,7 +241,7 @@ class _Run:
         started = time.monotonic()
         losses: list[np.ndarray] = []
         model, checkpointing = self.strategy.model, config.activation_checkpointing
-        cost = cost_of(model, build_method(config, model), checkpointing=checkpointing)
+        cost = cost_of(model, config.distill, checkpointing=checkpointing)
         teaching = self.objective.teaching
         throughput = Throughput(
             cost, teaching.device, context.world_size, teaching if config.distill else None
@@ -256,7 +254,7 @@ class _Run:
             parts, norm, due = self.take_step(step, batch)
             losses.append(parts)
             if context.rank == 0:
-                throughput.update(batch, waited)
+                throughput.update(batch, self.plans(step), waited)
             done = step + 1
             if context.rank == 0 and (done % config.log_every == 0 or done == self.steps):
                 mean = dict(zip(Losses._fields, np.mean(losses, axis=0).tolist(), strict=True))
@@ -291,7 +289,7 @@ class _Run:
                 f"step {step + 1}: none of its {config.batch_size} conversations has a supervised "
                 f"token, such as {batch.ids[:3]}; raise train.batch_size or leave them out"
             )
-        device, plan = self.objective.teaching.device, adsc.plan_of(strategy.model)
+        device, plan = self.objective.teaching.device, self.plans(step)
         own = torch.zeros(len(Losses._fields), device=device)
         for i, micro in enumerate(batch.micro):
             inputs = {name: tensor.to(device) for name, tensor in micro.items()}

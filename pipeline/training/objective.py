@@ -26,12 +26,12 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 import adsc
-from adsc.attach import base_model
+from adsc.attach import base_model, check_plan
 from adsc.method import Method
 from adsc.plan import PruningPlan
 from adsc.supervised import head, hidden_states
 from pipeline.data.conversations import IGNORED
-from pipeline.training.config import DENSE, DistillSettings
+from pipeline.training.config import DENSE, DistillSettings, teacher_plan
 from pipeline.training.throughput import Stopwatch
 
 CHUNK = 2**25
@@ -63,6 +63,8 @@ class Objective:
         self, model: nn.Module, distill: DistillSettings | None, device: torch.device, in_step: bool
     ) -> None:
         self._model, self._distill, self._in_step = model, distill, in_step
+        self._teacher = teacher_plan(distill) if distill is not None else PruningPlan()
+        check_plan(model, self._teacher)
         self._head: Callable[[Tensor], Tensor] = head(model)
         self._vocabulary: int = base_model(model).config.get_text_config().vocab_size
         self.teaching = Stopwatch(device)
@@ -100,8 +102,8 @@ class Objective:
         distill = self._distill if plan.stages else None
         taught = None
         if distill is not None:
-            teacher = PruningPlan() if distill.teacher == DENSE else distill.teacher
-            with self.teaching, self._as_teacher(self._model), adsc.running(self._model, teacher):
+            running = adsc.running(self._model, self._teacher)
+            with self.teaching, self._as_teacher(self._model), running:
                 taught = hidden_states(self._model, given)
         with adsc.running(self._model, plan):
             made = hidden_states(self._model, given)
