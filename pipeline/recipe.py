@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import model_validator
 
 from adsc.curriculum import pressures
+from adsc.named import DENSE
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config
 from pipeline.data.templates import NAMES
@@ -30,7 +31,7 @@ from pipeline.stages.search import (
 )
 from pipeline.stages.train import TRAIN
 from pipeline.training.config import TrainConfig
-from pipeline.training.curriculum import CurriculumConfig, configs_of, plans_of
+from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
 
 
 class CompressConfig(Config):
@@ -62,6 +63,10 @@ class CompressConfig(Config):
         filled = {
             "train.plan": self.train.runs_with,
             "merge.plan": self.merge.runs_with,
+            "merge.plans": self.merge.plans,
+            "train.plans": self.train.plans,
+            "train.weights": self.train.weights,
+            "train.grow": self.train.grow,
             "evaluate.arms": self.evaluate.arms,
         }
         given = [name for name, value in filled.items() if value]
@@ -72,10 +77,10 @@ class CompressConfig(Config):
                 f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
                 "and let curriculum.order and curriculum.extreme set the pressure of each training"
             )
-        if self.searched and self.curriculum.order == "explicit":
+        if self.searched and self.curriculum.order in ("explicit", "elastic"):
             raise ValueError(
-                "plan = search and curriculum.order = explicit contradict: plans can't be listed "
-                "before the target is found; choose reverse, forward or fixed"
+                f"plan = search and curriculum.order = {self.curriculum.order} contradict: plans "
+                "can't be listed before the target is found; choose reverse, forward, fixed or grow"
             )
         return self
 
@@ -95,7 +100,8 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     """
     layers = num_decoder_layers(config.base.source)
     if layers is not None and not isinstance(config.plan, FoundPlan):
-        PruningPlan.parse(config.plan).check_layers(layers)
+        for plan in (config.plan, *config.curriculum.elastic.values()):
+            PruningPlan.parse(plan).check_layers(layers)
     if config.prepare.template not in NAMES:
         raise ValueError(
             f"prepare.template {config.prepare.template!r} is unknown; there are {', '.join(NAMES)}"
@@ -108,32 +114,10 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         ("train", "merge", plans),
         ("control", "merge-control", [""] * len(plans)),
     ):
-        merging = config.merge.model_copy(update={"plan": each[-1]})
+        named = dict(config.curriculum.elastic) if each[-1] else {}
+        merging = config.merge.model_copy(update={"plan": each[-1], "plans": named})
         stages += train_and_merge(prefix, merged, training_configs(config, each), merging)
-    arms = (
-        ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
-        ArmConfig(
-            name="dense_lora",
-            label="dense + LoRA",
-            checkpoint="merge-control",
-            plan="",
-            trained=True,
-        ),
-        ArmConfig(
-            name="plan_untrained",
-            label="plan, untrained",
-            checkpoint="base",
-            plan=config.plan,
-            trained=False,
-        ),
-        ArmConfig(
-            name="plan_trained",
-            label=f"plan, trained ({config.curriculum.order})",
-            checkpoint="merge",
-            plan=config.plan,
-            trained=True,
-        ),
-    )
+    arms = _arms(config)
     trained = {s.name: s.name for s in stages if s.kind == TRAIN}
     checkpoints = {name: name for name in ("base", "merge", "merge-control")}
     stages += [
@@ -159,6 +143,56 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     return stages
 
 
+def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:
+    """What is compared: the base, the control, the plan untrained and trained; of an elastic
+    checkpoint every plan that it names, and dense."""
+    return (
+        ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
+        ArmConfig(
+            name="dense_lora",
+            label="dense + LoRA",
+            checkpoint="merge-control",
+            plan="",
+            trained=True,
+        ),
+        ArmConfig(
+            name="plan_untrained",
+            label="plan, untrained",
+            checkpoint="base",
+            plan=config.plan,
+            trained=False,
+        ),
+        *_trained_arms(config),
+    )
+
+
+def _trained_arms(config: CompressConfig) -> list[ArmConfig]:
+    budgets = config.curriculum.elastic
+    if not budgets:
+        order = config.curriculum.order
+        return [
+            ArmConfig(
+                name="plan_trained",
+                label=f"plan, trained ({order})",
+                checkpoint="merge",
+                plan=config.plan,
+                trained=True,
+            )
+        ]
+    return [
+        ArmConfig(
+            name=f"elastic_{name}",
+            label=f"elastic, {name}",
+            checkpoint="merge",
+            plan=plan,
+            trained=True,
+            budget=name,
+            curve="elastic checkpoint",
+        )
+        for name, plan in [*budgets.items(), (DENSE, "")]
+    ]
+
+
 def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConfig) -> list[Stage]:
     """The stages `base` and `prepare`, which others need; `data` writes records and pictures."""
     return [
@@ -181,6 +215,8 @@ def training_plans(config: CompressConfig) -> list[str] | list[FoundPlan]:
     is."""
     own = config.curriculum
     if isinstance(config.plan, FoundPlan):
+        if own.order in WITHIN_ONE:
+            return [FoundPlan()]
         each = pressures(own.order, own.stages, own.extreme)
         return [FoundPlan(pressure=pressure) for pressure in each]
     return plans_of(own, config.plan)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from pipeline.record import Record
     from pipeline.stage import RunContext
+    from pipeline.store import Store
+    from pipeline.workflow import Workflow
 
 DEFAULT_ROOT = "runs"
 
@@ -178,11 +180,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         commands,
         "chat",
         "ask an exported checkpoint about a picture",
-        'examples:\n  adsc chat CHECKPOINT grid.png "where is the bag?"\n',
+        'examples:\n  adsc chat CHECKPOINT grid.png "where is the bag?"\n'
+        "  adsc chat ELASTIC grid.png --plan 64\n",
     )
     chat.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
     chat.add_argument("image", help="a picture: a file or s3://...")
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
+    chat.add_argument(
+        "--plan",
+        help="a named plan of the checkpoint, dense, or a plan such as 2:1/4 (default: its own)",
+    )
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
     export_cli.add_commands(commands)
@@ -278,8 +285,12 @@ def _run(options: argparse.Namespace) -> int:
     store = open_store(options.root)
     console = terminal.console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
+    another = _former(workflow, options, store)
     if options.dry_run:
+        _note(another)
         return dry_run.show(console, workflow.config, options)
+    if another:
+        raise ValueError(another)
     context = dataclasses.replace(_context(options), setup=workflow.setup)
     found = graph.run(stages, context, console)
     if told := settle(context.root, context.tracking_uri, context.cache):
@@ -287,6 +298,17 @@ def _run(options: argparse.Namespace) -> int:
     _print_results(console, found)
     _print_next(console, found, context)
     return 0
+
+
+def _former(workflow: Workflow, options: argparse.Namespace, store: Store) -> str | None:
+    from workflows.renamed import former
+
+    return former(workflow, options.changes, store)
+
+
+def _note(text: str | None) -> None:
+    if text:
+        print(f"adsc: {text}", file=sys.stderr)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -377,6 +399,7 @@ def _ls(options: argparse.Namespace) -> int:
         console.print(table)
         return 0
     workflow = load_workflow(options.workflow, options.changes)
+    _note(_former(workflow, options, open_store(options.root)))
     states = graph.state(open_store(options.root), workflow.stages())
     if options.json:
         print(json.dumps([state._asdict() for state in states]))
@@ -413,6 +436,7 @@ def _show(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{workflow.name} has no stage {options.stage!r}; it has {', '.join(names)}"
         )
+    _note(_former(workflow, options, open_store(options.root)))
     record = records.load(
         open_store(options.root), options.stage, graph.fingerprints(stages)[options.stage]
     )
@@ -470,7 +494,7 @@ def _chat(options: argparse.Namespace) -> int:
     stamps_tower.register()
     picture = _read_file(options.image)
     with _local_folder(options.checkpoint) as folder:
-        model = adsc.from_pretrained(folder).eval()
+        model = adsc.from_pretrained(folder, plan=options.plan).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     asked = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
     for text in filter(None, asked):

@@ -18,6 +18,10 @@ WORKFLOWS = {
     "llava15_7b": "workflows.llava15_7b",
     "llava15_7b_128": "workflows.llava15_7b",
     "llava15_7b_64": "workflows.llava15_7b",
+    "llava15_7b_elastic": "workflows.llava15_7b",
+    "llava15_7b_paper": "workflows.llava15_7b",
+    "llava15_7b_paper_128": "workflows.llava15_7b",
+    "llava15_7b_paper_64": "workflows.llava15_7b",
 }
 """Name of a workflow, which is also the name of the function -> its module."""
 

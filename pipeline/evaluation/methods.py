@@ -13,6 +13,8 @@ from pipeline.config import Config
 from pipeline.reference import Reference
 
 PLAN = "plan:"
+OWN = "own"
+"""The plan in a checkpoint's config; `own:64` is the one of that name."""
 
 
 class MethodError(ValueError):
@@ -127,6 +129,8 @@ def parse_method(text: str) -> MethodConfig:
             raise MethodError(f"{text!r} drops nothing: write dense")
         return MethodConfig(plan=text.removeprefix(PLAN))
     name, colon, rest = text.partition(":")
+    if name == OWN:
+        raise MethodError(f"{text!r} is a checkpoint's own plan, and none is at hand here")
     average, *options = re.split(r",(?![^\[]*\])", rest)  # at commas outside of brackets
     try:
         budget = float(average)

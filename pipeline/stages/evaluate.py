@@ -56,6 +56,10 @@ class ArmConfig(MethodConfig):
     row of that name, with the first one's label."""
     seed: int | None = None
     """Seed of its training; arms of a group each have their own."""
+    budget: str = Field("", json_schema_extra=ADDED)
+    """Of a checkpoint with named plans: the name of this one, or `dense`."""
+    curve: str = Field("", json_schema_extra=ADDED)
+    """Rows of one curve are one checkpoint at several budgets: the report joins them."""
 
     @property
     def row(self) -> str:
@@ -201,7 +205,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     write_samples(job.storage, shards, ctx.out / "samples.parquet")
     summary = {arm["name"]: _summary(arm) for arm in found["arms"]}
     numbers = {
-        name: {key: value for key, value in row.items() if key != "plan"}
+        name: {key: value for key, value in row.items() if key not in ("plan", "budget")}
         for name, row in summary.items()
     }
     ctx.track.dataset(data.uri, "test questions", data.outputs.get("digest", "")[:12])
@@ -431,6 +435,8 @@ def _table(
                 "plan": arm.runs_with,
                 "peer": arm.method is not None,
                 "trained": arm.trained,
+                "budget": arm.budget,
+                "curve": arm.curve,
                 "accuracy": bootstrap.mean(own),
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
@@ -635,4 +641,5 @@ def _summary(arm: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": arm["peak_memory_bytes"],
         "retention": arm["retention"],
         "plan": arm["plan"],
+        **({"budget": arm["budget"]} if arm["budget"] else {}),
     }

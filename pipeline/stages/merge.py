@@ -2,7 +2,7 @@
 
 The output is a checkpoint folder as users have it: sharded safetensors, config with the plan,
 processor, generation config; besides, the adapter alone, and a probe (inputs and logits) by which
-any later copy can be told to be the same model.
+any later copy can be told to be the same model, under each of its plans.
 """
 
 import shutil
@@ -18,6 +18,7 @@ from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
 from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan, build_method
+from pipeline.probe import write_named_probe
 from pipeline.stage import Kind, StageContext
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
@@ -30,6 +31,8 @@ class MergeConfig(MethodConfig):
     """The plan that the checkpoint runs with; it is stored in its config."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """The peer that it runs with instead."""
+    plans: dict[str, str] = Field({}, json_schema_extra=ADDED)
+    """The plans of an elastic checkpoint by name; they are stored in its config beside `plan`."""
     probe_rows: int = Field(4, gt=0)
     """Conversations on which merged and adapter model are compared."""
     tolerance: float = Field(1e-3, gt=0)
@@ -56,7 +59,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     expected = _logits(load_trained(adapted, trained), probe)
     ctx.progress(2, 4, "merging")
     model: Any = merge_trained(AutoModelForImageTextToText.from_pretrained(base), trained)
-    adsc.attach(model, method)
+    adsc.attach(adsc.name_plans(model, config.plans), method)
     got = _logits(model, probe)
     scale = expected.abs().max().item()
     worst = (got - expected).abs().max().item()
@@ -75,6 +78,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")
     save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
+    write_named_probe(model, probe, ctx.out)
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}
 

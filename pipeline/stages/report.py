@@ -174,6 +174,8 @@ def remarks(results: Results) -> list[str]:
         )
         spread = "" if apart else ", but the quartiles overlap"
         said.append(f"Measured prefill is {fast:.2f} times as fast as the control's{spread}.")
+    for name, places in results.series.items():
+        said.append(_budgets(name, [results.arms[place] for place in reversed(places)]))
     best = max(results.arms, key=lambda a: a.accuracy.mean, default=None)
     if best and best.accuracy.low <= results.majority.accuracy:
         said.append(
@@ -194,6 +196,17 @@ def remarks(results: Results) -> list[str]:
             "training runs are not in the intervals."
         )
     return said
+
+
+def _budgets(name: str, arms: list[Arm]) -> str:
+    """What one checkpoint does at each of its budgets, the dearest first."""
+    each = [
+        f"{arm.budget or arm.label} ({arm.average_vision_tokens:.1f} vision tokens) answers "
+        f"{percent(arm.accuracy.mean)}"
+        + ("" if arm.retention is None else f", {percent(arm.retention)} of the control's")
+        for arm in arms
+    ]
+    return f"One checkpoint, {len(arms)} budgets ({name}): {'; '.join(each)}."
 
 
 def _verdict(arm: Arm, control: Arm, questions: int) -> str:
