@@ -7,9 +7,9 @@ Fields marked OPERATIONAL decide how a stage is computed and not what: they are 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from adsc.plan import PruningPlan
 from pipeline.config import ADDED, OPERATIONAL, Config
@@ -23,6 +23,8 @@ DENSE = "dense"
 """The name of no plan: as a teacher, and among a training's plans."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What can name a plan."""
+PlanName = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
+"""A plan's name; YAML reads 64 as a number."""
 MOMENTS = "moments.safetensors"
 """AdamW's state in a checkpoint, and in a stage's result where `carry_optimizer` is set."""
 
@@ -113,10 +115,10 @@ class TrainConfig(MethodConfig):
     """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """A peer while training, instead of a plan."""
-    plans: dict[str, str] = Field({}, json_schema_extra=ADDED)
+    plans: dict[PlanName, str] = Field({}, json_schema_extra=ADDED)
     """Plans by name, one of which each step draws; `plan` is one of them. Empty: each step trains
     with `plan`."""
-    weights: dict[str, float] = Field({}, json_schema_extra=ADDED)
+    weights: dict[PlanName, float] = Field({}, json_schema_extra=ADDED)
     """How often each of `plans` is drawn, in proportion; 1 where a name is left out. `dense` stands
     for steps without a plan, of which there are none unless it is named."""
     grow: GrowSettings | None = Field(None, json_schema_extra=ADDED)

@@ -6,13 +6,13 @@ The arithmetic of plans is adsc.curriculum's. A recipe makes stages of it, a sea
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from adsc.curriculum import curriculum
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ADDED, Config, ConfigError, edit
 from pipeline.evaluation.methods import FoundPlan
-from pipeline.training.config import GrowSettings, TrainConfig, check_plans
+from pipeline.training.config import GrowSettings, PlanName, TrainConfig, check_plans
 
 WITHIN_ONE = ("elastic", "grow")
 """Orders with one training stage, in which plans change from step to step."""
@@ -33,10 +33,10 @@ class CurriculumConfig(Config):
     (or its inverse)."""
     settle: float = Field(0.25, ge=0, lt=1, json_schema_extra=ADDED)
     """For `grow`: share of the steps, the last ones, that train with the target itself."""
-    elastic: dict[str, str] = Field({}, json_schema_extra=ADDED)
+    elastic: dict[PlanName, str] = Field({}, json_schema_extra=ADDED)
     """For `elastic`: plans by name, such as `{"128": "4:1/9", "64": "2:1/9"}`; the target is one of
     them. The checkpoint carries them all."""
-    weights: dict[str, float] = Field({}, json_schema_extra=ADDED)
+    weights: dict[PlanName, float] = Field({}, json_schema_extra=ADDED)
     """For `elastic`: how often each plan is drawn, in proportion, 1 where a name is left out;
     `dense` stands for steps without a plan."""
     plans: tuple[str, ...] = ()
@@ -44,14 +44,6 @@ class CurriculumConfig(Config):
     training: tuple[dict[str, Any], ...] = ()
     """Changes of `train` for single stages, one mapping each: `[{learning_rate: 1e-4}, {}, {}]`;
     empty trains all alike."""
-
-    @field_validator("elastic", "weights", mode="before")
-    @classmethod
-    def _names_may_be_numbers(cls, given: Any) -> Any:
-        """YAML reads the name 64 as a number."""
-        if not isinstance(given, dict):
-            return given
-        return {str(key) if isinstance(key, int) else key: value for key, value in given.items()}
 
     @model_validator(mode="after")
     def _plans_belong_to_explicit(self) -> Self:

@@ -132,8 +132,9 @@ def test_the_merged_checkpoint_carries_the_named_plans(
         "data": (small.prepared, DATA),
         "trained": (whole.folder / "step-0000006", {}),
     }
-    merge(stage_context("merge", tmp_path, inputs), MergeConfig(plan="1:1/4", plans=NAMED))
-    loaded = adsc.from_pretrained(tmp_path)
+    context = stage_context("merge", tmp_path / "out", inputs)
+    merge(context, MergeConfig(plan="1:1/4", plans=NAMED))
+    loaded = adsc.from_pretrained(context.out)
     assert adsc.plan_of(loaded) == PruningPlan.parse("1:1/4")
     named = {n: PruningPlan.from_dict(plan) for n, plan in loaded.config.adsc_plans.items()}
     assert named == {name: PruningPlan.parse(plan) for name, plan in NAMED.items()}
