@@ -6,7 +6,7 @@ The forecast's assumptions are printed with it; see pipeline/training/forecast.p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workflows import terminal
@@ -59,7 +59,7 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     plans = [str(plan) for plan in training_plans(config)]
-    _show_costs(console, model, plans)
+    _show_costs(console, model, _named(config, plans))
     given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}
     assumed = Assumptions(
         workers=options.workers if isinstance(options.workers, int) else options.workers[1],
@@ -88,15 +88,20 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     return 1
 
 
-def _show_costs(console: Console, model: Any, plans: Sequence[str]) -> None:
+def _named(config: Any, plans: Sequence[str]) -> dict[str, str]:
+    """The plans of a compression: those of an elastic checkpoint, else of each training stage."""
+    stages = {f"train-{number}": plan for number, plan in enumerate(plans, 1)}
+    return {"dense": "", **(config.curriculum.elastic or stages)}
+
+
+def _show_costs(console: Console, model: Any, plans: Mapping[str, str]) -> None:
     import adsc
 
     table = terminal.table(
         "plan of", "plan", "tokens per layer", "average", "GFLOPs", "KV KiB",
         title="One picture with 101 text tokens",
     )  # fmt: skip
-    named = [("dense", ""), *((f"train-{number}", plan) for number, plan in enumerate(plans, 1))]
-    for name, plan in named:
+    for name, plan in plans.items():
         cost = adsc.estimate_cost(model, plan)
         table.add_row(
             name,

@@ -268,7 +268,7 @@ def _curve(arms: list[ArmConfig], name: str) -> list[ArmConfig]:
     ]
 
 
-def _arm(text: str, written: str, **more: str) -> ArmConfig:
+def _arm(text: str, written: str, budget: str = "") -> ArmConfig:
     """The arm of a method, named by `text`."""
     method = parse_method(written)
     if method.method is not None:
@@ -279,7 +279,7 @@ def _arm(text: str, written: str, **more: str) -> ArmConfig:
         checkpoint="base",
         plan=method.plan,
         method=method.method,
-        **more,
+        budget=budget,
     )
 
 
