@@ -10,13 +10,15 @@ larger base with 576 vision tokens first, for a GPU:
 
     python -m workflows.evidence --out DIR --scale 576 --processes 8
 
-Both share arms, training loop, scoring and the form of the results.
+Both share arms, training loop, scoring and the form of the results. `--scale ladder` is the
+comparison that docs/evidence.md begins with; workflows/evidence_ladder.py has its arms.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +38,7 @@ from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.demo import BASE
+from workflows.evidence_adapt import AdaptedConfig
 from workflows.evidence_summary import REINDEXED, SUMMARY_VERSION, summarise
 from workflows.fashion import FashionConfig, pictures
 from workflows.stamps_base import StampsBaseConfig, make_base
@@ -74,12 +77,33 @@ class BudgetConfig(Config):
     """Every peer that reaches it, with the options by which it does."""
 
 
+class Recipe(Config):
+    """An arm of a ladder at one budget: what it is asked with, and how it is trained."""
+
+    name: str
+    """In the arm's name, NAME-BUDGET; the same at every budget."""
+    label: str
+    """For people."""
+    budget: str
+    """Name of the budget that it meets."""
+    plan: str = ""
+    """The plan that it is asked with."""
+    method: PeerConfig | None = None
+    """A peer instead of a plan."""
+    stages: tuple[str, ...] = ()
+    """Plans of its training stages; none: one stage with what it is asked with."""
+    train: dict[str, Any] = {}
+    """What differs from the evidence's `train` in each of its stages."""
+    tier: int = Field(1, ge=0)
+    """Arms of smaller tier run first, with all their seeds."""
+
+
 class EvidenceConfig(Config):
     """All that decides what is compared."""
 
     base: BaseConfig
     """The checkpoint that all arms start from."""
-    made: TinyBaseConfig | StampsBaseConfig | None = None
+    made: TinyBaseConfig | StampsBaseConfig | AdaptedConfig | None = None
     """How that checkpoint is trained, where it does not ship; from nothing on one machine only."""
     data: FashionConfig | ScenesConfig
     """Pictures and questions."""
@@ -93,6 +117,10 @@ class EvidenceConfig(Config):
     """Which of VARIANTS are asked untrained, too."""
     trained_peers: tuple[str, ...] = Field(TRAINED_PEERS, json_schema_extra=ADDED)
     """Which of the budgets' peers are trained, too."""
+    recipes: tuple[Recipe, ...] = Field((), json_schema_extra=ADDED)
+    """Arms instead of variants, anchors and trained peers."""
+    questions: str = Field("test", json_schema_extra=ADDED)
+    """The split whose questions are asked; SPLIT_turns asks each after the turn before it."""
     control_splits: tuple[str, ...] = Field((), json_schema_extra=ADDED)
     """Splits besides `test` that only the dense base is asked: what it knows without looking."""
     train: TrainConfig
@@ -120,17 +148,68 @@ class Arm:
     """What each of its training stages runs with; none: it is the base."""
     split: str = "test"
     """Whose questions it is asked."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the evidence's training."""
+    tier: int = 0
+    """When it is run."""
 
 
 def arms(config: EvidenceConfig, budget: BudgetConfig) -> list[Arm]:
-    """Dense, the dense control, everything untrained, everything trained."""
-    return [*_dense(config), *_untrained(config, budget), *_trained(config, budget)]
+    """Dense, the dense controls, everything untrained, everything trained."""
+    if config.recipes:
+        made = [*_dense(config), *_controls_of_steps(config), *_recipes(config, budget)]
+    else:
+        made = [*_dense(config), *_untrained(config, budget), *_trained(config, budget)]
+    return [replace(arm, split=config.questions) for arm in made]
 
 
 def _dense(config: EvidenceConfig) -> Iterator[Arm]:
     dense = MethodConfig()
     yield Arm(name="dense", label="dense base", method=dense)
     yield Arm(name=CONTROL, label="dense + LoRA", method=dense, way=(dense,) * config.stages)
+
+
+def _controls_of_steps(config: EvidenceConfig) -> Iterator[Arm]:
+    """The dense model trained for as many steps as any recipe, but for those of CONTROL."""
+    tiers: dict[str, int] = {}
+    each = {budget.name: list(_recipes(config, budget)) for budget in config.budgets}
+    for arm in (arm for own in each.values() for arm in own if arm.way):
+        name = control_of(config, arm)
+        tiers[name] = min(arm.tier, tiers.get(name, arm.tier))
+    dense = MethodConfig()
+    for name, tier in sorted(tiers.items()):
+        if name != CONTROL:
+            steps = int(name.removeprefix(f"{CONTROL}_"))
+            yield Arm(
+                name=name,
+                label=f"dense + LoRA, {steps} steps",
+                method=dense,
+                way=(dense,),
+                train={"steps": steps},
+                tier=tier,
+            )
+
+
+def control_of(config: EvidenceConfig, arm: Arm) -> str:
+    """Name of the dense arm that was trained for as many steps."""
+    steps = sum(stage.steps or 0 for stage in trainings(config, arm, 0))
+    usual = config.stages * (config.train.steps or 0)
+    return CONTROL if steps == usual else f"{CONTROL}_{steps}"
+
+
+def _recipes(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
+    for recipe in config.recipes:
+        if recipe.budget == budget.name:
+            method = MethodConfig(plan=recipe.plan, method=recipe.method)
+            way = tuple(MethodConfig(plan=plan) for plan in recipe.stages) or (method,)
+            yield Arm(
+                name=f"{recipe.name}-{budget.name}",
+                label=recipe.label,
+                method=method,
+                way=way,
+                train=recipe.train,
+                tier=recipe.tier,
+            )
 
 
 def controls(config: EvidenceConfig) -> list[Arm]:
@@ -189,9 +268,11 @@ def _names(peer: PeerConfig) -> tuple[str, str]:
 
 
 def trainings(config: EvidenceConfig, arm: Arm, seed: int) -> list[TrainConfig]:
-    """The arm's training stages: the same steps, batches and rates as every other arm's."""
+    """The arm's training stages: but for what the arm says, the same steps, batches and rates as
+    every other arm's."""
+    each = edit(config.train, arm.train) if arm.train else config.train
     return [
-        config.train.model_copy(
+        each.model_copy(
             update={"plan": way.plan, "method": way.method, "seed": 1000 * seed + number}
         )
         for number, way in enumerate(arm.way, 1)
@@ -222,6 +303,7 @@ def evaluated(config: EvidenceConfig, budget: BudgetConfig) -> EvaluateConfig:
             "title": f"{config.evaluate.title}, {budget.label}",
             "arms": tuple(asked),
             "control": CONTROL,
+            "splits": (config.questions,),
         }
     )
 
@@ -409,7 +491,7 @@ def build(config: EvidenceConfig) -> list[Stage]:
 
 def _world(config: EvidenceConfig) -> list[Stage]:
     """The stages that make the data and the base, up to `base` and `prepare`."""
-    if isinstance(config.made, TinyBaseConfig):
+    if isinstance(config.made, TinyBaseConfig | AdaptedConfig):
         raise ConfigError(
             "this evidence makes its own base, which is done on one machine: "
             "python -m workflows.evidence --out DIR --scale 576"
@@ -441,9 +523,57 @@ def _control_stage(config: EvidenceConfig) -> Stage:
 
 def scales() -> dict[str, Callable[[], EvidenceConfig]]:
     """What `--scale` takes."""
-    from workflows.stamps import stamps_config  # which is made of what is here
+    # These are made of what is here.
+    from workflows.evidence_ladder import ladder_config, variant_config
+    from workflows.stamps import stamps_config
 
-    return {"demo": evidence_config, "576": evidence_576_config, "stamps": stamps_config}
+    return {
+        "demo": evidence_config,
+        "576": evidence_576_config,
+        "stamps": stamps_config,
+        "ladder": ladder_config,
+        "free": lambda: variant_config("free"),
+        "textures": lambda: variant_config("textures"),
+        "lists": lambda: variant_config("lists"),
+    }
+
+
+def choose(
+    config: EvidenceConfig, patterns: Sequence[str] | None, budgets: Sequence[str] | None
+) -> list[str] | None:
+    """Names of the arms that these patterns name (`tiles*`, `drop-667`, dense), at these budgets,
+    together with the controls that they are compared with; None where nothing is left out.
+
+    Raises:
+        ValueError: a pattern, or a budget, that names nothing.
+    """
+    if patterns is None and budgets is None:
+        return None
+    known = {budget.name: arms(config, budget) for budget in config.budgets}
+    if unknown := sorted(set(budgets or ()) - known.keys()):
+        raise ValueError(f"there are no budgets {', '.join(unknown)}; there are {', '.join(known)}")
+    everything = {arm.name: arm for own in known.values() for arm in own}
+    everything |= {arm.name: arm for arm in controls(config)}
+    ours: dict[str, Arm] = {}
+    for name in patterns or ("*",):
+        found = {n: arm for n, arm in everything.items() if fnmatch(n, name) or _kind(n) == name}
+        if not found:
+            raise ValueError(f"there are no arms {name}; there are {', '.join(everything)}")
+        ours |= found
+    if budgets is not None:
+        ours = {
+            n: arm for n, arm in ours.items() if n == _kind(n) or n.rpartition("-")[2] in budgets
+        }
+    if config.recipes:
+        wanted = ["dense", *(control_of(config, arm) for arm in ours.values() if arm.way)]
+        ours |= {name: everything[name] for name in wanted}
+    return list(ours)
+
+
+def _kind(name: str) -> str:
+    """An arm's name without its budget."""
+    head, _, tail = name.rpartition("-")
+    return head if head and tail.isdigit() else name
 
 
 def main(words: list[str] | None = None) -> int:
@@ -459,7 +589,17 @@ def main(words: list[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the config"
     )
     parser.add_argument("--processes", type=int, default=1, help="arms at a time, on one device")
-    parser.add_argument("--arms", nargs="+", help="only these, by name")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        help="only these, by name (tiles-667), kind (tiles) or pattern (tiles*)",
+    )
+    parser.add_argument("--budgets", nargs="+", help="only arms of these: 667 778 889")
+    parser.add_argument("--seeds", nargs="+", type=int, help="trainings of each arm: 0 1 2")
+    parser.add_argument("--questions", help="the split that is asked: validation, test, test_turns")
+    parser.add_argument(
+        "--list", action="store_true", help="name the arms in their order, run none"
+    )
     parser.add_argument("--base-only", action="store_true", help="make base and data, no arm")
     parser.add_argument(
         "--stop-after", type=float, default=float("inf"), help="begin no arm after these seconds"
@@ -467,11 +607,18 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     try:
         config = edit(scales()[given.scale](), dict(one.split("=", 1) for one in given.set))
+        changes = {"questions": given.questions, "seeds": given.seeds}
+        config = edit(config, {name: value for name, value in changes.items() if value is not None})
+        only = choose(config, given.arms, given.budgets)
+        if given.list:
+            lines = (f"{task.file.stem}\n" for task in evidence_here.tasks(config, given.out, only))
+            sys.stdout.writelines(lines)
+            return 0
         return evidence_here.run(
             config,
             given.out,
             processes=given.processes,
-            only=given.arms,
+            only=only,
             base_only=given.base_only,
             stop_after=given.stop_after,
         )

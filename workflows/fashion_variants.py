@@ -117,9 +117,7 @@ def listed_right(answer: str, expected: str) -> float:
     return sum(a == b for a, b in zip(own, wanted, strict=False)) / len(wanted)
 
 
-def in_cells(
-    rng: np.random.Generator, contents: np.ndarray, config: FashionConfig
-) -> list[Place]:
+def in_cells(rng: np.random.Generator, contents: np.ndarray, config: FashionConfig) -> list[Place]:
     """Each thing at its own size and place within its cell, as in plain grids."""
     things = []
     for number, content in enumerate(contents.tolist()):
@@ -191,7 +189,7 @@ def _ninth(thing: Place, length: int) -> int | None:
     """The ninth that a thing's middle is in; None if it is near a border."""
     third = length / 3
     middle = (thing.top + thing.side / 2, thing.left + thing.side / 2)
-    if any(MARGIN > place % third or place % third > third - MARGIN for place in middle):
+    if any(place % third < MARGIN or place % third > third - MARGIN for place in middle):
         return None
     row, column = (int(place // third) for place in middle)
     return 3 * row + column
