@@ -82,7 +82,7 @@ def ladder_recipes() -> Iterator[Recipe]:
         yield from _peers(budget)
         yield from _published(budget)
         yield from _candidates(budget)
-    yield _recipe("elastic", "elastic, dense", "667", "", tier=1, steps=LONG, elastic=True)
+    yield _recipe("elastic_dense", "elastic, asked dense", "667", tier=1, steps=LONG, elastic=True)
 
 
 def _recipe(
