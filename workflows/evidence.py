@@ -1,6 +1,6 @@
 """The evidence: ADSC's choices and its peers at three budgets, trained by one recipe, three seeds.
 
-Hypotheses, results and commands stand in docs/evidence.md. Through Ray, on the demo's base (stages
+Hypotheses, results and commands stand in docs/evidence-details.md. Through Ray, on the demo's base (stages
 resume by themselves; hours on two cores):
 
     adsc run evidence
