@@ -1,7 +1,7 @@
 """The evidence: ADSC's choices and its peers at three budgets, trained by one recipe, three seeds.
 
-Hypotheses, results and commands stand in docs/evidence-details.md. Through Ray, on the demo's base (stages
-resume by themselves; hours on two cores):
+Hypotheses, results and commands stand in docs/evidence-details.md. Through Ray, on the demo's base
+(stages resume by themselves; hours on two cores):
 
     adsc run evidence
 

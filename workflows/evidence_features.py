@@ -1,5 +1,5 @@
-"""Features of pictures that a frozen tower and projector have made once, for all trainings and
-questions of a process: there are few pictures, and every arm sees the same ones.
+"""Pictures that are held once, and features that a frozen tower and projector have made of them
+once, for all trainings and questions: there are few pictures, and every arm sees the same ones.
 
 What is remembered is what the model itself computed, in batches of another size: equal up to the
 order of float additions (tests/workflows/test_evidence_features.py has the bound). Methods that
@@ -7,7 +7,7 @@ look at the tower (`LOOKING`) or stages that train it get none of it.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,13 +28,32 @@ def key_of(picture: Tensor) -> bytes:
     ).digest()
 
 
+def pack(inputs: Mapping[str, Tensor], pictures: dict[bytes, Tensor]) -> dict[str, Any]:
+    """A model's inputs with keys in the place of pictures, which go to `pictures`; all in this
+    process's memory, since shared tensors hold a file descriptor each."""
+    packed: dict[str, Any] = {}
+    for name, tensor in inputs.items():
+        if name == "pixel_values" and tensor.ndim == 4:
+            packed[name] = tuple(map(key_of, tensor))
+            for key, picture in zip(packed[name], tensor, strict=True):
+                if key not in pictures:
+                    pictures[key] = picture.clone()
+        else:
+            packed[name] = tensor.clone()
+    return packed
+
+
+def unpack(packed: Mapping[str, Any], pictures: Mapping[bytes, Tensor]) -> dict[str, Tensor]:
+    """The inputs that were packed."""
+    return {
+        name: torch.stack([pictures[key] for key in value]) if isinstance(value, tuple) else value
+        for name, value in packed.items()
+    }
+
+
 @torch.no_grad()
-def remember(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[bytes, Tensor]:
-    """Features (n, D) of every picture in these model inputs, by `key_of` it."""
-    pictures: dict[bytes, Tensor] = {}
-    for batch in batches:
-        for picture in batch.get("pixel_values", ()):
-            pictures.setdefault(key_of(picture), picture)
+def remember(model: Any, pictures: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
+    """Features (n, D) of every picture, by its key."""
     found: dict[bytes, Tensor] = {}
     keys = list(pictures)
     for start in range(0, len(keys), BATCH):

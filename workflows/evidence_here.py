@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ from pipeline.stages.report import ReportConfig, report
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.adapters import merge_trained
 from pipeline.training.batches import StepBatch, StepLoader
+from pipeline.training.config import TrainConfig
 from pipeline.training.feed import from_processes
 from pipeline.training.loop import Sources, train
 from pipeline.training.torchrun import FolderContext
@@ -70,7 +72,7 @@ from workflows.evidence import (
     trainings,
 )
 from workflows.evidence_adapt import AdaptedConfig
-from workflows.evidence_features import LOOKING, install, remember
+from workflows.evidence_features import LOOKING, install, pack, remember, unpack
 from workflows.evidence_questions import Asking, load_asking, questions_of, score
 from workflows.evidence_retention import Answered, write_retention
 from workflows.evidence_summary import write_summary
@@ -89,9 +91,11 @@ class World(NamedTuple):
     out: Path
     config: EvidenceConfig
     streams: dict[tuple[int, int], list[StepBatch]]
-    """Batches of each training stage by its seed: they are the same for all arms."""
+    """Packed batches of each training stage by what they follow from: the same for all arms."""
     asked: dict[str, Asking]
     """By split."""
+    pictures: dict[bytes, torch.Tensor]
+    """What batches hold the keys of (evidence_features.unpack)."""
     features: dict[bytes, torch.Tensor]
     """Of all pictures, as the base's tower and projector make them (evidence_features)."""
 
@@ -349,22 +353,32 @@ def _run_all(
 
 def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], processes: int) -> World:
     base, train_folder = out / "base", out / "prepared" / "train"
-    streams = {}
-    trained = [task for task in tasks if task.seed is not None]
-    for stage in [one for task in trained for one in trainings(config, task.arm, task.seed or 0)]:
-        if (key := (stage.seed, stage.steps or 0)) not in streams:
+    stages = [
+        stage
+        for task in tasks
+        if task.seed is not None
+        for stage in trainings(config, task.arm, task.seed)
+    ]
+    pictures: dict[bytes, torch.Tensor] = {}
+    streams: dict[tuple[int, int], list[StepBatch]] = {}
+    # The longest first: its batches are those of shorter ones of that seed, too.
+    for stage in sorted(stages, key=lambda stage: -(stage.steps or 0)):
+        if _stream_of(stage) not in streams:
             load = StepLoader(data=train_folder, processor=base, config=stage)
-            steps = range(load.steps)
-            streams[key] = [_owned(batch) for batch in from_processes(load, steps, processes)]
+            made = from_processes(load, range(load.steps), processes)
+            streams[_stream_of(stage)] = [_packed(batch, pictures) for batch in made]
     processor = _processor(config, base)
     asked = {
-        split: load_asking(out / "prepared", split, processor, config.evaluate.batch_size)
+        split: load_asking(out / "prepared", split, processor, config.evaluate.batch_size, pictures)
         for split in {task.arm.split for task in tasks}
     }
-    batches = [micro for stream in streams.values() for batch in stream for micro in batch.micro]
-    batches += [inputs for one in asked.values() for _, inputs in one.batches]
-    features = remember(_load(base, None), batches) if _is_frozen(config, base) else {}
-    return World(out, config, streams, asked, features)
+    features = remember(_load(base, None), pictures) if _is_frozen(config, base) else {}
+    return World(out, config, streams, asked, pictures, features)
+
+
+def _stream_of(stage: TrainConfig) -> tuple[int, int]:
+    """What its batches follow from: the seed, and where rows are sorted by length its steps."""
+    return stage.seed, (stage.steps or 0) if stage.group_by_length else 0
 
 
 def _is_frozen(config: EvidenceConfig, base: Path) -> bool:
@@ -375,10 +389,8 @@ def _is_frozen(config: EvidenceConfig, base: Path) -> bool:
     return kind == "llava" and not config.train.tune and not torch.cuda.is_available()
 
 
-def _owned(batch: StepBatch) -> StepBatch:
-    """In this process's memory: shared tensors hold a file descriptor each."""
-    micro = [{name: tensor.clone() for name, tensor in one.items()} for one in batch.micro]
-    return StepBatch(**vars(batch) | {"micro": micro})
+def _packed(batch: StepBatch, pictures: dict[bytes, torch.Tensor]) -> StepBatch:
+    return replace(batch, micro=[pack(one, pictures) for one in batch.micro])
 
 
 def _processor(config: EvidenceConfig, base: Path) -> Any:
@@ -400,8 +412,14 @@ class SharedBatches(FolderContext):
 
     def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
         assert _WORLD is not None and isinstance(load, StepLoader)
-        batches = _WORLD.streams[load.config.seed, load.config.steps or 0]
-        return (batches[step] for step in steps)
+        world, batches = _WORLD, _WORLD.streams[_stream_of(load.config)]
+        return (
+            replace(
+                batches[step],
+                micro=[unpack(one, world.pictures) for one in batches[step].micro],
+            )
+            for step in steps
+        )
 
 
 def _run_job(job: Sequence[Task], deadline: float) -> str:
@@ -523,7 +541,8 @@ def _ask(world: World, split: str, model: Any) -> Replies:
     questions, batches = world.asked[split]
     many = len(questions)
     replies = Replies([0.0] * many, [""] * many, [0] * many, [0.0] * many)
-    for numbers, inputs in batches:
+    for numbers, packed in batches:
+        inputs = unpack(packed, world.pictures)
         began = time.perf_counter()
         new = generate_tokens(model, to_device(inputs, model), world.config.evaluate.max_new_tokens)
         answers = tokenizer.batch_decode(new, skip_special_tokens=True)

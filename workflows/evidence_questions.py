@@ -18,6 +18,7 @@ from pipeline.data.templates import message_parts
 from pipeline.evaluation.generation import Asked, Questions, build_inputs, encode
 from pipeline.evaluation.scoring import exact_match
 from pipeline.training.feed import from_thread
+from workflows.evidence_features import pack
 from workflows.fashion_variants import listed_right
 
 TURNS = "_turns"
@@ -27,22 +28,30 @@ class Asking(NamedTuple):
     """A split's questions."""
 
     questions: Questions
-    batches: list[tuple[list[int], dict[str, torch.Tensor]]]
-    """Question numbers and inputs."""
+    batches: list[tuple[list[int], dict[str, Any]]]
+    """Question numbers and packed inputs."""
 
 
-def load_asking(prepared: Path, split: str, processor: Any, batch_size: int) -> Asking:
-    """All questions of a split, decoded and rendered; SPLIT_turns as the module says.
+def load_asking(
+    prepared: Path,
+    split: str,
+    processor: Any,
+    batch_size: int,
+    pictures: dict[bytes, torch.Tensor],
+) -> Asking:
+    """All questions of a split, rendered; SPLIT_turns as the module says.
 
     Args:
         processor: with the chat template of the training.
+        pictures: where decoded pictures go, for `evidence_features.unpack`.
     """
     questions = questions_of(prepared, split)
     inputs_of = build_inputs_of_turns if split.endswith(TURNS) else _inputs_alone
     numbers = questions.batches(range(len(questions)), batch_size, processor.tokenizer)
     ask = partial(_batch, numbers=numbers, questions=questions, processor=processor, of=inputs_of)
     inputs = from_thread(ask, range(len(numbers)))
-    return Asking(questions, list(zip(numbers, inputs, strict=True)))
+    packed = (pack(one, pictures) for one in inputs)
+    return Asking(questions, list(zip(numbers, packed, strict=True)))
 
 
 def questions_of(prepared: Path, split: str) -> Questions:

@@ -21,7 +21,7 @@ from tests.small import Small
 from tests.workflows.test_evidence import SHARES, demo_model
 from workflows import evidence, evidence_here
 from workflows.evidence import CONTROL, BudgetConfig, EvidenceConfig, Recipe, arms, control_of
-from workflows.evidence_features import install, key_of, remember
+from workflows.evidence_features import install, key_of, pack, remember, unpack
 from workflows.evidence_ladder import BUDGETS, ladder_config, ladder_recipes, variant_config
 from workflows.evidence_questions import load_asking
 from workflows.evidence_retention import Answered, compare, write_retention
@@ -160,7 +160,13 @@ def test_remembered_features_are_the_towers_and_it_runs_no_more(small: Small) ->
     processor = AutoProcessor.from_pretrained(small.base)
     questions = Questions(small.prepared / "test")
     batches = [build_inputs(questions.load(numbers), processor) for numbers in ([0, 1, 2], [20])]
-    features = remember(model, batches)
+    pictures: dict[bytes, torch.Tensor] = {}
+    packed = [pack(batch, pictures) for batch in batches]
+    for batch, one in zip(batches, packed, strict=True):
+        again = unpack(one, pictures)
+        assert batch.keys() == again.keys()
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+    features = remember(model, pictures)
     assert len(features) == 2, "three questions about one picture, and one about another"
     runs: list[int] = []
     model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
@@ -176,8 +182,8 @@ def test_remembered_features_are_the_towers_and_it_runs_no_more(small: Small) ->
             install(model, features)
             with torch.no_grad():
                 torch.testing.assert_close(model(**batch).logits, wanted, rtol=0, atol=1e-5)
-                again = model.generate(**batch, max_new_tokens=4, do_sample=False)
-            assert torch.equal(again, told) and not runs
+                later = model.generate(**batch, max_new_tokens=4, do_sample=False)
+            assert torch.equal(later, told) and not runs
             model.model.get_image_features = make
     install(model, {})
     model(**batches[0])
@@ -188,7 +194,7 @@ def test_remembered_features_are_the_towers_and_it_runs_no_more(small: Small) ->
 
 def test_second_turns_show_the_turn_before_and_its_right_answer(small: Small) -> None:
     processor = AutoProcessor.from_pretrained(small.base)
-    asking = load_asking(small.prepared, "test_turns", processor, 4)
+    asking = load_asking(small.prepared, "test_turns", processor, 4, {})
     plain = Questions(small.prepared / "test")
     assert len(asking.questions) == len(plain) - len(plain.data)
     numbers, inputs = asking.batches[0]
