@@ -330,6 +330,7 @@ def _run_all(
 ) -> int:
     """Run the tasks on one device; how many failed or were not begun."""
     global _WORLD
+    torch.set_num_threads(1)  # a process that has begun threads can't be forked safely
     world = _load_world(config, out, tasks, processes)
     jobs = _jobs(config, out, tasks)
     log.info("batches are loaded")
@@ -356,7 +357,7 @@ def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], proces
     stages = [
         stage
         for task in tasks
-        if task.seed is not None
+        if task.seed is not None and not _trained(config, out, task).exists()
         for stage in trainings(config, task.arm, task.seed)
     ]
     pictures: dict[bytes, torch.Tensor] = {}
