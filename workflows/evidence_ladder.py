@@ -320,4 +320,4 @@ def variant_config(variant: Literal["free", "textures", "lists"]) -> EvidenceCon
     data = FashionConfig(listed=0.5, **plain)
     lists = [f"{split}_list" for split in ("validation", "test")]
     made = _adapted(data, 900, tower=False)
-    return _config("The top arms, long answers", data, top_recipes(), made, lists, 96)
+    return _config("The top arms, long answers", data, top_recipes(), made, lists, 64)
