@@ -4,7 +4,7 @@ Torch, transformers and peft only: nothing here knows of Ray, MLflow or object s
 """
 
 from adsc import peers
-from adsc.attach import attach, detach, plan_of
+from adsc.attach import attach, detach, name_plans, plan_of, plans_of
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
@@ -12,6 +12,7 @@ from adsc.families import UnsupportedModel, VisionTokenError
 from adsc.held import CacheError
 from adsc.outputs import full_length_logits
 from adsc.plan import PlanError, PruningPlan
+from adsc.running import running, suspended
 from adsc.solve import solve_plans
 from adsc.static import static_cache
 
@@ -29,10 +30,14 @@ __all__ = [
     "estimate_cost",
     "from_pretrained",
     "full_length_logits",
+    "name_plans",
     "peers",
     "plan_of",
+    "plans_of",
+    "running",
     "solve_plans",
     "static_cache",
+    "suspended",
 ]
 
 attach_on_loading()

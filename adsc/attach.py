@@ -1,4 +1,4 @@
-"""Attach a pruning plan to a model, take it off again, or ask for it.
+"""Attach a pruning plan to a model, take it off again, ask for it; give a model plans by name.
 
 Attaching installs hooks on a transformers model as it is and writes the plan into its config; it
 makes no subclass, replaces no method and keeps no state of a call.
@@ -7,7 +7,7 @@ makes no subclass, replaces no method and keeps no state of a call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -22,6 +22,7 @@ from adsc.drop import (
 )
 from adsc.families import Family, find_family
 from adsc.method import Method, MethodHook, from_dict
+from adsc.named import PLANS_FIELD, find_plan, names_in, read_names
 from adsc.plan import PlanError, PruningPlan, as_plan
 
 CONFIG_FIELD = "adsc"  # where the plan stands in a checkpoint's config.json
@@ -37,46 +38,54 @@ def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, floa
 
     Args:
         model: a multimodal transformers model, also inside PEFT, DDP or torch.compile.
-        plan: a plan, its text form, pairs (layer, keep), or a method from `adsc.peers.make`.
+        plan: a plan, its text form, pairs (layer, keep), a method from `adsc.peers.make`; or the
+            name of one of the model's own plans (`plans_of`), or `dense`.
 
     Returns:
         The same model.
 
     Raises:
         UnsupportedModel: the architecture is not one of those that are known.
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or the model has none of that name.
     """
-    plan = plan if isinstance(plan, Method) else as_plan(plan)
     base = base_model(model)
+    if isinstance(plan, str):
+        plan = find_plan(plan, base.config)
+    plan = plan if isinstance(plan, Method) else as_plan(plan)
     family, inner = find_family(base)
     decoder = family.decoder(inner)
     layers = decoder.layers
-    plan.check_layers(len(layers))
-    _check_family(family, base.config, plan)
+    check_plan(base, plan)
     _remove_hooks(base)
     setattr(base.config, CONFIG_FIELD, plan.to_dict())
     if not plan.stages:
         return model
     at = [layer for layer, _ in plan.stages]
-    drops = tuple(sum(layer <= number for layer in at) - 1 for number in range(len(layers)))
     for module, path in {id(base): (base, "model"), id(inner): (inner, "")}.values():
         names = tuple(inspect.signature(module.forward).parameters)
         path = "" if module is inner else path
         enter = EnterModel(family, plan, path, names)
         module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(LeaveModel(drops), with_kwargs=True)
+        module.register_forward_hook(LeaveModel(), with_kwargs=True)
     for part in inner.children():
         if part is not decoder:
             part.register_forward_pre_hook(EnterVision(), with_kwargs=True)
             part.register_forward_hook(LeaveVision(), with_kwargs=True)
     for number, layer in enumerate(layers):
-        hook = EnterLayer(number, drops[number], number in at)
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        layer.register_forward_pre_hook(EnterLayer(number), with_kwargs=True)
     if isinstance(plan, Method):
         if at[0] == 0:
             decoder.register_forward_pre_hook(EnterDecoder(), with_kwargs=True)
         plan.install(inner)
     return model
+
+
+def check_plan(model: nn.Module, plan: PruningPlan | Method) -> None:
+    """Raise PlanError if a plan or method does not fit a model."""
+    base = base_model(model)
+    family, inner = find_family(base)
+    plan.check_layers(len(family.decoder(inner).layers))
+    _check_family(family, base.config, plan)
 
 
 def _check_family(family: Family, config: Any, plan: PruningPlan | Method) -> None:
@@ -99,26 +108,78 @@ def _check_family(family: Family, config: Any, plan: PruningPlan | Method) -> No
 def detach(model: M) -> M:
     """Take the plan off a model, in place; the model is what it was.
 
+    Named plans go too; `attach(model, "dense")` keeps them, and the model runs dense just so.
     Nothing of this package is left to see a later call, so a cache that was filled under the plan
     must not be continued without it.
     """
     base = base_model(model)
     _remove_hooks(base)
-    if hasattr(base.config, CONFIG_FIELD):
-        delattr(base.config, CONFIG_FIELD)
+    for name in (CONFIG_FIELD, PLANS_FIELD):
+        if hasattr(base.config, name):
+            delattr(base.config, name)
     return model
+
+
+def name_plans(
+    model: M, plans: Mapping[str, PruningPlan | Method | str | Iterable[tuple[int, float]]]
+) -> M:
+    """Give a model its plans by name, in place of those that it has; they are saved with its
+    config. What it runs with stays as it is: `attach(model, name)` changes that.
+
+    Args:
+        model: as `attach` takes it.
+        plans: by name, in the order in which people are to see them; empty takes the names off.
+
+    Raises:
+        PlanError: a name that can't be one, or a plan that does not fit the model.
+    """
+    base = base_model(model)
+    found = read_names(plans)
+    _check_named(base, found)
+    if found:
+        setattr(base.config, PLANS_FIELD, {name: plan.to_dict() for name, plan in found.items()})
+    elif hasattr(base.config, PLANS_FIELD):
+        delattr(base.config, PLANS_FIELD)
+    return model
+
+
+def plans_of(model: nn.Module) -> dict[str, PruningPlan | Method]:
+    """The named plans of a model, any of which `attach` takes by its name; empty if it has none."""
+    return names_in(base_model(model).config)
+
+
+def check_named_plans(model: nn.Module) -> None:
+    """Raise PlanError if one of a model's named plans does not fit it."""
+    base = base_model(model)
+    _check_named(base, names_in(base.config))
+
+
+def _check_named(base: Any, plans: Mapping[str, PruningPlan | Method]) -> None:
+    for name, plan in plans.items():
+        try:
+            check_plan(base, plan)
+        except ValueError as error:
+            raise PlanError(
+                f"plan named {name!r} does not fit this model: {error}; all plans of one "
+                "checkpoint must fit it: change this one or leave it out"
+            ) from error
 
 
 def plan_of(model: nn.Module) -> PruningPlan | Method | None:
     """The plan or method that a model runs with; None if it has none."""
     base = base_model(model)
-    for hook in base._forward_pre_hooks.values():
-        if isinstance(hook, EnterModel):
-            return hook.plan
+    if (plan := attached(base)) is not None:
+        return plan
     data = getattr(base.config, CONFIG_FIELD, None)
     if data is not None and not from_dict(data).stages:
         return from_dict(data)
     return None
+
+
+def attached(base: nn.Module) -> PruningPlan | Method | None:
+    """The plan or method whose hooks are on a transformers model; None without any."""
+    hooks = base._forward_pre_hooks.values()
+    return next((hook.plan for hook in hooks if isinstance(hook, EnterModel)), None)
 
 
 def base_model(model: Any) -> Any:

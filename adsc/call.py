@@ -80,6 +80,12 @@ class Call:
             self.made[key] = make()
         return self.made[key]
 
+    def place(self, layer: int) -> tuple[int, bool]:
+        """The number of the last drop at or before a layer, -1 before the first; whether it happens
+        there."""
+        at = [where for where, _ in self.plan.stages]
+        return sum(where <= layer for where in at) - 1, layer in at
+
     @property
     def substitutes(self) -> bool:
         """Whether layers after a drop see anything else than transformers would give them."""

@@ -1,4 +1,4 @@
-"""Load a model with the plan that travels in its checkpoint's config.
+"""Load a model with the plan that travels in its checkpoint's config, or with another one.
 
 Weights are transformers' business; the one thing asked of it is to miss and to ignore none. A model
 was trained to live with its plan, so one that is loaded by other means (the Auto classes,
@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from adsc.attach import CONFIG_FIELD, attach
-from adsc.method import from_dict
+from adsc.attach import CONFIG_FIELD, attach, check_named_plans
+from adsc.method import Method, from_dict
+from adsc.plan import PruningPlan
 
 SAFE = {"use_safetensors": True, "trust_remote_code": False}
 """Nothing that comes with a checkpoint is executed: no pickle, no module, and nobody is asked."""
@@ -25,18 +26,22 @@ class CheckpointError(ValueError):
     """A checkpoint that does not hold what the model needs, or holds what it has no place for."""
 
 
-def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
+def from_pretrained(
+    path_or_id: str | Path, *, plan: PruningPlan | Method | str | None = None, **kwargs: Any
+) -> Any:
     """Load a multimodal model and attach the plan in its config, if there is one.
 
     Args:
         path_or_id: a directory, or a name on the hub.
+        plan: what it runs with instead: the name of one of the checkpoint's plans, `dense`, a plan,
+            or its text form.
         kwargs: for `AutoModelForImageTextToText.from_pretrained`, for example `dtype`; weights are
             to be safetensors and code is not run, unless `use_safetensors=None` or
             `trust_remote_code=True` say so.
 
     Raises:
         CheckpointError: weights are missing, unexpected or of another shape.
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or the checkpoint has none of that name.
     """
     auto: Any = AutoModelForImageTextToText
     wanted = SAFE | kwargs | {"output_loading_info": True}
@@ -52,6 +57,8 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
             "the checkpoint and "
             "have its place in the model"
         )
+    if plan is not None:
+        attach(model, plan)
     return (model, report) if kwargs.get("output_loading_info") else model
 
 
@@ -67,6 +74,7 @@ def attach_on_loading() -> None:
         data = getattr(model.config, CONFIG_FIELD, None)
         if data is not None:
             attach(model, from_dict(data))
+        check_named_plans(model)
         return loaded
 
     wrapped = wraps(load)(from_pretrained)

@@ -21,6 +21,8 @@ from adsc.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.families import first_legal_layer
 from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
+from adsc.method import Method
+from adsc.named import find_plan
 from adsc.plan import POOLS, PlanError, PruningPlan
 from adsc.solve import ANY_KEEP, solve_plans
 from adsc.vision_cost import ImageInput, image_cost
@@ -58,7 +60,9 @@ def add_commands(subparsers: Any) -> None:
     )
     cost.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     cost.add_argument(
-        "--plan", help="layer:keep,layer:keep, such as 8:1/2,16:1/2 or 4:1/9,24:0;pool=tiles"
+        "--plan",
+        help="layer:keep,layer:keep, such as 8:1/2,16:1/2 or 4:1/9,24:0;pool=tiles; or the name "
+        "of a plan of the checkpoint",
     )
     _add_workload(cost)
     cost.set_defaults(run=_reporting(_run_cost))
@@ -285,11 +289,12 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen_plan(text: str | None, config: Any) -> PruningPlan:
-    """The plan on the command line, else the one in the checkpoint's config, else the empty one."""
+def _chosen_plan(text: str | None, config: Any) -> PruningPlan | Method:
+    """The plan (or the name of one) on the command line, else the one in the checkpoint's config,
+    else the empty one."""
     carried = getattr(config, CONFIG_FIELD, None)
     if text is not None or carried is None:
-        return PruningPlan.parse(text or "")
+        return find_plan(text or "", config)
     return PruningPlan.from_dict(carried)
 
 

@@ -1,10 +1,14 @@
-"""Curricula over pruning ratios: the plans that lead to a target plan, one per training stage.
+"""Curricula over pruning ratios: the plans that lead to a target plan.
 
-`reverse` is the paper's word (arXiv 2602.12618): the heaviest compression first, easing to the
-target. `forward` goes from mild to the target, `fixed` trains at the target throughout. How heavy
-the first stage is, the paper's abstract does not say; here it is a number that one can set.
+`reverse`, `forward` and `fixed` have a plan for each training stage; `elastic` and `grow` change it
+from step to step within one. `reverse` is the paper's word (arXiv 2602.12618): the heaviest
+compression first, easing to the target. `forward` goes from mild to the target, `fixed` trains at
+the target throughout. How heavy the first stage is, the paper's abstract does not say; here it is a
+number that one can set.
 """
 
+import random
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
@@ -23,6 +27,7 @@ def scale_plan(plan: PruningPlan, pressure: float) -> PruningPlan:
     stages = []
     for layer, keep in plan.stages:
         scaled = Fraction(float(keep) ** pressure).limit_denominator(64)
+        # An exit, which keeps nothing, stays one.
         stages.append((layer, max(scaled, Fraction(1, 64)) if keep else keep))
     return replace(plan, stages=tuple(stages))
 
@@ -61,3 +66,36 @@ def pressures(order: str = "reverse", stages: int = 3, extreme: float = 1.5) -> 
         raise PlanError(f"extreme = {extreme} must be above 1; `fixed` trains at the target alone")
     first = {"reverse": extreme, "forward": 1 / extreme, "fixed": 1.0}[order]
     return [first + (1 - first) * i / (stages - 1) for i in range(stages - 1)] + [1.0]
+
+
+def grown_plan(target: PruningPlan, progress: float, extreme: float = 1.5) -> PruningPlan:
+    """The plan of a step of `grow` (EPIC, arXiv 2510.00515): compression grows within one training.
+
+    Args:
+        target: what the training ends with.
+        progress: 0 at the mildest plan, 1 at the target.
+        extreme: the mildest plan's pressure is 1 / extreme.
+
+    >>> [str(grown_plan(PruningPlan.parse("2:1/4"), x, extreme=2)) for x in (0, 1 / 2, 1)]
+    ['2:1/2', '2:6/17', '2:1/4']
+    """
+    if extreme <= 1:
+        raise PlanError(f"extreme = {extreme} must be above 1; at 1 nothing grows")
+    if progress >= 1:
+        return target
+    return scale_plan(target, 1 / extreme + (1 - 1 / extreme) * max(progress, 0.0))
+
+
+def drawn_name(weights: Mapping[str, float], seed: int, step: int) -> str:
+    """The name that step `step` of `elastic` draws, in proportion to the weights. It follows from
+    the arguments alone, so every worker, and a resumed run, draws the same.
+
+    >>> [drawn_name({"64": 1, "128": 1, "dense": 2}, seed=0, step=step) for step in range(5)]
+    ['dense', 'dense', '64', 'dense', 'dense']
+    """
+    chance = random.Random(f"elastic {seed} {step}").random() * sum(weights.values())
+    for name, weight in weights.items():
+        chance -= weight
+        if chance < 0:
+            return name
+    return [name for name, weight in weights.items() if weight > 0][-1]  # rounding

@@ -25,9 +25,11 @@ from adsc.held import CacheError, held_by, keep_record
 from adsc.method import Method
 from adsc.outputs import carry_kept
 from adsc.plan import PruningPlan
+from adsc.running import current
 from adsc.schedule import is_captured
 
 CALL = "adsc_call"  # the keyword under which a call travels from the top model to its layers
+OURS = (TYPES, "labels")  # what we read of a call even where its model does not
 IGNORED = -100  # the label that transformers' losses leave out
 # Signs that a trainer takes the mean over tokens that it counted itself (transformers', trl's).
 COUNTED = ("num_items_in_batch", "fused_lm_head")
@@ -51,7 +53,17 @@ class EnterModel:
             return None
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         model = getattr(module, self.inner) if self.inner else module
-        call = begin(model, self.family, self.plan, inputs)
+        plan = current(module, self.plan)
+        if plan.stages:
+            call = begin(model, self.family, plan, inputs)
+            inputs = self.cut(model, inputs, call) | {CALL: call}
+        for name in OURS:  # meant for us alone
+            if name not in self.names:
+                inputs.pop(name, None)
+        return (), inputs
+
+    def cut(self, model: nn.Module, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
+        """The inputs with what speaks of columns cut to those that reach the end."""
         if call.segments:
             if inputs.get("labels") is not None:
                 inputs["labels"] = _cut_labels(inputs, call, self.family, model)
@@ -62,9 +74,7 @@ class EnterModel:
                 )
             if isinstance(wanted := inputs.get("logits_to_keep"), Tensor):
                 inputs["logits_to_keep"] = _slots_of(wanted, call)
-        if TYPES not in self.names:  # meant for us alone
-            inputs.pop(TYPES, None)
-        return (), inputs | {CALL: call}
+        return inputs
 
 
 def _cut_labels(inputs: dict[str, Any], call: Call, family: Family, model: nn.Module) -> Tensor:
@@ -110,16 +120,10 @@ def _warn_of_counted(given: Tensor, labels: Tensor) -> None:
 
 
 class EnterLayer:
-    """Pre-hook of a decoder layer.
+    """Pre-hook of decoder layer number `layer`. Where tokens are dropped is the call's to say."""
 
-    Args:
-        layer: its number.
-        drop: the number of the last drop at or before it, -1 before the first.
-        drops: whether that drop happens here.
-    """
-
-    def __init__(self, layer: int, drop: int, drops: bool):
-        self.layer, self.drop, self.drops = layer, drop, drops
+    def __init__(self, layer: int):
+        self.layer = layer
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,21 +141,22 @@ class EnterLayer:
         if self.layer == 0 and cache is not None and (call.after or call.before is None):
             keep_record(cache, call.after)
         hidden = args[0] if args else kwargs["hidden_states"]
-        if self.drop < 0 or not call.substitutes:
+        drop, drops = call.place(self.layer)
+        if drop < 0 or not call.substitutes:
             call.watch(-1, self.layer, module, hidden, kwargs)
             return args, kwargs
         kwargs.pop("hidden_states", None)
-        if self.drops and call.segments:
+        if drops and call.segments:
             if call.choice is not None and self.layer:
-                hidden = call.choose(self.drop, self.layer, module, hidden, kwargs)
+                hidden = call.choose(drop, self.layer, module, hidden, kwargs)
                 if cache is not None:
                     keep_record(cache, call.after)
-            hidden = call.take(self.drop, hidden)
-        call.watch(self.drop, self.layer, module, hidden, kwargs)
+            hidden = call.take(drop, hidden)
+        call.watch(drop, self.layer, module, hidden, kwargs)
         turn = kwargs.get("position_embeddings")
-        kwargs["attention_mask"] = call.mask(self.drop, self.layer, hidden, cache)
-        kwargs["position_embeddings"] = call.rotary(self.drop, self.layer, hidden, turn, cache)
-        kwargs["position_ids"] = call.order(self.drop, hidden)
+        kwargs["attention_mask"] = call.mask(drop, self.layer, hidden, cache)
+        kwargs["position_embeddings"] = call.rotary(drop, self.layer, hidden, turn, cache)
+        kwargs["position_ids"] = call.order(drop, hidden)
         if call.segments:
             kwargs = {name: value for name, value in kwargs.items() if name not in PACKED}
         return (hidden, *args[1:]), kwargs
@@ -207,9 +212,6 @@ class LeaveModel:
     with `logits`.
     """
 
-    def __init__(self, drops: tuple[int, ...]):
-        self.drops = drops  # the last drop at or before each layer, -1 before the first
-
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -228,4 +230,5 @@ class LeaveModel:
             one.columns if one.valid is None else one.columns.masked_fill(~one.valid, -1)
             for one in call.segments
         ]
-        return tuple(every if drop < 0 else left[drop] for drop in self.drops)
+        drops = [call.place(layer)[0] for layer in range(len(call.sliding))]
+        return tuple(every if drop < 0 else left[drop] for drop in drops)

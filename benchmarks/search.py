@@ -76,6 +76,7 @@ def job_of(options: argparse.Namespace) -> Any:
     from pipeline import graph
     from pipeline.search.trial import Job
     from pipeline.stage import Input
+    from pipeline.stages.train import train_stage
     from workflows.search_cli import search_stages
 
     made = workflow(
@@ -94,6 +95,7 @@ def job_of(options: argparse.Namespace) -> Any:
         inputs={"base": Input(found["base"]), "data": Input(found["search-data"])},
         storage=f"{options.root}/compare",
         run=run,
+        train_stage=train_stage,
     )
 
 

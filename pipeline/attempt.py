@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import failure
 from pipeline import record as records
-from pipeline.identity import body_name, canonical
+from pipeline.identity import canonical
 from pipeline.lease import Holder, Lease, acquire
 from pipeline.progress import ProgressHandle, Report
 from pipeline.record import Record, Source
+from pipeline.reference import references, resolve
 from pipeline.stage import Input, Inputs, RunContext, Stage, StageContext
 from pipeline.store import Store, StoreAway, open_store
 from pipeline.tracking import spool
@@ -107,6 +108,8 @@ def _attempt(
     try:
         with _folder(store, target) as out, _tracker(context, stage, store, tags) as track:
             track.params(stage.config.model_dump())
+            referred = {reference.stage for reference in references(stage.config)}
+            config = resolve(stage.config, {name: inputs[name].outputs for name in referred})
             body_context = StageContext(
                 name=stage.name,
                 fingerprint=fingerprint,
@@ -115,6 +118,7 @@ def _attempt(
                     {
                         name: Input(it, context.cache, context.cache_gib)
                         for name, it in inputs.items()
+                        if name not in referred
                     }
                 ),
                 out=out,
@@ -122,7 +126,7 @@ def _attempt(
                 track=track,
                 progress_handle=progress,
             )
-            outputs = _outputs(stage, stage.body(body_context, stage.config))
+            outputs = _outputs(stage, stage.kind.body(body_context, config))
             made = Record(
                 stage=stage.name,
                 fingerprint=fingerprint,
@@ -134,8 +138,8 @@ def _attempt(
                     for name, it in inputs.items()
                 },
                 config=canonical(stage.config),
-                version=stage.version,
-                body=body_name(stage.body),
+                version=stage.kind.version,
+                body=stage.kind_id,
                 commit=context.commit,
                 started=started.isoformat(timespec="seconds"),
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -6,7 +6,7 @@ no state of its own, no dynamic graphs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
@@ -18,11 +18,11 @@ from pipeline import record as records
 from pipeline.attempt import execute
 from pipeline.driver import cancelling, git_commit, ray_for, tracked
 from pipeline.failure import RunFailed, StageFailed, StageInterrupted, of_task
-from pipeline.identity import body_name, digest, fingerprint
+from pipeline.identity import digest, fingerprint
 from pipeline.lease import alive
 from pipeline.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.record import Record
-from pipeline.stage import RunContext, Stage
+from pipeline.stage import Kind, RunContext, Stage
 from pipeline.store import Store, open_store
 from pipeline.tracking import gauges
 
@@ -44,7 +44,8 @@ def lint(stages: Sequence[Stage]) -> list[Stage]:
     """The stages in an order in which each comes after its needs.
 
     Raises:
-        GraphError: all at once, names, unknown needs, cycles, bodies and values without identity.
+        GraphError: all at once, names, unknown needs, cycles, kinds that share an id, bodies and
+            values without identity.
     """
     problems, names = [], [stage.name for stage in stages]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -57,6 +58,7 @@ def lint(stages: Sequence[Stage]) -> list[Stage]:
                     f"{stage.name} needs {source!r} (as {need!r}), which is not a stage; there are "
                     + ", ".join(names)
                 )
+    problems += _shared_ids(stage.kind for stage in stages)
     by_name = {stage.name: stage for stage in stages}
     order: list[str] = []
     try:
@@ -67,6 +69,19 @@ def lint(stages: Sequence[Stage]) -> list[Stage]:
     if problems:
         raise GraphError("\n".join(problems))
     return [by_name[name] for name in order]
+
+
+def _shared_ids(kinds: Iterable[Kind[Any]]) -> Iterator[str]:
+    """Two kinds of one id would take each other's results for their own."""
+    known: dict[str, list[Kind[Any]]] = {}
+    for kind in kinds:
+        for id in kind.ids:
+            if kind not in known.setdefault(id, []):
+                known[id].append(kind)
+    for id, same in known.items():
+        if len(same) > 1:
+            which = " and ".join(f"{kind.body!r} in version {kind.version}" for kind in same)
+            yield f"{len(same)} kinds have the id {id}: {which}; give each an id of its own"
 
 
 def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
@@ -80,8 +95,8 @@ def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
         prints[stage.name] = fingerprint(
             config=stage.config,
             inputs={need: prints[source] for need, source in stage.needs.items()},
-            version=stage.version,
-            body=body_name(stage.body),
+            version=stage.kind.version,
+            kind=stage.kind_id,
         )
     return prints
 

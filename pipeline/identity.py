@@ -1,9 +1,10 @@
 """Identity of a stage: a fingerprint of what it computes, and of nothing else.
 
-It covers the canonical config, the fingerprints of the inputs, and the body's name and code
-version. Machines, worker counts, storage roots, tracking and credentials aren't part of it, nor
-are config fields that are marked OPERATIONAL, or ADDED and at their default (pipeline.config).
-Source code isn't hashed either: whoever changes what a body computes raises its version.
+It covers the canonical config, the fingerprints of the inputs, and the id and version of the
+stage's kind. Machines, worker counts, storage roots, tracking and credentials aren't part of it,
+nor are config fields that are marked OPERATIONAL, or ADDED and at their default (pipeline.config).
+Source code isn't hashed either, nor where it stands: a body may move to another file, and whoever
+changes what it computes raises its kind's version.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config import ADDED, OPERATIONAL
+from pipeline.reference import Reference
 
 SHORT = 12  # hexadecimal digits of a fingerprint that a folder's name carries
 
@@ -51,6 +53,8 @@ def canonical(value: Any, field: str = "config") -> Any:
     if isinstance(value, str | int):
         return str(value) if isinstance(value, str) else int(value)
     if isinstance(value, Fraction):
+        return str(value)
+    if isinstance(value, Reference):
         return str(value)
     if isinstance(value, PurePath):
         return value.as_posix()
@@ -96,7 +100,7 @@ def digest(value: Any, field: str = "config") -> str:
 
 
 def body_name(body: Any) -> str:
-    """Where a stage's body can be found again: `module.function`.
+    """Where another process finds a stage's body: `module.function`; no part of any identity.
 
     Raises:
         IdentityError: a lambda, an inner function, a partial or an object.
@@ -109,7 +113,14 @@ def body_name(body: Any) -> str:
     return f"{module}.{name}"
 
 
-def fingerprint(*, config: Any, inputs: Mapping[str, str], version: int, body: str) -> str:
-    """The fingerprint of one stage; `inputs` maps parameter names to the inputs' fingerprints."""
-    parts = {"inputs": dict(inputs), "version": version, "body": body}
+def fingerprint(*, config: Any, inputs: Mapping[str, str], version: int, kind: str) -> str:
+    """The fingerprint of one stage.
+
+    Args:
+        inputs: parameter names to the inputs' fingerprints.
+        version: of the kind.
+        kind: its id.
+    """
+    # The key `body` is from when a kind was known by its body's name: finished stages hold it.
+    parts = {"inputs": dict(inputs), "version": version, "body": kind}
     return digest({"config": canonical(config), **parts})

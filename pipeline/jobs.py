@@ -28,10 +28,6 @@ from pipeline.workflow import Workflow
 PREFIX = "adsc"
 MAX_CODE = 200 * 2**20
 """Bytes of code; Ray's head keeps what is shipped in memory, and refuses 500 MiB."""
-MODULES = ("adsc", "pipeline", "workflows")
-"""Packages that travel with a job."""
-DRIVER = "workflows.jobs"
-"""The module that runs on the cluster's head."""
 FORWARDED = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION",
     "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
@@ -63,6 +59,8 @@ class Submission:
     """What `adsc status` shows."""
     environment: dict[str, str]
     """Environment variables of all the job's processes."""
+    packages: tuple[str, ...]
+    """Names of the packages that travel with the job."""
 
 
 def plan_submission(
@@ -75,6 +73,8 @@ def plan_submission(
     options: Sequence[str] = (),
     python: str = "python",
     any_versions: bool = False,
+    driver: str,
+    packages: tuple[str, ...],
 ) -> Submission:
     """A submission, checked for all that can be known before anything is sent.
 
@@ -82,6 +82,8 @@ def plan_submission(
         workflow: with its changes already made.
         changes: the same changes as KEY=VALUE, for the command on the cluster.
         options: further words for `adsc run`, such as --workers 8.
+        driver: the module that runs on the cluster's head.
+        packages: names of the packages that travel with the job.
 
     Raises:
         JobError: a store or tracking that nodes can't share; anything that looks like a credential.
@@ -116,7 +118,7 @@ def plan_submission(
         "root": store.root,
         "expected": None if any_versions else preflight.versions(),
     }
-    entrypoint = shlex.join([python, "-m", DRIVER, json.dumps(given), "run", workflow.name, *words])
+    entrypoint = shlex.join([python, "-m", driver, json.dumps(given), "run", workflow.name, *words])
     environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     environment |= {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     if commit := git_commit():
@@ -132,6 +134,7 @@ def plan_submission(
             "commit": commit or "",
         },
         environment=environment,
+        packages=packages,
     )
     _refuse_secrets(submission, changes)
     return submission
@@ -231,7 +234,7 @@ def ours(client: Any, family: str = PREFIX) -> list[Any]:
 def start(client: Any, submission: Submission) -> tuple[str, bool]:
     """Submit, unless the same work already runs there: the job's id, and whether it is new."""
     deadline = time.monotonic() + _START_SECONDS
-    with _shipped() as code:
+    with _shipped(submission.packages) as code:
         while True:
             before = ours(client, submission.family)
             for job in before:
@@ -260,11 +263,11 @@ def start(client: Any, submission: Submission) -> tuple[str, bool]:
 
 
 @contextlib.contextmanager
-def _shipped() -> Iterator[Path]:
+def _shipped(packages: Sequence[str]) -> Iterator[Path]:
     """A folder with the packages alone. As a job's working directory it comes before whatever the
     machine has installed, on all nodes; what else lies beside the packages here stays here."""
     with tempfile.TemporaryDirectory(prefix="adsc-code-") as folder:
-        for name in MODULES:
+        for name in packages:
             ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
             shutil.copytree(package_folder(name), Path(folder) / name, ignore=ignore)
         yield Path(folder)

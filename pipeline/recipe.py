@@ -10,37 +10,34 @@ from typing import Self
 from pydantic import model_validator
 
 from adsc.curriculum import pressures
+from adsc.named import DENSE
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import Config
 from pipeline.data.templates import NAMES
-from pipeline.search.config import FOUND, SearchConfig
+from pipeline.evaluation.methods import FoundPlan, Plan
+from pipeline.search.config import SearchConfig
 from pipeline.stage import Stage
-from pipeline.stages.base import BASE_VERSION, BaseConfig, base, num_decoder_layers, pin_digest
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.export import EXPORT_VERSION, ExportConfig, export
-from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
-from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
-from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.base import BASE, BaseConfig, num_decoder_layers, pin_digest
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.export import EXPORT, ExportConfig
+from pipeline.stages.merge import MERGE, MergeConfig
+from pipeline.stages.prepare import PREPARE, PrepareConfig
+from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.stages.search import (
-    SEARCH_DATA_VERSION,
-    SEARCH_VERSION,
+    SEARCH,
+    SEARCH_DATA,
     SearchDataConfig,
     SearchStageConfig,
-    evaluate_found,
-    merge_found,
-    search,
-    search_data,
-    train_found,
 )
-from pipeline.stages.train import TRAIN_VERSION, train_stage
+from pipeline.stages.train import TRAIN
 from pipeline.training.config import TrainConfig
-from pipeline.training.curriculum import CurriculumConfig, configs_of, plans_of
+from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
 
 
 class CompressConfig(Config):
     """Everything that decides what a compression computes."""
 
-    plan: str
+    plan: Plan
     """The target plan, such as `2:1/4,5:1/4`; `search` is the one that the search stage finds."""
     base: BaseConfig
     """The checkpoint to compress."""
@@ -66,22 +63,31 @@ class CompressConfig(Config):
         filled = {
             "train.plan": self.train.runs_with,
             "merge.plan": self.merge.runs_with,
+            "merge.plans": self.merge.plans,
+            "train.plans": self.train.plans,
+            "train.weights": self.train.weights,
+            "train.grow": self.train.grow,
             "evaluate.arms": self.evaluate.arms,
         }
         given = [name for name, value in filled.items() if value]
         if given:
             raise ValueError(f"{', '.join(given)} follow from `plan` and `curriculum`: set those")
-        if self.plan == FOUND and self.curriculum.order == "explicit":
+        if isinstance(self.plan, FoundPlan) and self.plan != FoundPlan():
             raise ValueError(
-                "plan = search and curriculum.order = explicit contradict: plans can't be listed "
-                "before the target is found; choose reverse, forward or fixed"
+                f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
+                "and let curriculum.order and curriculum.extreme set the pressure of each training"
+            )
+        if self.searched and self.curriculum.order in ("explicit", "elastic"):
+            raise ValueError(
+                f"plan = search and curriculum.order = {self.curriculum.order} contradict: plans "
+                "can't be listed before the target is found; choose reverse, forward, fixed or grow"
             )
         return self
 
     @property
     def searched(self) -> bool:
         """Whether the plan comes from a search."""
-        return self.plan == FOUND
+        return isinstance(self.plan, FoundPlan)
 
 
 def compress(config: CompressConfig, data: Stage) -> list[Stage]:
@@ -93,8 +99,9 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         PlanError: a plan that is malformed or that names a layer which the base does not have.
     """
     layers = num_decoder_layers(config.base.source)
-    if layers is not None and not config.searched:
-        PruningPlan.parse(config.plan).check_layers(layers)
+    if layers is not None and not isinstance(config.plan, FoundPlan):
+        for plan in (config.plan, *config.curriculum.elastic.values()):
+            PruningPlan.parse(plan).check_layers(layers)
     if config.prepare.template not in NAMES:
         raise ValueError(
             f"prepare.template {config.prepare.template!r} is unknown; there are {', '.join(NAMES)}"
@@ -103,15 +110,43 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
         raise ValueError("nothing to train: set train.lora or train.tune")
     stages = [data, *base_and_prepare(data, config.base, config.prepare), *_search(config)]
     plans = training_plans(config)
-    # Stages that run with a found plan are told by its stage, and known by its fingerprint.
-    found = {FOUND: "search"} if config.searched else {}
     for prefix, merged, each in (
         ("train", "merge", plans),
         ("control", "merge-control", [""] * len(plans)),
     ):
-        merging = config.merge.model_copy(update={"plan": each[-1]})
+        named = dict(config.curriculum.elastic) if each[-1] else {}
+        merging = config.merge.model_copy(update={"plan": each[-1], "plans": named})
         stages += train_and_merge(prefix, merged, training_configs(config, each), merging)
-    arms = (
+    arms = _arms(config)
+    trained = {s.name: s.name for s in stages if s.kind == TRAIN}
+    checkpoints = {name: name for name in ("base", "merge", "merge-control")}
+    stages += [
+        EVALUATE.stage(
+            name="evaluate",
+            title="evaluate: every arm, same questions",
+            config=config.evaluate.model_copy(update={"arms": arms, "seed": config.train.seed}),
+            needs={"data": "prepare", **checkpoints, **trained},
+        ),
+        EXPORT.stage(
+            name="export",
+            title="export: the compressed checkpoint",
+            config=config.export,
+            needs={"merge": "merge", "evaluate": "evaluate", "data": "prepare"},
+        ),
+        REPORT.stage(
+            name="report",
+            title="report: page and figure",
+            config=config.report,
+            needs={"evaluate": "evaluate", **({"search": "search"} if config.searched else {})},
+        ),
+    ]
+    return stages
+
+
+def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:
+    """What is compared: the base, the control, the plan untrained and trained; of an elastic
+    checkpoint every plan that it names, and dense."""
+    return (
         ArmConfig(name="dense", label="dense base", checkpoint="base", plan="", trained=False),
         ArmConfig(
             name="dense_lora",
@@ -127,77 +162,67 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             plan=config.plan,
             trained=False,
         ),
-        ArmConfig(
-            name="plan_trained",
-            label=f"plan, trained ({config.curriculum.order})",
-            checkpoint="merge",
-            plan=config.plan,
-            trained=True,
-        ),
+        *_trained_arms(config),
     )
-    trained = {s.name: s.name for s in stages if s.body in (train_stage, train_found)}
-    checkpoints = {name: name for name in ("base", "merge", "merge-control")}
-    stages += [
-        Stage(
-            name="evaluate",
-            title="evaluate: every arm, same questions",
-            body=evaluate_found if config.searched else evaluate,
-            version=EVALUATE_VERSION,
-            config=config.evaluate.model_copy(update={"arms": arms, "seed": config.train.seed}),
-            needs={"data": "prepare", **checkpoints, **trained, **found},
-        ),
-        Stage(
-            name="export",
-            title="export: the compressed checkpoint",
-            body=export,
-            version=EXPORT_VERSION,
-            config=config.export,
-            needs={"merge": "merge", "evaluate": "evaluate", "data": "prepare"},
-        ),
-        Stage(
-            name="report",
-            title="report: page and figure",
-            body=report,
-            version=REPORT_VERSION,
-            config=config.report,
-            needs={"evaluate": "evaluate", **found},
-        ),
+
+
+def _trained_arms(config: CompressConfig) -> list[ArmConfig]:
+    budgets = config.curriculum.elastic
+    if not budgets:
+        order = config.curriculum.order
+        return [
+            ArmConfig(
+                name="plan_trained",
+                label=f"plan, trained ({order})",
+                checkpoint="merge",
+                plan=config.plan,
+                trained=True,
+            )
+        ]
+    return [
+        ArmConfig(
+            name=f"elastic_{name}",
+            label=f"elastic, {name}",
+            checkpoint="merge",
+            plan=plan,
+            trained=True,
+            budget=name,
+            curve="elastic checkpoint",
+        )
+        for name, plan in [*budgets.items(), (DENSE, "")]
     ]
-    return stages
 
 
 def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConfig) -> list[Stage]:
     """The stages `base` and `prepare`, which others need; `data` writes records and pictures."""
     return [
-        Stage(
+        BASE.stage(
             name="base",
             title="base: the checkpoint to compress",
-            body=base,
-            version=BASE_VERSION,
             config=pin_digest(checkpoint),
         ),
-        Stage(
+        PREPARE.stage(
             name="prepare",
             title="prepare: real records to tokens",
-            body=prepare,
-            version=PREPARE_VERSION,
             config=rendering,
             needs={"data": data.name, "base": "base"},
         ),
     ]
 
 
-def training_plans(config: CompressConfig) -> list[str]:
-    """The plan of each training stage; see `plans_of`. Those of a search are references
-    (`found_plan`), as its own is."""
-    if config.searched:
-        way = config.curriculum
-        each = pressures(way.order, way.stages, way.extreme)
-        return [FOUND if pressure == 1 else f"{FOUND}^{pressure}" for pressure in each]
-    return plans_of(config.curriculum, config.plan)
+def training_plans(config: CompressConfig) -> list[str] | list[FoundPlan]:
+    """The plan of each training stage; see `plans_of`. Those of a search are references, as its own
+    is."""
+    own = config.curriculum
+    if isinstance(config.plan, FoundPlan):
+        if own.order in WITHIN_ONE:
+            return [FoundPlan()]
+        each = pressures(own.order, own.stages, own.extreme)
+        return [FoundPlan(pressure=pressure) for pressure in each]
+    return plans_of(own, config.plan)
 
 
-def training_configs(config: CompressConfig, plans: list[str]) -> list[TrainConfig]:
+def training_configs(config: CompressConfig, plans: Sequence[str | FoundPlan]) -> list[TrainConfig]:
     """The config of each training stage; see `configs_of`."""
     return configs_of(config.curriculum, config.train, plans)
 
@@ -224,19 +249,15 @@ def _search(config: CompressConfig) -> list[Stage]:
     if own.fidelity == "curriculum":
         way = config.curriculum
     return [
-        Stage(
+        SEARCH_DATA.stage(
             name="search-data",
             title="search-data: conversations for trials",
-            body=search_data,
-            version=SEARCH_DATA_VERSION,
             config=SearchDataConfig(train_rows=own.train_rows, **held),
             needs={"data": "prepare"},
         ),
-        Stage(
+        SEARCH.stage(
             name="search",
             title=f"search: {own.trials} trials, {own.fidelity}",
-            body=search,
-            version=SEARCH_VERSION,
             config=SearchStageConfig(search=own, train=train, curriculum=way),
             needs={"base": "base", "data": "search-data"},
         ),
@@ -254,27 +275,22 @@ def train_and_merge(
         merged: the name of the last stage.
     """
     stages: list[Stage] = []
-    searched = merging.plan == FOUND
-    needs = {"base": "base", "data": "prepare", **({FOUND: "search"} if searched else {})}
+    needs = {"base": "base", "data": "prepare"}
     for number, train in enumerate(trainings, 1):
         start = {"start": stages[-1].name} if stages else {}
         stages.append(
-            Stage(
+            TRAIN.stage(
                 name=f"{prefix}-{number}",
                 title=f"{prefix} {number}/{len(trainings)}: "
                 f"LoRA with {train.runs_with or 'no drop'}",
-                body=train_found if searched else train_stage,
-                version=TRAIN_VERSION,
                 config=train,
                 needs=needs | start,
             )
         )
     stages.append(
-        Stage(
+        MERGE.stage(
             name=merged,
             title=f"{merged}: adapter into base",
-            body=merge_found if searched else merge,
-            version=MERGE_VERSION,
             config=merging,
             needs=needs | {"trained": stages[-1].name},
         )

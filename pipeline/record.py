@@ -80,6 +80,7 @@ class Record(BaseModel):
     config: Any = None
     version: int = 0
     body: str = ""
+    """Id of the stage's kind."""
     commit: str | None = None
     started: str = ""
     finished: str = ""

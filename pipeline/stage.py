@@ -1,4 +1,4 @@
-"""A stage: a function with a config and inputs, and what its body gets to work with.
+"""A stage: a kind with a config and inputs, and what the kind's body gets to work with.
 
 Only descriptions stand here: `pipeline.attempt` runs a body, `pipeline.graph` puts stages in order.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from pipeline import record as records
 from pipeline.cache import Use, fetch
@@ -18,12 +18,56 @@ from pipeline.config import Config
 from pipeline.identity import IdentityError, body_name, canonical
 from pipeline.progress import ProgressHandle
 from pipeline.record import Record
+from pipeline.reference import references
 from pipeline.store import Store, open_store
 
 if TYPE_CHECKING:
     from pipeline.tracking.tracker import Tracker
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_KIND = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind(Generic[ConfigT]):
+    """What stages do: a body, and the identity of what it computes. Defined beside the body."""
+
+    id: str
+    """Chosen once and never changed, wherever the body moves: finished stages are known by it.
+    Unique; letters, digits, `_`, `.` and `-`. The first kinds have the names that their bodies
+    had then."""
+    version: int
+    """To be raised whenever the body computes something else: results of old versions are left."""
+    body: Callable[[StageContext, ConfigT], Mapping[str, Any]]
+    """A function at the top of a module: (context, config) to outputs, which are JSON."""
+    config: type[ConfigT]
+    """The class of its stages' configs."""
+    referring_id: str = ""
+    """The id of stages whose config has references, where stores know such stages by an id of
+    their own; empty: the same id."""
+
+    def __post_init__(self) -> None:
+        for id in self.ids:
+            if not _KIND.fullmatch(id):
+                raise IdentityError(
+                    f"{id!r} is not a kind's id: use letters, digits, `_`, `.` and `-`"
+                )
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All by which results of this kind are known."""
+        return (self.id, self.referring_id) if self.referring_id else (self.id,)
+
+    def stage(
+        self, *, name: str, title: str, config: ConfigT, needs: Mapping[str, str] | None = None
+    ) -> Stage:
+        """A stage of this kind; see the fields of `Stage`. The stages that its config refers to are
+        added to its needs."""
+        referred = {reference.stage: reference.stage for reference in references(config)}
+        return Stage(
+            name=name, title=title, kind=self, config=config, needs={**(needs or {}), **referred}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +78,8 @@ class Stage:
     """Lower case letters, digits, `-` and `_`; the folder in the store starts with it."""
     title: str
     """One line for people."""
-    body: Callable[[StageContext, Any], Mapping[str, Any]]
-    """A function at the top of a module: (context, config) to outputs, which are JSON."""
-    version: int
-    """To be raised whenever the body computes something else: results of old versions are left."""
+    kind: Kind[Any]
+    """What it does."""
     config: Config
     """All that decides what the body computes, apart from its inputs."""
     needs: Mapping[str, str] = field(default_factory=dict)
@@ -47,6 +89,12 @@ class Stage:
     digest: str = ""
     """Of what lies at that address: other files there are another result. Empty: what is there is
     taken never to change."""
+
+    @property
+    def kind_id(self) -> str:
+        """The id by which results of this stage are known."""
+        refers = any(references(self.config))
+        return self.kind.ids[-1] if refers else self.kind.id
 
     def finished(self, store: Store, fingerprint: str) -> Record | None:
         """Its record, None if it isn't finished; of a pinned stage, the record of what is there."""
@@ -58,16 +106,38 @@ class Stage:
         """What is wrong with this stage by itself."""
         if not _NAME.fullmatch(self.name):
             yield f"{self.name!r} is not a stage's name: use lower case letters, digits, - and _"
-        if not isinstance(self.config, Config):
-            yield f"{self.name}: its config is not a Config but {self.config!r}"
+        if not isinstance(self.config, self.kind.config):
+            yield (
+                f"{self.name}: stages of the kind {self.kind.id} take a "
+                f"{self.kind.config.__name__}, not {self.config!r}"
+            )
+        for reference in references(self.config):
+            if self.needs.get(reference.stage) != reference.stage:
+                yield (
+                    f"{self.name}: its config refers to {reference.stage}, which isn't among its "
+                    f"needs; add {{{reference.stage!r}: {reference.stage!r}}}"
+                )
         for identify in (
             lambda: canonical(self.config, f"{self.name}.config"),
-            lambda: body_name(self.body),
+            lambda: body_name(self.kind.body),
         ):
             try:
                 identify()
             except IdentityError as error:
                 yield f"{self.name}: {error}"
+
+
+def _adopted(context: StageContext, config: Config) -> dict[str, Any]:
+    raise RuntimeError(f"stage {context.name} has no body: its files are taken from where they lie")
+
+
+ADOPTED = Kind(id="adopted", version=1, body=_adopted, config=Config)
+
+
+def adopted(*, name: str, title: str, place: str, digest: str = "") -> Stage:
+    """A stage whose files are there already, in a folder or on S3; `digest` is theirs."""
+    root = open_store(place).root
+    return Stage(name=name, title=title, kind=ADOPTED, config=Config(), pinned=root, digest=digest)
 
 
 @dataclass(frozen=True, kw_only=True)

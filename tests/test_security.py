@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.failure import StageFailed
 from pipeline.manifest import ExportError
 from pipeline.progress import ProgressHandle
-from pipeline.stage import RunContext, Stage, StageContext
+from pipeline.stage import Kind, RunContext, StageContext
 from pipeline.stages.base import BaseConfig, base, resolve
 from pipeline.stages.export import ExportConfig, complete
 from pipeline.store import open_store
@@ -84,7 +84,8 @@ def test_planted_secrets_are_nowhere_in_what_a_run_wrote(
     messages = []
     for fail in (False, True):
         config = Careless(api_key=key, source=f"https://ada:{key}@host/x", fail=fail)
-        stage = Stage(name="careless", title="", body=careless, version=1, config=config)
+        kind = Kind(id="careless", version=1, body=careless, config=Careless)
+        stage = kind.stage(name="careless", title="", config=config)
         try:
             execute(stage, f"{fail:d}" * 64, context, ProgressHandle(stage="careless"), {})
         except StageFailed as error:

@@ -9,19 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, eval_cli, export_cli, jobs, prepare_cli, search_cli, terminal
+from workflows import dry_run, eval_cli, export_cli, jobs_cli, prepare_cli, search_cli, terminal
+from workflows.registry import WORKFLOWS, load_workflow
 from workflows.terminal import add_command
 
 if TYPE_CHECKING:
@@ -29,18 +28,9 @@ if TYPE_CHECKING:
 
     from pipeline.record import Record
     from pipeline.stage import RunContext
+    from pipeline.store import Store
     from pipeline.workflow import Workflow
 
-WORKFLOWS = {
-    "demo": "workflows.demo",
-    "tiny_base": "workflows.tiny_base",
-    "evidence": "workflows.evidence",
-    "stamps": "workflows.stamps",
-    "llava15_7b": "workflows.llava15_7b",
-    "llava15_7b_128": "workflows.llava15_7b",
-    "llava15_7b_64": "workflows.llava15_7b",
-}
-"""Name of a workflow, which is also the name of the function -> its module."""
 DEFAULT_ROOT = "runs"
 
 RUN_EXAMPLES = """examples:
@@ -190,15 +180,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         commands,
         "chat",
         "ask an exported checkpoint about a picture",
-        'examples:\n  adsc chat CHECKPOINT grid.png "where is the bag?"\n',
+        'examples:\n  adsc chat CHECKPOINT grid.png "where is the bag?"\n'
+        "  adsc chat ELASTIC grid.png --plan 64\n",
     )
     chat.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
     chat.add_argument("image", help="a picture: a file or s3://...")
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
+    chat.add_argument(
+        "--plan",
+        help="a named plan of the checkpoint, dense, or a plan such as 2:1/4 (default: its own)",
+    )
     chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     chat.set_defaults(run=_chat)
     export_cli.add_commands(commands)
-    jobs.add_commands(commands, _add_run_options)
+    jobs_cli.add_commands(commands, _add_run_options)
     add_commands(commands)
     return parser, dict(commands.choices)
 
@@ -257,23 +252,6 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
-    """The workflow of that name with `KEY=VALUE` changes.
-
-    Raises:
-        ValueError: an unknown name, a change that isn't KEY=VALUE, and (ConfigError) bad keys.
-    """
-    if name not in WORKFLOWS:
-        near = get_close_matches(name, WORKFLOWS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(WORKFLOWS)}"
-        raise ValueError(f"workflow {name!r} is unknown; {hint}")
-    malformed = [change for change in changes if "=" not in change]
-    if malformed:
-        raise ValueError(f"--set {malformed[0]!r} is not KEY=VALUE, such as train.steps=50")
-    make: Callable[[], Workflow] = getattr(importlib.import_module(WORKFLOWS[name]), name)
-    return make().edit(dict(change.split("=", 1) for change in changes))
-
-
 def _context(options: argparse.Namespace) -> RunContext:
     from pipeline.stage import RunContext
     from pipeline.store import open_store
@@ -307,8 +285,12 @@ def _run(options: argparse.Namespace) -> int:
     store = open_store(options.root)
     console = terminal.console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
+    another = _former(workflow, options, store)
     if options.dry_run:
+        _note(another)
         return dry_run.show(console, workflow.config, options)
+    if another:
+        raise ValueError(another)
     context = dataclasses.replace(_context(options), setup=workflow.setup)
     found = graph.run(stages, context, console)
     if told := settle(context.root, context.tracking_uri, context.cache):
@@ -316,6 +298,17 @@ def _run(options: argparse.Namespace) -> int:
     _print_results(console, found)
     _print_next(console, found, context)
     return 0
+
+
+def _former(workflow: Workflow, options: argparse.Namespace, store: Store) -> str | None:
+    from workflows.renamed import former
+
+    return former(workflow, options.changes, store)
+
+
+def _note(text: str | None) -> None:
+    if text:
+        print(f"adsc: {text}", file=sys.stderr)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -406,6 +399,7 @@ def _ls(options: argparse.Namespace) -> int:
         console.print(table)
         return 0
     workflow = load_workflow(options.workflow, options.changes)
+    _note(_former(workflow, options, open_store(options.root)))
     states = graph.state(open_store(options.root), workflow.stages())
     if options.json:
         print(json.dumps([state._asdict() for state in states]))
@@ -442,6 +436,7 @@ def _show(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{workflow.name} has no stage {options.stage!r}; it has {', '.join(names)}"
         )
+    _note(_former(workflow, options, open_store(options.root)))
     record = records.load(
         open_store(options.root), options.stage, graph.fingerprints(stages)[options.stage]
     )
@@ -499,7 +494,7 @@ def _chat(options: argparse.Namespace) -> int:
     stamps_tower.register()
     picture = _read_file(options.image)
     with _local_folder(options.checkpoint) as folder:
-        model = adsc.from_pretrained(folder).eval()
+        model = adsc.from_pretrained(folder, plan=options.plan).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     asked = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
     for text in filter(None, asked):

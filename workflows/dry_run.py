@@ -58,7 +58,7 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
             markup=False,
             soft_wrap=True,
         )
-    plans = training_plans(config)
+    plans = [str(plan) for plan in training_plans(config)]
     _show_costs(console, model, plans)
     given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}
     assumed = Assumptions(
@@ -123,27 +123,42 @@ def _runs(tokens: Sequence[int]) -> str:
 def _show_forecast(
     console: Console, rows: Sequence[StageForecast], records: int | None, assumed: Assumptions
 ) -> None:
+    taught = any(row.teacher_share for row in rows)
     table = terminal.table(
-        "stage", "plan", "steps", "PFLOPs", "GPU-hours", "hours", "GiB per GPU",
-        *(["price"] if assumed.price else []),
+        "stage", "plan", "steps", "PFLOPs", *(["teacher"] if taught else []),
+        "GPU-hours", "hours", "GiB per GPU", *(["price"] if assumed.price else []),
         title=f"Training on {assumed.workers} x {assumed.gpu}",
     )  # fmt: skip
 
-    def add(name: str, plan: str, steps: int, flops: float, hours: float, memory: float) -> None:
+    def add(
+        name: str, plan: str, steps: int, flops: float, hours: float, memory: float, share: float
+    ) -> None:
+        teacher = [f"{100 * share:.0f} %" if share else "-"] if taught else []
         price = [f"{hours * assumed.price:,.2f}"] if assumed.price else []
         each = hours / assumed.workers
-        numbers = (f"{flops / 1e15:,.1f}", f"{hours:,.2f}", f"{each:,.2f}", f"{memory:.1f}")
-        table.add_row(name, plan or "-", f"{steps:,}", *numbers, *price)
+        numbers = (f"{hours:,.2f}", f"{each:,.2f}", f"{memory:.1f}")
+        flop = f"{flops / 1e15:,.1f}"
+        table.add_row(name, plan or "-", f"{steps:,}", flop, *teacher, *numbers, *price)
 
     for row in rows:
-        add(row.name, row.plan, row.steps, row.flops, row.gpu_hours, row.memory_gib)
+        add(
+            row.name,
+            row.plan,
+            row.steps,
+            row.flops,
+            row.gpu_hours,
+            row.memory_gib,
+            row.teacher_share,
+        )
+    hours = sum(row.gpu_hours for row in rows)
     add(
         "all",
         "",
         sum(row.steps for row in rows),
         sum(row.flops for row in rows),
-        sum(row.gpu_hours for row in rows),
+        hours,
         max(row.memory_gib for row in rows),
+        sum(row.gpu_hours * row.teacher_share for row in rows) / hours,
     )
     console.print(table)
     of = f"{records:,} records of " if records else "conversations of "

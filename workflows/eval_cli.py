@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   adsc eval CHECKPOINT --tasks questions.json --methods dense plan:2:1/4,4:1/4 fastv:22
   adsc eval CHECKPOINT --data runs/prepare-0123456789ab          (its split `test`)
+  adsc eval ELASTIC --tasks questions.json --methods own:64 own:128 dense
   adsc eval s3://bucket/model --tasks a.json b.json --json --out results
   adsc eval llava-hf/llava-1.5-7b-hf --tasks pope=data/pope gqa=data/gqa --limit 500 \
       --methods dense fastv:192 plan:2:1/4,16:1/2
 
 CHECKPOINT is a folder, s3://, package://NAME/FOLDER or a hub id. A task file holds conversations
 in LLaVA's JSON; its pictures lie in `images` beside it. Methods: `own` (the checkpoint's plan),
-`dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average and options, `fastv:32,layer=3`.
+`own:64` (its plan of that name), `dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average
+and options, `fastv:32,layer=3`. Without any, an elastic checkpoint is asked with every plan it
+names and dense, another one with its own plan.
 Public benchmarks are NAME=FOLDER, with their official files unpacked in the folder: gqa, vqav2,
 textvqa, vizwiz, pope, scienceqa, mme, seedbench, mmbench, mmbench_cn (docs/evaluation.md).
 """
@@ -49,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["own"],
         metavar="METHOD",
-        help="what it runs with (default: own)",
+        help="what it runs with (default: own; of an elastic checkpoint, every plan and dense)",
     )
     parser.add_argument(
         "--template",

@@ -17,22 +17,22 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 import adsc
-from pipeline.config import Config
+from adsc.method import Method
+from adsc.named import DENSE, names_in, plan_named
 from pipeline.data.mixture import Source
 from pipeline.evaluation.benchmarks import (
     BENCHMARKS,
-    BENCHMARKS_VERSION,
+    CONVERT,
     BenchmarksConfig,
-    convert,
     find_files,
     root_of,
 )
-from pipeline.evaluation.methods import PLAN, MethodConfig, build_method, parse_method
-from pipeline.stage import Stage
-from pipeline.stages.base import BASE_VERSION, BaseConfig, base, pin_digest, resolve
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
-from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.evaluation.methods import OWN, PLAN, MethodConfig, build_method, parse_method
+from pipeline.stage import Stage, adopted
+from pipeline.stages.base import BASE, BaseConfig, pin_digest, resolve
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.prepare import PREPARE, PrepareConfig
+from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.store import open_store
 
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length
@@ -49,7 +49,7 @@ class TaskConfig(PrepareConfig):
 
 def evaluation_stages(
     checkpoint: str,
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     *,
     tasks: Sequence[str] = (),
     data: str | None = None,
@@ -60,7 +60,9 @@ def evaluation_stages(
 
     Args:
         checkpoint: a folder, s3://, package://NAME/FOLDER or a hub id.
-        methods: as parse_method reads them, or `own`: the plan in the checkpoint's config.
+        methods: as parse_method reads them; `own` is the plan in the checkpoint's config, `own:64`
+            its plan of that name. None asks an elastic checkpoint with every plan and dense,
+            others with their own.
         tasks: JSON files of one folder, or benchmarks as NAME=FOLDER; with `data`, the names of
             its splits (`test` if none).
         data: the folder of a finished prepare stage.
@@ -75,7 +77,7 @@ def evaluation_stages(
     made, splits, benchmarks = _data(data, tasks, limit)
     arms = _arms(methods, checkpoint)
     config = EvaluateConfig(
-        title=f"Evaluation of {checkpoint.rstrip('/').rpartition('/')[2]}",
+        title=f"Evaluation of {_short(checkpoint)}",
         task=", ".join(splits),
         arms=tuple(arms),
         control=next((arm.name for arm in arms if not arm.runs_with), arms[0].name),
@@ -86,19 +88,15 @@ def evaluation_stages(
     return [
         source,
         *made,
-        Stage(
+        EVALUATE.stage(
             name="evaluate",
             title="evaluate: every method, same questions",
-            body=evaluate,
-            version=EVALUATE_VERSION,
             config=config,
             needs={"base": "base", "data": "prepare"},
         ),
-        Stage(
+        REPORT.stage(
             name="report",
             title="report: page and figure",
-            body=report,
-            version=REPORT_VERSION,
             config=ReportConfig(),
             needs={"evaluate": "evaluate"},
         ),
@@ -130,11 +128,9 @@ def _checkpoint(source: str) -> Stage:
         config = pin_digest(BaseConfig(source=source))
         if _is_hub_id(source) and (found := _hub_config(source)) is not None:
             config = config.model_copy(update={"revision": extract_commit_hash(str(found), None)})
-        return Stage(
+        return BASE.stage(
             name="base",
             title="base: the checkpoint",
-            body=base,
-            version=BASE_VERSION,
             config=config,
         )
     if open_store(source).read("config.json") is None:
@@ -142,7 +138,12 @@ def _checkpoint(source: str) -> Stage:
             f"there is no checkpoint at {source!r}: a config.json should lie there; "
             "`adsc show demo export --path` prints a place"
         )
-    return _pinned("base", "base: the checkpoint", source, str(content_digest(source)))
+    return adopted(
+        name="base",
+        title="base: the checkpoint",
+        place=source,
+        digest=str(content_digest(source)),
+    )
 
 
 def _data(
@@ -158,7 +159,12 @@ def _data(
         digest = content_digest(prepared)
         if digest is None:
             raise ValueError(f"there is no prepared data at {prepared!r}")
-        made = _pinned("prepare", "prepare: as it lies there", place, digest)
+        made = adopted(
+            name="prepare",
+            title="prepare: as it lies there",
+            place=place,
+            digest=digest,
+        )
         return [made], list(tasks) or ["test"], []
     named = [task.partition("=") for task in tasks if not Path(task).is_file()]
     if not tasks:
@@ -180,11 +186,9 @@ def _data(
         context=CONTEXT,
         max_quarantined=0,
     )
-    stage = Stage(
+    stage = PREPARE.stage(
         name="prepare",
         title="prepare: task files to questions",
-        body=prepare,
-        version=PREPARE_VERSION,
         config=config,
         needs={"data": "files", "base": "base"},
     )
@@ -204,7 +208,8 @@ def _files(files: Sequence[Path], limit: int | None) -> tuple[Stage, dict[str, S
     lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     lines.append(str(content_digest(str(folder / PrepareConfig().images))))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return _pinned("files", "files: the tasks", str(folder), digest), sources
+    stage = adopted(name="files", title="files: the tasks", place=str(folder), digest=digest)
+    return stage, sources
 
 
 def _benchmarks(
@@ -222,11 +227,9 @@ def _benchmarks(
     for name, folder in folders.items():
         find_files(name, folder)
     digests = {name: str(content_digest(str(folder))) for name, folder in folders.items()}
-    stage = Stage(
+    stage = CONVERT.stage(
         name="files",
         title="files: benchmarks to questions",
-        body=convert,
-        version=BENCHMARKS_VERSION,
         config=BenchmarksConfig(
             folders={name: str(folder) for name, folder in folders.items()}, digests=digests
         ),
@@ -238,39 +241,62 @@ def _benchmarks(
     return stage, sources
 
 
-def _pinned(name: str, title: str, place: str, digest: str) -> Stage:
-    """A stage whose files are there; its body is never run."""
-    return Stage(
-        name=name,
-        title=title,
-        body=base,
-        version=BASE_VERSION,
-        config=Config(),
-        pinned=open_store(place).root,
-        digest=digest,
+def _arms(methods: Sequence[str] | None, checkpoint: str) -> list[ArmConfig]:
+    """An arm a method, each checked as far as this machine knows the checkpoint."""
+    config = _read_config(checkpoint)
+    named = names_in(config or {})
+    if methods is None:
+        methods = [DENSE, *(f"{OWN}:{name}" for name in named)] if named else [OWN]
+    arms: dict[str, ArmConfig] = {}
+    for text in methods:
+        arm = _own_arm(text, checkpoint, config) or _arm(text, text)
+        arms[arm.name] = arm
+    if config is not None:
+        _check_fit(arms.values(), config)
+    return _curve(list(arms.values()), _short(checkpoint))
+
+
+def _curve(arms: list[ArmConfig], name: str) -> list[ArmConfig]:
+    """Named plans are budgets of one checkpoint, and dense is one more where there are any."""
+    if not any(arm.budget for arm in arms):
+        return arms
+    return [
+        arm.model_copy(update={"budget": arm.budget or DENSE, "curve": name})
+        if arm.budget or not arm.runs_with
+        else arm
+        for arm in arms
+    ]
+
+
+def _arm(text: str, written: str, **more: str) -> ArmConfig:
+    """The arm of a method, named by `text`."""
+    method = parse_method(written)
+    if method.method is not None:
+        adsc.peers.check_name(method.method.name)
+    return ArmConfig(
+        name=re.sub(r"[^A-Za-z0-9_.-]+", "-", text),
+        label=text.removeprefix(PLAN),
+        checkpoint="base",
+        plan=method.plan,
+        method=method.method,
+        **more,
     )
 
 
-def _arms(methods: Sequence[str], checkpoint: str) -> list[ArmConfig]:
-    """An arm a method, each checked as far as this machine knows the checkpoint."""
-    config = _read_config(checkpoint)
-    arms: dict[str, ArmConfig] = {}
-    for text in methods:
-        written = _own_method(checkpoint, config) if text == "own" else text
-        method = parse_method(written)
-        if method.method is not None:
-            adsc.peers.check_name(method.method.name)
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", written)
-        arms[name] = ArmConfig(
-            name=name,
-            label=written.removeprefix(PLAN),
-            checkpoint="base",
-            plan=method.plan,
-            method=method.method,
-        )
-    if config is not None:
-        _check_fit(arms.values(), config)
-    return list(arms.values())
+def _own_arm(text: str, checkpoint: str, config: dict[str, Any] | None) -> ArmConfig | None:
+    """The arm of `own` or `own:NAME`; None for any other method."""
+    word, colon, name = text.strip().partition(":")
+    if word != OWN:
+        return None
+    if not colon:
+        written = _own_method(checkpoint, config)
+        return _arm(written, written)
+    if config is None:
+        raise ValueError(_unreadable(checkpoint))
+    plan = plan_named(name, config)
+    if isinstance(plan, Method):
+        raise ValueError(_peer(checkpoint, plan.name, text))
+    return _arm(text.strip(), f"{PLAN}{plan}", budget=name)
 
 
 def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
@@ -319,15 +345,28 @@ def _is_hub_id(checkpoint: str) -> bool:
 def _own_method(checkpoint: str, config: dict[str, Any] | None) -> str:
     """The plan that travels in a checkpoint's config, as a method is written."""
     if config is None:
-        raise ValueError(
-            f"the config of {checkpoint!r} can't be read from here, so its own plan isn't known: "
-            "name what it runs with, such as --methods dense plan:2:1/4"
-        )
+        raise ValueError(_unreadable(checkpoint))
     plan = config.get("adsc")
     if plan is not None and "method" in plan:
-        raise ValueError(
-            f"{checkpoint} runs with the peer {plan['method']!r}: name it with its layer "
-            f"average instead of `own`, such as {plan['method']}:22"
-        )
+        raise ValueError(_peer(checkpoint, plan["method"], OWN))
     text = "" if plan is None else str(adsc.PruningPlan.from_dict(plan))
-    return f"{PLAN}{text}" if text else "dense"
+    return f"{PLAN}{text}" if text else DENSE
+
+
+def _unreadable(checkpoint: str) -> str:
+    return (
+        f"the config of {checkpoint!r} can't be read from here, so its own plan isn't known: "
+        "name what it runs with, such as --methods dense plan:2:1/4"
+    )
+
+
+def _peer(checkpoint: str, peer: str, text: str) -> str:
+    return (
+        f"{checkpoint} runs with the peer {peer!r}: name it with its layer "
+        f"average instead of `{text}`, such as {peer}:22"
+    )
+
+
+def _short(checkpoint: str) -> str:
+    """The last part of a checkpoint's address."""
+    return checkpoint.rstrip("/").rpartition("/")[2]

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.intervals import Bootstrap, over_seeds
-from pipeline.stages.figures import STYLE
+from pipeline.figure_style import STYLE
 
 COMPARISONS = (
     ("drop_once", "drop"),

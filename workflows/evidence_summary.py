@@ -21,12 +21,10 @@ from matplotlib.figure import Figure
 
 from pipeline.config import Config
 from pipeline.evaluation.intervals import Bootstrap, over_seeds
-from pipeline.stage import StageContext
-from pipeline.stages.figures import STYLE
+from pipeline.figure_style import STYLE
+from pipeline.stage import Kind, StageContext
 from pipeline.stages.results import Arm, Interval, Results
 
-SUMMARY_VERSION = 2
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 REINDEXED = ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")
 """Peers that renumber positions as published: each runs with kept ones as well (`NAME_keep`), so
 that its choice of tokens can be told from that."""
@@ -71,6 +69,11 @@ def summarise(ctx: StageContext, config: Config) -> dict[str, Any]:
     for name in ("evidence.md", "evidence.png"):
         ctx.track.artifact(ctx.out / name)
     return {}
+
+
+SUMMARISE = Kind(
+    id="workflows.evidence_summary.summarise", version=2, body=summarise, config=Config
+)
 
 
 def write_summary(folders: Mapping[str, Path], out: Path) -> None:

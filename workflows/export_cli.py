@@ -98,6 +98,9 @@ def add_commands(commands: Any) -> None:
         "--min-retention", type=float, default=0.95, metavar="SHARE", help="default: 0.95"
     )
     promote.add_argument("--max-cost", type=float, default=1.0, metavar="SHARE", help="default: 1")
+    promote.add_argument(
+        "--plan", metavar="NAME", help="judge by this named plan (default: by the one it runs with)"
+    )
     _add_json(promote)
     promote.set_defaults(run=_promote)
 
@@ -147,16 +150,17 @@ def _promote(options: argparse.Namespace) -> int:
     uri = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise ValueError("which MLflow? Give --mlflow URI, or set MLFLOW_TRACKING_URI")
+    plan = f".{options.plan}" if options.plan else ""
     gates = (
         Gate(
             name="retention (lower end)",
-            tag="adsc.retention_low",
+            tag=f"adsc.retention_low{plan}",
             limit=options.min_retention,
             at_least=True,
         ),
         Gate(
             name="FLOPs of the control's",
-            tag="adsc.flops_of_control",
+            tag=f"adsc.flops_of_control{plan}",
             limit=options.max_cost,
             at_least=False,
         ),

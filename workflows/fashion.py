@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from pipeline.config import ADDED, Config
-from pipeline.stage import Stage, StageContext
+from pipeline.stage import Kind, Stage, StageContext
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "sandal", "sneaker", "bag", "boot")
 ROWS = {3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
@@ -240,11 +240,9 @@ def conversation(name: str, image: str, asked: Iterable[tuple[str, str, str]]) -
 
 def pictures(config: FashionConfig) -> Stage:
     """The stage that makes the data."""
-    return Stage(
+    return COMPOSE_FASHION.stage(
         name="pictures",
         title="pictures: real things in grids",
-        body=compose_fashion,
-        version=1,
         config=config,
     )
 
@@ -253,6 +251,11 @@ def compose_fashion(ctx: StageContext, config: FashionConfig) -> dict:
     """Stage: write a JSON file of each split and images/ in LLaVA's layout."""
     write_grids(ctx.out, config, ctx.progress)
     return {"train_pictures": config.train_pictures, "test_pictures": config.test_pictures}
+
+
+COMPOSE_FASHION = Kind(
+    id="workflows.fashion.compose_fashion", version=1, body=compose_fashion, config=FashionConfig
+)
 
 
 def write_grids(

@@ -1,6 +1,6 @@
 """A second evidence base, closer to life: pretrained parts, captioned things, 196 vision tokens.
 
-The same questions as workflows/evidence.py's, on a base whose decoder and tower were trained by
+The same questions as workflows/evidence/'s, on a base whose decoder and tower were trained by
 others: SmolLM2-135M-Instruct and EfficientNet-Lite0 (workflows/stamps_base.py), scenes of Tux
 Paint's stamps (workflows/stamps_scenes.py). Fewer arms, two budgets, and a control that asks about
 other pictures. The parts are optional and installed apart (docs/evidence-details.md):

@@ -24,10 +24,10 @@ from transformers import (
 
 from pipeline.config import Config
 from pipeline.data.config import PrepareConfig
-from pipeline.stage import Stage, StageContext
-from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
-from pipeline.stages.prepare import PREPARE_VERSION, prepare
-from pipeline.stages.train import TRAIN_VERSION, train_stage
+from pipeline.stage import Kind, Stage, StageContext
+from pipeline.stages.merge import MERGE, MergeConfig
+from pipeline.stages.prepare import PREPARE
+from pipeline.stages.train import TRAIN
 from pipeline.training.config import TrainConfig
 from workflows.stamps_parts import DECODER, TOWER, locate
 from workflows.stamps_tower import LiteConfig, LiteTower, folded
@@ -99,6 +99,11 @@ def start_stamps(ctx: StageContext, config: StampsStartConfig) -> dict[str, Any]
     model.save_pretrained(ctx.out)
     processor.save_pretrained(ctx.out)
     return {"projector_scale": scale}
+
+
+START_STAMPS = Kind(
+    id="workflows.stamps_base.start_stamps", version=1, body=start_stamps, config=StampsStartConfig
+)
 
 
 def build_processor(tokenizer: Any) -> LlavaProcessor:
@@ -206,35 +211,27 @@ def make_base(config: StampsBaseConfig, rendering: PrepareConfig) -> list[Stage]
     """The stages that end with `base` and `prepare`, which others need; `pictures` comes before."""
     parts = {"base": "start", "data": "prepare"}
     return [
-        Stage(
+        START_STAMPS.stage(
             name="start",
             title="start: pretrained parts around a fresh projector",
-            body=start_stamps,
-            version=1,
             config=config.start,
             needs={"data": "pictures"},
         ),
-        Stage(
+        PREPARE.stage(
             name="prepare",
             title="prepare: records to tokens",
-            body=prepare,
-            version=PREPARE_VERSION,
             config=rendering,
             needs={"data": "pictures", "base": "start"},
         ),
-        Stage(
+        TRAIN.stage(
             name="learn",
             title="learn: projector and adapter, without any drop",
-            body=train_stage,
-            version=TRAIN_VERSION,
             config=config.decoder,
             needs=parts,
         ),
-        Stage(
+        MERGE.stage(
             name="base",
             title="base: the checkpoint that all arms start from",
-            body=merge,
-            version=MERGE_VERSION,
             config=MergeConfig(),
             needs=parts | {"trained": "learn"},
         ),

@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.config import OPERATIONAL, Config
-from pipeline.stage import Stage, StageContext
+from pipeline.stage import Kind, Stage, StageContext
 from workflows.fashion import ask, conversation, draw_contents, places, write_splits
 from workflows.stamps_parts import STAMPS, require_stamps
 
@@ -169,11 +169,9 @@ def list_cells(contents: np.ndarray, names: Sequence[str]) -> tuple[str, str, st
 
 def scenes(config: ScenesConfig) -> Stage:
     """The stage that makes the data."""
-    return Stage(
+    return COMPOSE_SCENES.stage(
         name="pictures",
         title="pictures: stamps in scenes",
-        body=compose_scenes,
-        version=2,
         config=config,
     )
 
@@ -182,6 +180,11 @@ def compose_scenes(ctx: StageContext, config: ScenesConfig) -> dict[str, Any]:
     """Stage body: train.json, test.json, shuffled.json and images/ in LLaVA's layout."""
     write_scenes(ctx.out, config, ctx.progress)
     return {"train_pictures": config.train_pictures, "test_pictures": config.test_pictures}
+
+
+COMPOSE_SCENES = Kind(
+    id="workflows.stamps_scenes.compose_scenes", version=2, body=compose_scenes, config=ScenesConfig
+)
 
 
 def write_scenes(

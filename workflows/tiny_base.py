@@ -27,11 +27,11 @@ from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.data.conversations import parse_turns
 from pipeline.data.sources import iter_records
 from pipeline.data.templates import TEMPLATES
-from pipeline.stage import Input, Stage, StageContext
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
-from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
-from pipeline.stages.train import TRAIN_VERSION, train_stage
+from pipeline.stage import Input, Kind, Stage, StageContext
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.merge import MERGE, MergeConfig
+from pipeline.stages.prepare import PREPARE, PrepareConfig
+from pipeline.stages.train import TRAIN
 from pipeline.store import open_store
 from pipeline.training.config import TrainConfig
 from pipeline.workflow import Workflow
@@ -180,6 +180,11 @@ def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
     return {"cell_accuracy": accuracy}
 
 
+TRAIN_TOWER = Kind(
+    id="workflows.tiny_base.train_tower", version=1, body=train_tower, config=TowerConfig
+)
+
+
 def start_decoder(ctx: StageContext, config: StartConfig) -> dict[str, Any]:
     """Stage body: the tower's checkpoint with projector and decoder drawn anew."""
     folder = ctx.inputs["tower"].folder
@@ -188,6 +193,11 @@ def start_decoder(ctx: StageContext, config: StartConfig) -> dict[str, Any]:
     model.save_pretrained(ctx.out)
     AutoProcessor.from_pretrained(folder).save_pretrained(ctx.out)
     return {}
+
+
+START_DECODER = Kind(
+    id="workflows.tiny_base.start_decoder", version=1, body=start_decoder, config=StartConfig
+)
 
 
 @dataclass(frozen=True)
@@ -239,61 +249,47 @@ def build(config: TinyBaseConfig) -> list[Stage]:
     dense = ArmConfig(name="dense", label="dense base", checkpoint="merge", plan="", trained=True)
     return [
         pictures(config.data),
-        Stage(
+        TRAIN_TOWER.stage(
             name="tower",
             title="tower: naming what is in the cells",
-            body=train_tower,
-            version=1,
             config=config.tower,
             needs={"data": "pictures"},
         ),
-        Stage(
+        PREPARE.stage(
             name="prepare",
             title="prepare: records to tokens",
-            body=prepare,
-            version=PREPARE_VERSION,
             config=config.prepare,
             needs={"data": "pictures", "base": "tower"},
         ),
-        Stage(
+        START_DECODER.stage(
             name="start",
             title="start: fresh decoder around the tower",
-            body=start_decoder,
-            version=1,
             config=config.start,
             needs={"tower": "tower"},
         ),
-        Stage(
+        TRAIN.stage(
             name="train",
             title="train: projector and decoder",
-            body=train_stage,
-            version=TRAIN_VERSION,
             config=config.decoder,
             needs=data,
         ),
-        Stage(
+        TRAIN.stage(
             name="train-2",
             title="train-2: projector and decoder, second round",
-            body=train_stage,
-            version=TRAIN_VERSION,
             config=config.decoder.model_copy(
                 update={"steps": config.second_steps, "seed": config.decoder.seed + 1}
             ),
             needs={**data, "start": "train"},
         ),
-        Stage(
+        MERGE.stage(
             name="merge",
             title="merge: one checkpoint",
-            body=merge,
-            version=MERGE_VERSION,
             config=MergeConfig(),
             needs={**data, "trained": "train-2"},
         ),
-        Stage(
+        EVALUATE.stage(
             name="evaluate",
             title="evaluate: does it see?",
-            body=evaluate,
-            version=EVALUATE_VERSION,
             config=config.evaluate.model_copy(update={"arms": (dense,)}),
             needs={**data, "merge": "merge", "train": "train", "train-2": "train-2"},
         ),
@@ -332,7 +328,4 @@ def ship(root: str, target: Path = ASSETS) -> None:
 
 
 if __name__ == "__main__":
-    # Bodies of a script are called __main__.something, which is another identity.
-    from workflows import tiny_base as module
-
-    module.ship(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    ship(sys.argv[1] if len(sys.argv) > 1 else "runs")

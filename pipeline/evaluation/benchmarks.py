@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from pipeline.config import Config
 from pipeline.data.templates import MARKER
 from pipeline.evaluation.scoring import COGNITION
-from pipeline.stage import StageContext
+from pipeline.stage import Kind, StageContext
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -322,10 +322,6 @@ class BenchmarksConfig(Config):
     """Name of a benchmark -> digest of what lies there: changed files are another run."""
 
 
-BENCHMARKS_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
-
-
 def convert(ctx: StageContext, config: BenchmarksConfig) -> dict[str, Any]:
     """Stage body: NAME.jsonl of conversations for each benchmark, and pictures/NAME where its file
     holds the pictures.
@@ -338,6 +334,11 @@ def convert(ctx: StageContext, config: BenchmarksConfig) -> dict[str, Any]:
         ctx.progress(done, len(config.folders), name)
         counts[name] = convert_one(name, Path(folder), ctx.out)
     return {"questions": counts}
+
+
+CONVERT = Kind(
+    id="pipeline.evaluation.benchmarks.convert", version=1, body=convert, config=BenchmarksConfig
+)
 
 
 def find_files(name: str, folder: Path) -> list[Path]:

@@ -6,8 +6,9 @@ Runs in an environment of its own (`make lmms-eval`), in which lmms-eval finds i
 
 Left as it is, a checkpoint runs with its own plan. `method` sets another one; lmms-eval splits its
 arguments at commas, so write `+` for them: `method=plan:8:1/2+16:1/2`, `method=fastv:192`,
-`method=dense`. Nothing is caught here: a sample that can't be answered ends the run, naming it.
-Pictures only; video and sampling are refused.
+`method=own:64` (the checkpoint's plan of that name), `method=dense`. Nothing is caught here: a
+sample that can't be answered ends the run, naming it. Pictures only; video and sampling are
+refused.
 """
 
 import os
@@ -32,7 +33,7 @@ from pipeline.evaluation.generation import (
     generate_tokens,
     to_device,
 )
-from pipeline.evaluation.methods import build_method, parse_method
+from pipeline.evaluation.methods import OWN, build_method, parse_method
 
 MANIFEST = ModelManifest(model_id="adsc", simple_class_path="pipeline.evaluation.lmms.Adsc")
 GREEDY = {"temperature": (0, 0.0, None), "num_beams": (1, None), "do_sample": (False, None)}
@@ -73,14 +74,20 @@ class Adsc(lmms):  # type: ignore[misc]
         self.batch_size, self._max_new_tokens = int(batch_size), int(max_new_tokens)
         self._model = adsc.from_pretrained(pretrained, dtype=dtype).to(device).eval()
         if method:
-            chosen = parse_method(method.replace("+", ","))
-            adsc.attach(self._model, build_method(chosen, self._model))
+            adsc.attach(self._model, self._method(method.replace("+", ",")))
         backend = {"backend": image_backend} if image_backend else {}
         self._processor: Any = AutoProcessor.from_pretrained(pretrained, **backend)
         if self._world_size > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
+
+    def _method(self, text: str) -> Any:
+        """What adsc.attach takes: the name of a plan of the checkpoint, or a method."""
+        own, colon, name = text.partition(":")
+        if own == OWN and colon:
+            return name
+        return build_method(parse_method(text), self._model)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy answers, cut at the task's stop strings; in the order of the requests."""

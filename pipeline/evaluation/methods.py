@@ -4,13 +4,17 @@ The methods themselves are adsc's. A peer is fitted to the model that it is atta
 """
 
 import re
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.config import Config
+from pipeline.reference import Reference
 
 PLAN = "plan:"
+OWN = "own"
+"""The plan in a checkpoint's config; `own:64` is the one of that name."""
 
 
 class MethodError(ValueError):
@@ -36,11 +40,54 @@ def _written(value: object) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
+class FoundPlan(Reference):
+    """The plan that a search finds, or that one under a pressure (adsc.curriculum).
+
+    >>> str(FoundPlan(pressure=1.5))
+    'search^1.5'
+    >>> FoundPlan(pressure=2).value({"plan": "2:1/4"})
+    '2:1/16'
+    """
+
+    stage: str = "search"
+    pressure: float = 1.0
+
+    def __str__(self) -> str:
+        return self.stage if self.pressure == 1 else f"{self.stage}^{self.pressure}"
+
+    def value(self, outputs: Mapping[str, Any]) -> str:
+        from adsc.curriculum import scale_plan
+        from adsc.plan import PruningPlan
+
+        plan = PruningPlan.parse(outputs["plan"])
+        return str(plan if self.pressure == 1 else scale_plan(plan, self.pressure))
+
+
+def read_plan(text: object) -> object:
+    """A plan as configs have it: `search` and `search^1.5` are references, other text is a plan.
+
+    Raises:
+        ValueError: it is neither text nor a reference.
+    """
+    if isinstance(text, FoundPlan):
+        return text
+    if not isinstance(text, str):
+        raise ValueError("a plan is text, such as 2:1/4,5:1/4")
+    stage, sign, pressure = text.partition("^")
+    if stage != FoundPlan().stage:
+        return text
+    return FoundPlan(pressure=float(pressure)) if sign else FoundPlan()
+
+
+Plan = Annotated[str | FoundPlan, BeforeValidator(read_plan)]
+"""The type of a config's plan: text, or a reference to a search's."""
+
+
 class MethodConfig(Config):
     """A plan or a peer; neither is the dense model."""
 
-    plan: str = ""
-    """A pruning plan as text."""
+    plan: Plan = ""
+    """A pruning plan as text, or a reference to the one that a search finds."""
     method: PeerConfig | None = None
     """A peer instead of a plan."""
 
@@ -48,14 +95,14 @@ class MethodConfig(Config):
     def _one_of_both(self) -> Self:
         if self.plan and self.method:
             raise ValueError(
-                f"plan {self.plan!r} and method {str(self.method)!r}: a model runs with one of them"
+                f"plan '{self.plan}' and method '{self.method}': a model runs with one of them"
             )
         return self
 
     @property
     def runs_with(self) -> str:
         """The plan or the peer as text; empty for the dense model."""
-        return str(self.method) if self.method else self.plan
+        return str(self.method) if self.method else str(self.plan)
 
 
 def parse_method(text: str) -> MethodConfig:
@@ -82,6 +129,8 @@ def parse_method(text: str) -> MethodConfig:
             raise MethodError(f"{text!r} drops nothing: write dense")
         return MethodConfig(plan=text.removeprefix(PLAN))
     name, colon, rest = text.partition(":")
+    if name == OWN:
+        raise MethodError(f"{text!r} is a checkpoint's own plan, and none is at hand here")
     average, *options = re.split(r",(?![^\[]*\])", rest)  # at commas outside of brackets
     try:
         budget = float(average)
@@ -109,6 +158,6 @@ def build_method(config: MethodConfig, model: Any) -> Any:
 
     peer = config.method
     if peer is None:
-        return adsc.PruningPlan.parse(config.plan)
+        return adsc.PruningPlan.parse(str(config.plan))
     options: dict[str, Any] = dict(peer.options)  # the peer checks names and values
     return adsc.peers.make(peer.name, model, average=peer.average, **options)

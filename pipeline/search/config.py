@@ -9,8 +9,6 @@ from pydantic import Field, model_validator
 
 from pipeline.config import ADDED, OPERATIONAL, Config
 
-FOUND = "search"
-"""As a workflow's plan: the one that the search stage finds."""
 Budget = float | tuple[float, float] | None
 UNITS = {
     "average": "vision tokens on average",

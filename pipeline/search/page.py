@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from adsc.plan import PruningPlan, kept_count
+from pipeline.figure_style import COLOURS, MARKERS, MUTED, STYLE
 from pipeline.search.study import Study, Trial
-from pipeline.stages.figures import COLOURS, MARKERS, MUTED, STYLE
 
 LISTED = 20
 """Trials in the page's table."""

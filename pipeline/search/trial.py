@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from pipeline.evaluation.speed import measure
 from pipeline.identity import digest
 from pipeline.record import Record
 from pipeline.search.config import SearchConfig
-from pipeline.stage import Input, Inputs, RunContext
+from pipeline.stage import Input, Inputs, RunContext, StageContext
 from pipeline.store import open_store
 from pipeline.training.adapters import load_trained
 from pipeline.training.batches import COLUMNS, collate
@@ -66,6 +66,8 @@ class Job:
     storage: str
     """Where the search keeps what trials share: a folder or s3://."""
     run: RunContext
+    train_stage: Callable[[StageContext, TrainConfig], Mapping[str, Any]]
+    """Body of a training stage, which trains a trial on several workers."""
 
 
 class Judged(NamedTuple):
@@ -203,8 +205,6 @@ class Bench:
         import ray
 
         from pipeline.progress import ProgressHandle
-        from pipeline.stage import StageContext
-        from pipeline.stages.train import train_stage
         from pipeline.tracking.tracker import RunHandle, Tracker
 
         job, run = self.job, self.job.run
@@ -221,7 +221,7 @@ class Bench:
             name = f"{home}-{place}"
             out = scratch / f"{place}"
             out.mkdir()
-            made = train_stage(
+            made = job.train_stage(
                 StageContext(
                     name=name,
                     fingerprint=digest(name),

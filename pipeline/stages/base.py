@@ -6,7 +6,6 @@ processor. Weights in any other format are refused: nothing is unpickled.
 
 import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from transformers import AutoProcessor
 import adsc
 from adsc.geometries import HUB_IDS, geometry
 from pipeline.config import ADDED, Config
+from pipeline.packaged import resolve
 from pipeline.record import manifest
-from pipeline.stage import StageContext
+from pipeline.stage import Kind, StageContext
 
 
 class BaseConfig(Config):
@@ -44,14 +44,6 @@ def folder_digest(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def resolve(source: str) -> Path:
-    """The folder that a source names; a hub id stays as it is."""
-    if not source.startswith("package://"):
-        return Path(source).expanduser()
-    package, _, folder = source.removeprefix("package://").partition("/")
-    return Path(str(files(package))) / folder
-
-
 def pin_digest(config: BaseConfig) -> BaseConfig:
     """With the digest of a checkpoint that ships in a package, so that new weights there are
     another base. Folders of users are taken as they are: hashing a large one takes minutes."""
@@ -72,10 +64,6 @@ def num_decoder_layers(source: str) -> int | None:
         return None
     config = json.loads(file.read_text())
     return int((config.get("text_config") or config)["num_hidden_layers"])
-
-
-BASE_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
@@ -106,3 +94,6 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise BaseError(f"{config.source} holds weights that are not finite")
     return {"parameters": parameters, "architecture": type(model).__name__}
+
+
+BASE = Kind(id="pipeline.stages.base.base", version=1, body=base, config=BaseConfig)

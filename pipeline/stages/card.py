@@ -6,7 +6,7 @@ It repeats what other stages found and adds no judgement of its own.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Card:
     base: str
     licence: str
     plan: str
+    plans: dict[str, str] = field(default_factory=dict)
+    """The named plans of an elastic checkpoint, of which `plan` is the default."""
     arms: dict[str, dict[str, Any]]
     majority: float | None
     workflow: str
@@ -74,16 +76,17 @@ from transformers import AutoProcessor
 model = adsc.from_pretrained("FOLDER")  # attaches the plan that stands in config.json
 processor = AutoProcessor.from_pretrained("FOLDER")
 ```
-
+{_named_use(card)}
 `transformers` alone loads the weights too, but then runs dense, which is not what was trained.
 `python -m pipeline.stages.export FOLDER` checks a copy: files against manifest.json, then logits
-against probe.safetensors. `adapter/`, if there, holds the LoRA weights by themselves; they go on
-the base. evaluation.json has the scores and costs below as numbers, data_manifest.json the data.
+against probe.safetensors{_named_probe(card)}. `adapter/`, if there, holds the LoRA
+weights by themselves; they go on the base. evaluation.json has the scores and costs below as
+numbers, data_manifest.json the data.
 
 ## Plan
 
 {_plan(folder, card.plan)}
-
+{_budgets(folder, card)}
 ## Scores and costs
 
 {_table(card)}
@@ -114,7 +117,8 @@ def _plan(folder: Path, text: str) -> str:
     if not plan.stages:
         return "None: every decoder layer sees all vision tokens."
     drops = [
-        f"- before layer {layer}, {keep} of the vision tokens stay" for layer, keep in plan.stages
+        f"- before layer {layer}, {keep or 'none'} of the vision tokens stay"
+        for layer, keep in plan.stages
     ]
     words = f"Anchor `{plan.anchor}`, position ids `{plan.positions}`. As text: `{text}`."
     if plan.pool is not None:
@@ -122,14 +126,66 @@ def _plan(folder: Path, text: str) -> str:
     return "\n".join([*drops, "", words, *_tokens(folder, plan)])
 
 
-def _tokens(folder: Path, plan: PruningPlan) -> list[str]:
-    """Tokens by layer, where config.json fixes how many an image has."""
+def _named_use(card: Card) -> str:
+    if not card.plans:
+        return ""
+    first = next(iter(card.plans))
+    return f"""
+One checkpoint for several budgets: `adsc.from_pretrained("FOLDER", plan="{first}")`, and
+`adsc.attach(model, "{first}")` changes it at any time. It has {_listed(card)} and `dense`.
+"""
+
+
+def _named_probe(card: Card) -> str:
+    return " and, for each named plan, probe_plans.safetensors" if card.plans else ""
+
+
+def _listed(card: Card) -> str:
+    default = PruningPlan.parse(card.plan)
+    return ", ".join(
+        f"`{name}`{' (the default)' if PruningPlan.parse(text) == default else ''}"
+        for name, text in card.plans.items()
+    )
+
+
+def _budgets(folder: Path, card: Card) -> str:
+    """A row a named plan, and dense, with what was measured of it."""
+    if not card.plans:
+        return ""
+    measured = {arm["budget"]: arm for arm in card.arms.values() if arm.get("budget")}
+    names = [name for name in COLUMNS if any(name in arm for arm in measured.values())]
+    sizes = _sizes(folder)
+    head = ["budget", "plan", *(COLUMNS[name][0] for name in names)]
+    if not names and sizes:
+        head.append(COLUMNS["average_vision_tokens"][0])
+    rows = [head, ["---"] * len(head)]
+    for budget, text in [*card.plans.items(), ("dense", "")]:
+        row = [_cell(budget), f"`{text}`" if text else "none"]
+        row += _shown(measured.get(budget, {}), names)
+        if not names and sizes:
+            plan = PruningPlan.parse(text)
+            row.append(f"{plan.average_tokens(*sizes):.1f}")
+        rows.append(row)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"\n## Budgets\n\n{table}\n"
+
+
+def _sizes(folder: Path) -> tuple[int, int] | None:
+    """Vision tokens of an image and decoder layers, where config.json fixes them."""
     config = json.loads((folder / "config.json").read_text())
     layers = config.get("text_config", {}).get("num_hidden_layers")
     vision = config.get("vision_config", {})
     if not layers or not vision.get("image_size") or not vision.get("patch_size"):
+        return None
+    return (vision["image_size"] // vision["patch_size"]) ** 2, layers
+
+
+def _tokens(folder: Path, plan: PruningPlan) -> list[str]:
+    """Tokens by layer, where config.json fixes how many an image has."""
+    sizes = _sizes(folder)
+    if sizes is None:
         return []
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+    tokens, layers = sizes
     counts = ", ".join(map(str, plan.tokens_per_layer(tokens, layers)))
     reduction = 100 * plan.reduction(tokens, layers)
     return [
@@ -145,13 +201,16 @@ def _table(card: Card) -> str:
     head = ["arm", "plan", *(COLUMNS[name][0] for name in names)]
     rows = [head, ["---"] * len(head)]
     for label, arm in card.arms.items():
-        values = [arm.get(name) for name in names]
-        shown = [
-            "-" if value is None else COLUMNS[name][1](value)
-            for name, value in zip(names, values, strict=True)
-        ]
-        rows.append([_cell(label), _cell(arm.get("plan") or "none"), *shown])
+        rows.append([_cell(label), _cell(arm.get("plan") or "none"), *_shown(arm, names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shown(arm: dict[str, Any], names: list[str]) -> list[str]:
+    values = [arm.get(name) for name in names]
+    return [
+        "-" if value is None else COLUMNS[name][1](value)
+        for name, value in zip(names, values, strict=True)
+    ]
 
 
 def _majority(share: float | None) -> str:

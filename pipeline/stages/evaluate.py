@@ -34,7 +34,7 @@ from pipeline.evaluation.generation import Asked, Questions, majority_answers, s
 from pipeline.evaluation.intervals import Bootstrap, interval, over_seeds
 from pipeline.evaluation.methods import MethodConfig
 from pipeline.evaluation.scoring import FIGURES, RULES, Mean, references
-from pipeline.stage import Input, StageContext
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.store import open_store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -56,6 +56,10 @@ class ArmConfig(MethodConfig):
     row of that name, with the first one's label."""
     seed: int | None = None
     """Seed of its training; arms of a group each have their own."""
+    budget: str = Field("", json_schema_extra=ADDED)
+    """Of a checkpoint with named plans: the name of this one, or `dense`."""
+    curve: str = Field("", json_schema_extra=ADDED)
+    """Rows of one curve are one checkpoint at several budgets: the report joins them."""
 
     @property
     def row(self) -> str:
@@ -156,10 +160,6 @@ class Scored(NamedTuple):
     """Answers that the report shows, by question."""
 
 
-EVALUATE_VERSION = 4
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
-
-
 def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     """Stage body; inputs `base` (whose processor puts the questions), `data`, the checkpoints that
     the arms name, and training stages (for their loss curves).
@@ -205,7 +205,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     write_samples(job.storage, shards, ctx.out / "samples.parquet")
     summary = {arm["name"]: _summary(arm) for arm in found["arms"]}
     numbers = {
-        name: {key: value for key, value in row.items() if key != "plan"}
+        name: {key: value for key, value in row.items() if key not in ("plan", "budget")}
         for name, row in summary.items()
     }
     ctx.track.dataset(data.uri, "test questions", data.outputs.get("digest", "")[:12])
@@ -221,6 +221,15 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     )
     ctx.track.artifact(ctx.out / "results.json")
     return {"arms": summary, "majority": found["majority"]["accuracy"]}
+
+
+EVALUATE = Kind(
+    id="pipeline.stages.evaluate.evaluate",
+    referring_id="pipeline.stages.search.evaluate_found",
+    version=4,
+    body=evaluate,
+    config=EvaluateConfig,
+)
 
 
 def results(
@@ -426,6 +435,8 @@ def _table(
                 "plan": arm.runs_with,
                 "peer": arm.method is not None,
                 "trained": arm.trained,
+                "budget": arm.budget,
+                "curve": arm.curve,
                 "accuracy": bootstrap.mean(own),
                 "by_kind": {
                     str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
@@ -630,4 +641,5 @@ def _summary(arm: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": arm["peak_memory_bytes"],
         "retention": arm["retention"],
         "plan": arm["plan"],
+        **({"budget": arm["budget"]} if arm["budget"] else {}),
     }

@@ -19,11 +19,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from adsc import PruningPlan
+from adsc.named import names_in
 from pipeline.config import Config
 from pipeline.manifest import (
     MANIFEST,
@@ -34,13 +35,12 @@ from pipeline.manifest import (
     verify_folder,
     write_manifest,
 )
+from pipeline.probe import read_named_probe, write_named_probe
 from pipeline.publish import publish
 from pipeline.record import behind
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.stages.card import Card, write_card
 from pipeline.store import Store, open_store
-
-if TYPE_CHECKING:
-    from pipeline.stage import Input, StageContext
 
 PROBE = "probe.safetensors"
 EVALUATION = "evaluation.json"
@@ -83,10 +83,6 @@ class ExportConfig(Config):
         return open_store(self.to, self.encryption, self.kms_key, tuple(self.tags.items()))
 
 
-EXPORT_VERSION = 2
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
-
-
 def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
     """Stage body; inputs `merge` and `evaluate`, and `data` for its manifest.
 
@@ -106,6 +102,7 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
         base=config.base,
         licence=config.licence,
         plan=merged.outputs.get("plan", ""),
+        plans=_plans_of(merged.folder),
         arms=evaluated.outputs.get("arms", {}),
         majority=evaluated.outputs.get("majority"),
         workflow=ctx.run.workflow,
@@ -156,6 +153,9 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
     }
 
 
+EXPORT = Kind(id="pipeline.stages.export.export", version=2, body=export, config=ExportConfig)
+
+
 def assemble(source: Path, out: Path, card: Card, described: Mapping[str, bytes]) -> None:
     """A checkpoint with its card, files that describe it, and its manifest.
 
@@ -190,6 +190,7 @@ def complete(source: Path, out: Path, config: ExportConfig) -> None:
         base=config.base,
         licence=config.licence,
         plan=_plan_of(source),
+        plans=_plans_of(source),
         arms={},
         majority=None,
         workflow="adsc export",
@@ -209,6 +210,12 @@ def _plan_of(folder: Path) -> str:
     if not data:
         return ""
     return str(PruningPlan.from_dict(data)) if data.keys() <= PLAN_FIELDS else json.dumps(data)
+
+
+def _plans_of(folder: Path) -> dict[str, str]:
+    """The named plans in a checkpoint's config, as text."""
+    config = json.loads((folder / "config.json").read_text())
+    return {name: str(plan) for name, plan in names_in(config).items()}
 
 
 def _write_probe(folder: Path) -> None:
@@ -236,12 +243,13 @@ def _write_probe(folder: Path) -> None:
     with torch.inference_mode():
         logits = model(**probe).logits
     save_file({**probe, "logits": logits.contiguous()}, folder / PROBE)
+    write_named_probe(model, probe, folder)
 
 
 def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
     """What was measured, and which of it is the checkpoint's own: `arm` and `own`, None where the
     evaluation has no trained model with this plan, or several."""
-    found: dict[str, Any] = {"arm": None, "control": None, "own": None}
+    found: dict[str, Any] = {"arm": None, "control": None, "own": None, "budgets": {}}
     found |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
     text = open_store(evaluated.uri).read("results.json")
     if text is None:
@@ -254,21 +262,29 @@ def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
         if arm["trained"] and not arm.get("peer") and _same(arm["plan"], plan)
     ]
     control = arms.get(results["control_arm"])
-    if len(own) != 1 or control is None:
+    if control is None:
+        return found
+    found["budgets"] = {
+        arm["budget"]: {"arm": arm["name"], "plan": arm["plan"], **_measured(arm, control)}
+        for arm in arms.values()
+        if arm["trained"] and arm.get("budget")
+    }
+    if len(own) != 1:
         return found
     (arm,) = own
+    return found | {"arm": arm["name"], "control": control["name"], "own": _measured(arm, control)}
+
+
+def _measured(arm: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
+    """Scores and costs of an arm, as far as they are about it and the control."""
     interval = arm["retention_interval"] or {}
-    return found | {
-        "arm": arm["name"],
-        "control": control["name"],
-        "own": {
-            "accuracy": arm["accuracy"]["mean"],
-            "retention": arm["retention"],
-            "retention_low": interval.get("low", arm["retention"]),
-            "flops_of_control": arm["flops"] / control["flops"],
-            "kv_cache_of_control": arm["kv_cache_bytes"] / control["kv_cache_bytes"],
-            "average_vision_tokens": arm["average_vision_tokens"],
-        },
+    return {
+        "accuracy": arm["accuracy"]["mean"],
+        "retention": arm["retention"],
+        "retention_low": interval.get("low", arm["retention"]),
+        "flops_of_control": arm["flops"] / control["flops"],
+        "kv_cache_of_control": arm["kv_cache_bytes"] / control["kv_cache_bytes"],
+        "average_vision_tokens": arm["average_vision_tokens"],
     }
 
 
@@ -290,15 +306,27 @@ def _same(text: str, plan: str) -> bool:
 
 
 def _tags(measured: dict[str, Any]) -> dict[str, str]:
-    """What promoting looks at, and people filter by."""
-    own = measured["own"] or {}
+    """What promoting looks at, and people filter by; of a named plan with its name behind."""
     named = {"adsc.arm": measured["arm"], "adsc.control": measured["control"]}
-    numbers = {f"adsc.{name}": f"{value:.6g}" for name, value in own.items() if value is not None}
-    return {name: value for name, value in named.items() if value} | numbers
+    tags = {name: value for name, value in named.items() if value}
+    tags |= _numbers(measured["own"] or {}, "")
+    for budget, own in measured["budgets"].items():
+        tags[f"adsc.plan.{budget}"] = own["plan"] or "none"
+        tags |= _numbers(own, f".{budget}")
+    return tags
+
+
+def _numbers(own: dict[str, Any], suffix: str) -> dict[str, str]:
+    return {
+        f"adsc.{name}{suffix}": f"{value:.6g}"
+        for name, value in own.items()
+        if isinstance(value, int | float)
+    }
 
 
 def compare_logits(folder: Path) -> dict[str, float]:
-    """Load the checkpoint strictly and run its probe: worst difference, and the largest logit."""
+    """Load the checkpoint strictly and run its probe, with each of its named plans as well: worst
+    difference, and the largest logit."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoProcessor
@@ -308,16 +336,28 @@ def compare_logits(folder: Path) -> dict[str, float]:
     AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     model = adsc.from_pretrained(folder).eval()
     probe = load_file(folder / PROBE)
-    expected = probe.pop("logits").float()
-    with torch.inference_mode():
-        got = model(**probe).logits.float()
-    if got.shape != expected.shape:
+    expected = {"": probe.pop("logits")} | read_named_probe(folder)
+    missing = sorted(expected.keys() - {"", *adsc.plans_of(model)})
+    if missing:
         raise ExportError(
-            f"logits have shape {tuple(got.shape)}, the probe's {tuple(expected.shape)}: the plan "
-            "in config.json is not the one that the probe was made with"
+            f"config.json names no plan {', '.join(missing)}: it is not the one that the probe "
+            "was made with"
         )
-    worst = (got - expected).abs().max().item()
-    return {"worst_difference": worst, "largest_logit": expected.abs().max().item()}
+    found = []
+    for name, logits in expected.items():
+        if name:
+            adsc.attach(model, name)
+        with torch.inference_mode():
+            got = model(**probe).logits.float()
+        if got.shape != logits.shape:
+            whose = f"plan named {name!r}" if name else "plan"
+            raise ExportError(
+                f"logits have shape {tuple(got.shape)}, the probe's {tuple(logits.shape)}: the "
+                f"{whose} in config.json is not the one that the probe was made with"
+            )
+        found.append([(got - logits.float()).abs().max(), logits.float().abs().max()])
+    worst, largest = torch.tensor(found).amax(dim=0).tolist()  # NaN stays NaN
+    return {"worst_difference": worst, "largest_logit": largest}
 
 
 def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The report's figures, drawn with matplotlib onto axes that the caller owns.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; arms differ by marker too,
-and are labelled where they stand. Every panel is about 4 inches wide, so that its text is legible
-on a phone. Nothing is computed here but where to put things.
+Arms differ by colour and by marker, and are labelled where they stand. Every panel is about 4
+inches wide, so that its text is legible on a phone. Nothing is computed here but where to put
+things.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,28 +19,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.figure_style import COLOURS, MARKERS, MUTED, STYLE
 from pipeline.stages.results import Arm, Results
 
-COLOURS = ("#444444", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-MARKERS = ("o", "s", "v", "D", "^", "P", "X")
-MUTED = "#6b7280"
 MANY = 8
 """With more arms than this, points carry the arm's number in the table instead of its label."""
 PROFILES = 5
 """More different token profiles than this are drawn as rows of a heat map."""
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "adsc",
-    "text.parse_math": False,  # labels come from outside: a `$` is a dollar
-}
 
 Panel = Callable[[Axes, Results], None]
 
@@ -141,14 +125,14 @@ def against_flops(axes: Axes, results: Results) -> None:
     unit, divisor = flops_unit(max((arm.flops for arm in results.arms), default=1))
     _scatter(axes, results, [arm.flops / divisor for arm in results.arms])
     axes.set_title("Accuracy against compute")
-    axes.set_xlabel(f"{unit} per question (exact convention)")
+    _against(axes, results, f"{unit} per question (exact convention)")
 
 
 def against_kv(axes: Axes, results: Results) -> None:
     unit, divisor = bytes_unit(max((arm.kv_cache_bytes for arm in results.arms), default=1))
     _scatter(axes, results, [arm.kv_cache_bytes / divisor for arm in results.arms])
     axes.set_title("Accuracy against KV cache")
-    axes.set_xlabel(f"KV cache after prefill, {unit}")
+    _against(axes, results, f"KV cache after prefill, {unit}")
 
 
 def against_prefill(axes: Axes, results: Results) -> None:
@@ -158,7 +142,7 @@ def against_prefill(axes: Axes, results: Results) -> None:
         y = 100 * arm.accuracy.mean
         axes.plot([time.low, time.high], [y, y], color=style_of(index)[0], lw=1.6)
     axes.set_title("Accuracy against prefill time")
-    axes.set_xlabel(f"ms{per_batch(results)}, median and quartiles")
+    _against(axes, results, f"ms{per_batch(results)}, median and quartiles")
 
 
 def tokens_per_layer(axes: Axes, results: Results) -> None:
@@ -274,6 +258,7 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, 1.12 * max(costs, default=1))
     axes.set_ylabel("right answers, %")
+    _curves(axes, results, costs, shares)
     for index, (arm, x, y) in enumerate(zip(results.arms, costs, shares, strict=True)):
         colour, marker = style_of(index)
         axes.plot([x, x], [100 * arm.accuracy.low, 100 * arm.accuracy.high], color=colour, lw=1.6)
@@ -305,6 +290,27 @@ def _scatter(axes: Axes, results: Results, costs: Sequence[float]) -> None:
                 color=style_of(i)[0],
                 fontsize=8.5,
             )
+
+
+def _against(axes: Axes, results: Results, cost: str) -> None:
+    """The cost below the axis, and what lines are where there are any."""
+    lines = "\na line joins one checkpoint's budgets" if results.series else ""
+    axes.set_xlabel(cost + lines)
+
+
+def _curves(axes: Axes, results: Results, costs: Sequence[float], shares: Sequence[float]) -> None:
+    """A line through the arms that are one checkpoint at several budgets, in the colour of the
+    cheapest."""
+    for name, places in results.series.items():
+        axes.plot(
+            [costs[place] for place in places],
+            [shares[place] for place in places],
+            color=style_of(places[0])[0],
+            lw=2,
+            alpha=0.7,
+            zorder=1,
+            gid=f"curve {name}",
+        )
 
 
 def _legend(axes: Axes, title: str, columns: int) -> None:

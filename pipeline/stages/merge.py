@@ -2,7 +2,7 @@
 
 The output is a checkpoint folder as users have it: sharded safetensors, config with the plan,
 processor, generation config; besides, the adapter alone, and a probe (inputs and logits) by which
-any later copy can be told to be the same model.
+any later copy can be told to be the same model, under each of its plans.
 """
 
 import shutil
@@ -17,8 +17,9 @@ import adsc
 from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
-from pipeline.evaluation.methods import MethodConfig, PeerConfig, build_method
-from pipeline.stage import StageContext
+from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan, build_method
+from pipeline.probe import write_named_probe
+from pipeline.stage import Kind, StageContext
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
 
@@ -26,10 +27,12 @@ from pipeline.training.batches import collate
 class MergeConfig(MethodConfig):
     """What the merged checkpoint carries, and how closely it must match."""
 
-    plan: str = ""
+    plan: Plan = ""
     """The plan that the checkpoint runs with; it is stored in its config."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """The peer that it runs with instead."""
+    plans: dict[str, str] = Field({}, json_schema_extra=ADDED)
+    """The plans of an elastic checkpoint by name; they are stored in its config beside `plan`."""
     probe_rows: int = Field(4, gt=0)
     """Conversations on which merged and adapter model are compared."""
     tolerance: float = Field(1e-3, gt=0)
@@ -40,10 +43,6 @@ class MergeConfig(MethodConfig):
 
 class MergeMismatch(RuntimeError):
     """The merged model does not compute what the adapter model computes."""
-
-
-MERGE_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     expected = _logits(load_trained(adapted, trained), probe)
     ctx.progress(2, 4, "merging")
     model: Any = merge_trained(AutoModelForImageTextToText.from_pretrained(base), trained)
-    adsc.attach(model, method)
+    adsc.attach(adsc.name_plans(model, config.plans), method)
     got = _logits(model, probe)
     scale = expected.abs().max().item()
     worst = (got - expected).abs().max().item()
@@ -79,8 +78,18 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")
     save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
+    write_named_probe(model, probe, ctx.out)
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}
+
+
+MERGE = Kind(
+    id="pipeline.stages.merge.merge",
+    referring_id="pipeline.stages.search.merge_found",
+    version=1,
+    body=merge,
+    config=MergeConfig,
+)
 
 
 def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:

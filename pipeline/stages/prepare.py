@@ -27,7 +27,7 @@ from pipeline.data.rendering import Renderer
 from pipeline.data.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
 from pipeline.data.sources import Chunk, SourceError, find_files, index_file, locate
 from pipeline.data.worker import TASK, YIELD_BYTES, Work, render_chunks
-from pipeline.stage import Input, StageContext
+from pipeline.stage import Input, Kind, StageContext
 
 STORE_BYTES = 256 << 20  # of Ray's object store beside what its cores have in hand
 Render = Callable[[list[dict[str, Any]], Work], Iterable[pa.Table]]
@@ -43,10 +43,6 @@ class TooManyBadRecords(ValueError):
 
     def __str__(self) -> str:
         return self.message
-
-
-PREPARE_VERSION = 3
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
@@ -74,6 +70,9 @@ def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
         "quarantined": quarantined,
         "splits": manifest["splits"],
     }
+
+
+PREPARE = Kind(id="pipeline.stages.prepare.prepare", version=3, body=prepare, config=PrepareConfig)
 
 
 def prepare_data(

@@ -12,18 +12,16 @@ import io
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.redact import flatten
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.stages import figures
 from pipeline.stages.results import Arm, Interval, Results, Sample
-
-if TYPE_CHECKING:
-    from pipeline.stage import Input, StageContext
 
 TEMPLATE = Path(__file__).with_name("report.html")
 ACROSS = 6
@@ -39,10 +37,6 @@ class ReportConfig(Config):
     """At most so many questions a picture."""
     thumbnail: int = Field(default=240, ge=16)
     """Longest side of a picture in pixels."""
-
-
-REPORT_VERSION = 4
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 
 
 def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
@@ -65,6 +59,9 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     ctx.track.note(sentence)
     ctx.progress(2, 2, "done")
     return {"finding": sentence, "html": "report.html", "png": "report.png"}
+
+
+REPORT = Kind(id="pipeline.stages.report.report", version=4, body=report, config=ReportConfig)
 
 
 def _across(names: list[str]) -> list[list[str]]:
@@ -177,6 +174,8 @@ def remarks(results: Results) -> list[str]:
         )
         spread = "" if apart else ", but the quartiles overlap"
         said.append(f"Measured prefill is {fast:.2f} times as fast as the control's{spread}.")
+    for name, places in results.series.items():
+        said.append(_budgets(name, [results.arms[place] for place in reversed(places)]))
     best = max(results.arms, key=lambda a: a.accuracy.mean, default=None)
     if best and best.accuracy.low <= results.majority.accuracy:
         said.append(
@@ -197,6 +196,17 @@ def remarks(results: Results) -> list[str]:
             "training runs are not in the intervals."
         )
     return said
+
+
+def _budgets(name: str, arms: list[Arm]) -> str:
+    """What one checkpoint does at each of its budgets, the dearest first."""
+    each = [
+        f"{arm.budget or arm.label} ({arm.average_vision_tokens:.1f} vision tokens) answers "
+        f"{percent(arm.accuracy.mean)}"
+        + ("" if arm.retention is None else f", {percent(arm.retention)} of the control's")
+        for arm in arms
+    ]
+    return f"One checkpoint, {len(arms)} budgets ({name}): {'; '.join(each)}."
 
 
 def _verdict(arm: Arm, control: Arm, questions: int) -> str:

@@ -70,6 +70,10 @@ class Arm(_Part):
     """The plan, or the peer with its budget; empty is dense."""
     peer: bool = False
     trained: bool
+    budget: str = ""
+    """Name of the plan, of a checkpoint with several; `dense` for none of them."""
+    curve: str = ""
+    """What the arm is one budget of; empty for an arm by itself."""
     accuracy: Interval
     by_kind: dict[str, Interval]
     by_split: dict[str, Task] = {}
@@ -164,6 +168,19 @@ class Results(_Part):
         trained = [arm for arm in dropping if arm.trained]
         plans = [arm for arm in trained if not arm.peer]
         return max(plans or trained or dropping, key=lambda arm: arm.reduction, default=None)
+
+    @property
+    def series(self) -> dict[str, list[int]]:
+        """Places of the arms of each curve, the cheapest first; a curve has two arms or more."""
+        found: dict[str, list[int]] = {}
+        for place, arm in enumerate(self.arms):
+            if arm.curve:
+                found.setdefault(arm.curve, []).append(place)
+        return {
+            name: sorted(places, key=lambda place: self.arms[place].average_vision_tokens)
+            for name, places in found.items()
+            if len(places) > 1
+        }
 
     @property
     def control(self) -> Arm | None:

@@ -1,9 +1,9 @@
-"""Stages `search-data` and `search`: conversations for trials, and the plan that is found on them;
-and the bodies of stages whose plan is the found one.
+"""Stages `search-data` and `search`: conversations for trials, and the plan that is found on them.
 
 What a trial ended with is kept at once, so a search that was killed repeats no finished trial. The
-plan goes to later stages by reference: their configs say `search` (`search^1.5` for a curriculum's
-stage of that pressure), their needs name the search, and so their fingerprints hold its.
+plan goes to later stages by reference (pipeline.evaluation.methods.FoundPlan): their configs say
+`search` (`search^1.5` for a curriculum's stage of that pressure), their needs name the search, and
+so their fingerprints hold its.
 """
 
 import hashlib
@@ -17,25 +17,20 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from transformers import AutoConfig
 
-from adsc.curriculum import scale_plan
 from adsc.plan import PruningPlan
 from pipeline.config import Config
 from pipeline.data.prepared import PreparedData
 from pipeline.data.shards import ShardWriter
-from pipeline.search.config import FOUND, UNITS, SearchConfig
+from pipeline.search.config import UNITS, SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Study, Trial
-from pipeline.stage import Inputs, StageContext
-from pipeline.stages.evaluate import EvaluateConfig, evaluate, workers_that_fit
-from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stage import Kind, StageContext
+from pipeline.stages.evaluate import workers_that_fit
 from pipeline.stages.train import train_stage
 from pipeline.store import Store, open_store
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
 
-SEARCH_DATA_VERSION = 1
-SEARCH_VERSION = 1
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
 PREFILL = "prefill.json"
 """Measured times in the search's folder, which a resumed search goes on with."""
 
@@ -121,6 +116,11 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
     }
 
 
+SEARCH_DATA = Kind(
+    id="pipeline.stages.search.search_data", version=1, body=search_data, config=SearchDataConfig
+)
+
+
 def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     """Stage body; inputs `base` and `data` (of `search_data`).
 
@@ -141,6 +141,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
         inputs={key: ctx.inputs[key] for key in ("base", "data")},
         storage=store.root,
         run=ctx.run,
+        train_stage=train_stage,
     )
     model = AutoConfig.from_pretrained(ctx.inputs["base"].folder)
     times = _prefill(job, store) if config.search.budget[0] == "prefill_ms" else None
@@ -183,45 +184,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     return {key: results[key] for key in told_on}
 
 
-def found_plan(text: str, found: str) -> str:
-    """What a reference stands for: `search` is the found plan, `search^1.5` the one of that
-    pressure (adsc.curriculum); anything else is itself.
-
-    >>> found_plan("search^2", "2:1/4")
-    '2:1/16'
-    """
-    if text != FOUND and not text.startswith(f"{FOUND}^"):
-        return text
-    plan = PruningPlan.parse(found)
-    return str(scale_plan(plan, float(text.partition("^")[2] or 1)) if "^" in text else plan)
-
-
-def train_found(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
-    """`train_stage` with the plan that the input `search` found."""
-    return train_stage(ctx, config.model_copy(update={"plan": _of(ctx, config.plan)}))
-
-
-def merge_found(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
-    """`merge` likewise."""
-    return merge(ctx, config.model_copy(update={"plan": _of(ctx, config.plan)}))
-
-
-def evaluate_found(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
-    """`evaluate` likewise."""
-    arms = tuple(
-        arm.model_copy(update={"plan": _of(ctx, arm.plan)}) if arm.plan else arm
-        for arm in config.arms
-    )
-    own = {name: made for name, made in ctx.inputs.items() if name != FOUND}
-    ctx.inputs, searched = Inputs(own), ctx.inputs
-    try:
-        return evaluate(ctx, config.model_copy(update={"arms": arms}))
-    finally:
-        ctx.inputs = searched
-
-
-def _of(ctx: StageContext, text: str) -> str:
-    return found_plan(text, ctx.inputs[FOUND].outputs["plan"])
+SEARCH = Kind(id="pipeline.stages.search.search", version=1, body=search, config=SearchStageConfig)
 
 
 def _prefill(job: Any, store: Store) -> dict[int, float]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.progress import ProgressHandle
-from pipeline.stage import Input, StageContext
+from pipeline.stage import Input, Kind, StageContext
 from pipeline.tracking import gauges
-from pipeline.tracking.tracker import RunHandle
+from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.config import MOMENTS, TrainConfig
 from pipeline.training.feed import from_ray_data, from_thread
 
@@ -75,7 +75,7 @@ class RayContext:
         self.world_size: int = context.get_world_size()
         self._progress = progress
         self._inputs, self._data_workers = inputs, data_workers
-        self._tracker = run.tracker()
+        self._tracker = Tracker(run)
         self._one_write = threading.Semaphore()
         self._ask_at = time.monotonic()
         self._answered: set[str] = set()
@@ -214,10 +214,6 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     return None
 
 
-TRAIN_VERSION = 2
-"""To be raised whenever the stage computes something else; see `Stage.version`."""
-
-
 def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     """Stage body; inputs `base`, `data` and, from the second stage on, `start`.
 
@@ -280,3 +276,12 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             shutil.copyfile(Path(folder) / MOMENTS, ctx.out / MOMENTS)
     metrics = result.metrics
     return {"plan": config.runs_with, "steps": metrics["step"], "loss": metrics["loss"]}
+
+
+TRAIN = Kind(
+    id="pipeline.stages.train.train_stage",
+    referring_id="pipeline.stages.search.train_found",
+    version=2,
+    body=train_stage,
+    config=TrainConfig,
+)

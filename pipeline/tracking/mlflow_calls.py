@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.redact import redact
+from pipeline.tracking.handle import RunHandle
 from pipeline.tracking.spool import Away, Item
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-    from pipeline.tracking.tracker import RunHandle
 
 TOKEN = "token:"
 """Begins a parent's id that is not known yet: the parent's token follows."""

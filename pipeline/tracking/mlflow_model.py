@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from typing import Any
 
 import pandas as pd
@@ -19,11 +20,17 @@ from PIL import Image, ImageOps
 
 
 def signature() -> ModelSignature:
-    """One row a question: `image` is a base64 PNG or JPEG, `question` is text."""
+    """One row a question: `image` is a base64 PNG or JPEG, `question` is text. The parameter `plan`
+    names one of the checkpoint's plans, or is `dense`; empty is its default."""
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.string, "image"), ColSpec(DataType.string, "question")]),
         outputs=Schema([ColSpec(DataType.string, "answer")]),
-        params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, 64)]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_new_tokens", DataType.long, 64),
+                ParamSpec("plan", DataType.string, ""),
+            ]
+        ),
     )
 
 
@@ -36,7 +43,7 @@ def example() -> pd.DataFrame:
 
 
 class VisionLanguageModel(PythonModel):
-    """Answers greedily, one row at a time, with the pruning plan that the checkpoint carries."""
+    """Answers greedily, one row at a time, with a pruning plan that the checkpoint carries."""
 
     def load_context(self, context: PythonModelContext) -> None:
         import torch
@@ -48,6 +55,8 @@ class VisionLanguageModel(PythonModel):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = adsc.from_pretrained(folder).eval().to(self.device)
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        self.default = adsc.plan_of(self.model)
+        self.turn = threading.Lock()  # calls may come with different plans
 
     def predict(
         self,
@@ -58,11 +67,16 @@ class VisionLanguageModel(PythonModel):
         """Answers of a data frame with the columns `image` and `question`.
 
         Raises:
-            ValueError: an image that isn't a base64 picture.
+            ValueError: an image that isn't a base64 picture; a plan of a name that is unknown.
         """
-        longest = (params or {}).get("max_new_tokens", 64)
+        import adsc
+
+        params = params or {}
+        longest = params.get("max_new_tokens", 64)
         rows = zip(model_input["image"], model_input["question"], strict=True)
-        return [{"answer": self._answer(*row, longest)} for row in rows]
+        with self.turn:
+            adsc.attach(self.model, params.get("plan") or self.default or ())
+            return [{"answer": self._answer(*row, longest)} for row in rows]
 
     def _answer(self, image: str, question: str, max_new_tokens: int) -> str:
         import torch

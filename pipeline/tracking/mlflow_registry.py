@@ -178,10 +178,34 @@ def _described(tags: Mapping[str, str], experiment: str) -> str:
             "of its FLOPs.**"
         )
     return (
-        f"{measured} Plan `{tags.get('adsc.plan', 'none')}`. Files: "
+        f"{measured} {_budgets(tags)}Plan `{tags.get('adsc.plan', 'none')}`. Files: "
         f"{tags.get('adsc.address', 'in the store of the run')}; manifest "
         f"`{tags.get(MANIFEST_TAG, 'unknown')[:12]}`. Made by the runs {runs or 'unknown'}."
     )
+
+
+def _budgets(tags: Mapping[str, str]) -> str:
+    """A table of the named plans that were scored, each a budget of this one checkpoint."""
+    prefix = "adsc.plan."
+    names = [key.removeprefix(prefix) for key in tags if key.startswith(prefix)]
+    if not names:
+        return ""
+    lines = [
+        "| budget | plan | vision tokens | accuracy | of the control's | FLOPs of the control's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+
+        def shown(key: str, scale: float = 1, name: str = name, unit: str = "") -> str:
+            value = tags.get(f"adsc.{key}.{name}")
+            return "-" if value is None else f"{scale * float(value):.1f}{unit}"
+
+        cells = [name, f"`{tags[prefix + name]}`", shown("average_vision_tokens")]
+        cells += [
+            shown(key, 100, unit=" %") for key in ("accuracy", "retention", "flops_of_control")
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "One checkpoint for several budgets:\n\n" + "\n".join(lines) + "\n\n"
 
 
 def log_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:

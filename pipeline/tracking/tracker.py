@@ -22,12 +22,13 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.redact import HIDDEN, flatten, leaves, redact
+from pipeline.tracking.handle import RunHandle
 from pipeline.tracking.mlflow_calls import (
     TOKEN,
     NoAnswer,
@@ -121,28 +122,6 @@ def child_run(parent: Tracker, name: str, tags: Mapping[str, str]) -> Tracker:
         return Tracker(RunHandle("", None))
     tags = {"mlflow.parentRunId": parent.id_for_children, **tags}
     return _open_run(handle.tracking_uri, handle.experiment, name, tags, handle.spool or None)
-
-
-@dataclass(frozen=True)
-class RunHandle:
-    """Where a run is: all that another process needs to write into it. Picklable; without `run_id`
-    and `token` it writes nowhere."""
-
-    tracking_uri: str
-    run_id: str | None
-    experiment: str = ""
-    token: str = ""
-    """A tag of the run, by which it is found where MLflow could not be asked for its id."""
-    spool: str = ""
-    """Folder of the journals; a folder for temporary files if it is empty."""
-
-    @property
-    def nowhere(self) -> bool:
-        """Whether what is tracked goes nowhere."""
-        return self.run_id is None and not self.token
-
-    def tracker(self) -> Tracker:
-        return Tracker(self)
 
 
 class Tracker:

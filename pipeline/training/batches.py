@@ -35,6 +35,8 @@ class RowShape(NamedTuple):
     text_tokens: int
     vision_tokens: int
     pictures: int
+    supervised: int | None = None
+    """Tokens with a label, of which alone logits are made; None: as many as are left at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,11 @@ class StepLoader:
         """Optimizer steps of the whole training."""
         return self.config.steps_for(len(self._prepared))
 
+    @property
+    def supervised(self) -> int:
+        """Supervised tokens of the whole split."""
+        return int(self._prepared.supervised.sum())
+
     def __call__(self, step: int) -> StepBatch:
         data, config = self._prepared, self.config
         rows = self._batches.rows(step)
@@ -118,7 +125,8 @@ class StepLoader:
                 ids.append(row["id"])
                 vision = int(data.vision_tokens[number])
                 text = int(data.length[number]) - vision
-                shapes.append(RowShape(text, vision, len(row["pictures"])))
+                supervised = int(data.supervised[number])
+                shapes.append(RowShape(text, vision, len(row["pictures"]), supervised))
             for row in found[len(plan.rows) :]:
                 row["labels"] = [IGNORED] * len(row["labels"])
             batch = put(found, self._processor)

@@ -5,19 +5,51 @@ Fields marked OPERATIONAL decide how a stage is computed and not what: they are 
 """
 
 import math
-from typing import Any, Literal, Self
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from adsc.plan import PruningPlan
 from pipeline.config import ADDED, OPERATIONAL, Config
-from pipeline.evaluation.methods import MethodConfig, PeerConfig
+from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan
 
 DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 )
 PROJECTOR = r".*multi_modal_projector\..*"
+DENSE = "dense"
+"""The name of no plan: as a teacher, and among a training's plans."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""What can name a plan."""
+PlanName = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
+"""A plan's name; YAML reads 64 as a number."""
 MOMENTS = "moments.safetensors"
 """AdamW's state in a checkpoint, and in a stage's result where `carry_optimizer` is set."""
+
+
+def check_plans(plans: Mapping[str, str], weights: Mapping[str, float]) -> None:
+    """Raise ValueError for plans or weights by name that can't be drawn from."""
+    for name, plan in plans.items():
+        if not NAME.fullmatch(name) or name == DENSE:
+            raise ValueError(
+                f"{name!r} can't name a plan: use letters, digits, `_`, `.` and `-`, such as 192; "
+                f"{DENSE} is the name of no plan, and only has a weight"
+            )
+        if not PruningPlan.parse(plan).stages:
+            raise ValueError(f"the plan {name!r} drops nothing: give {DENSE} a weight instead")
+    if odd := sorted(weights.keys() - plans.keys() - {DENSE}):
+        raise ValueError(
+            f"weights for {', '.join(odd)}, which no plan is named; there are "
+            f"{', '.join([*plans, DENSE])}"
+        )
+    if bad := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
+        raise ValueError(f"weights of {', '.join(bad)} are no numbers from 0")
+    if plans and not any(weights.get(name, 1.0) for name in plans):
+        raise ValueError("all plans have weight 0, so none would ever be trained; raise one")
+    if weights and not plans:
+        raise ValueError(f"weights {dict(weights)} without plans: name the plans too")
 
 
 class LoraSettings(Config):
@@ -42,13 +74,57 @@ class OffloadSettings(Config):
     """`cpu` or a folder for the parameters (zero3 only); null: on the device."""
 
 
+class DistillSettings(Config):
+    """Self-distillation: the model learns from its own answers under less compression."""
+
+    weight: float = Field(1.0, gt=0)
+    """Weight w of the divergence: loss = cross entropy + w * T^2 * KL(teacher || student), all
+    means over supervised tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """T, by which the logits of both are divided before the divergence."""
+    teacher: str = "dense"
+    """`dense`: the base itself, adapter disabled and no plan. Or a milder plan than the student's,
+    such as `2:1/2`: the same weights with the adapter, under that plan."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _is_dense_or_a_plan(cls, teacher: str) -> str:
+        if teacher != DENSE and not PruningPlan.parse(teacher).stages:
+            raise ValueError("a teacher without a plan is written dense")
+        return teacher
+
+
+def teacher_plan(distill: DistillSettings) -> PruningPlan:
+    """The plan that a teacher runs with; empty where it is dense."""
+    return PruningPlan() if distill.teacher == DENSE else PruningPlan.parse(distill.teacher)
+
+
+class GrowSettings(Config):
+    """Compression that grows from step to step, towards the plan (adsc.curriculum.grown_plan)."""
+
+    extreme: float = Field(1.5, gt=1)
+    """The first step's keep ratios are the plan's to the power 1 / extreme."""
+    settle: float = Field(0.25, ge=0, lt=1)
+    """Share of the steps, the last ones, that train with the plan itself."""
+
+
 class TrainConfig(MethodConfig):
     """One training stage."""
 
-    plan: str = ""
+    plan: Plan = ""
     """Pruning plan while training, such as `2:1/4,5:1/4`; empty trains without any drop."""
     method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
     """A peer while training, instead of a plan."""
+    plans: dict[PlanName, str] = Field({}, json_schema_extra=ADDED)
+    """Plans by name, one of which each step draws; `plan` is one of them. Empty: each step trains
+    with `plan`."""
+    weights: dict[PlanName, float] = Field({}, json_schema_extra=ADDED)
+    """How often each of `plans` is drawn, in proportion; 1 where a name is left out. `dense` stands
+    for steps without a plan, of which there are none unless it is named."""
+    grow: GrowSettings | None = Field(None, json_schema_extra=ADDED)
+    """Compression that grows from step to step towards `plan`; null trains with it throughout."""
+    distill: DistillSettings | None = Field(None, json_schema_extra=ADDED)
+    """Self-distillation under the plan or peer; null trains on the data's answers alone."""
     steps: int | None = Field(100, gt=0)
     """Optimizer steps; null where `epochs` is set."""
     epochs: float | None = Field(None, gt=0)
@@ -121,6 +197,12 @@ class TrainConfig(MethodConfig):
             raise ValueError(
                 f"steps = {self.steps} and epochs = {self.epochs}: set one and the other to null"
             )
+        if self.plans and (self.grow or self.method):
+            other = "grow" if self.grow else "method"
+            raise ValueError(f"plans and {other}: steps either draw plans or they don't; set one")
+        if self.grow and self.method:
+            raise ValueError("grow and method: a peer's choice does not grow; set plan, or no grow")
+        check_plans(self.plans, self.weights)
         if self.strategy == "ddp" and (self.offload.optimizer or self.offload.parameters):
             raise ValueError("offload needs a ZeRO strategy: set strategy to zero2 or zero3")
         if self.strategy != "zero3" and self.offload.parameters:

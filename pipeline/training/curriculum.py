@@ -3,26 +3,42 @@
 The arithmetic of plans is adsc.curriculum's. A recipe makes stages of it, a search trials.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from adsc.curriculum import curriculum
 from adsc.plan import PlanError, PruningPlan
-from pipeline.config import Config, ConfigError, edit
-from pipeline.training.config import TrainConfig
+from pipeline.config import ADDED, Config, ConfigError, edit
+from pipeline.evaluation.methods import FoundPlan
+from pipeline.training.config import GrowSettings, PlanName, TrainConfig, check_plans
+
+WITHIN_ONE = ("elastic", "grow")
+"""Orders with one training stage, in which plans change from step to step."""
 
 
 class CurriculumConfig(Config):
     """The way to the target plan; see adsc.curriculum."""
 
-    order: Literal["reverse", "forward", "fixed", "explicit"] = "reverse"
+    order: Literal["reverse", "forward", "fixed", "explicit", "elastic", "grow"] = "reverse"
     """reverse: heaviest compression first. forward: mild first. fixed: the target throughout.
-    explicit: the plans in `plans`."""
+    explicit: the plans in `plans`. elastic: each step draws one of the plans in `elastic`, for one
+    checkpoint that serves them all. grow: from mild to the target step by step, in one stage."""
     stages: int = Field(3, ge=1)
-    """Training stages, each one Ray Train run; `explicit` has one for each of its plans."""
+    """Training stages, each one Ray Train run; `explicit` has one for each of its plans, `elastic`
+    and `grow` have one."""
     extreme: float = Field(1.5, gt=1)
-    """The first stage's keep ratios are the target's to this power (or its inverse)."""
+    """The first stage's (for `grow` the first step's) keep ratios are the target's to this power
+    (or its inverse)."""
+    settle: float = Field(0.25, ge=0, lt=1, json_schema_extra=ADDED)
+    """For `grow`: share of the steps, the last ones, that train with the target itself."""
+    elastic: dict[PlanName, str] = Field({}, json_schema_extra=ADDED)
+    """For `elastic`: plans by name, such as `{"128": "4:1/9", "64": "2:1/9"}`; the target is one of
+    them. The checkpoint carries them all."""
+    weights: dict[PlanName, float] = Field({}, json_schema_extra=ADDED)
+    """For `elastic`: how often each plan is drawn, in proportion, 1 where a name is left out;
+    `dense` stands for steps without a plan."""
     plans: tuple[str, ...] = ()
     """For `explicit`: the plan of each training stage; the last is the target."""
     training: tuple[dict[str, Any], ...] = ()
@@ -36,6 +52,12 @@ class CurriculumConfig(Config):
                 f"curriculum.order = {self.order} with {len(self.plans)} plans: list the plans of "
                 "`explicit`, and of no other order, in curriculum.plans"
             )
+        if bool(self.elastic) != (self.order == "elastic"):
+            raise ValueError(
+                f"curriculum.order = {self.order} with {len(self.elastic)} named plans: name the "
+                "plans of `elastic`, and of no other order, in curriculum.elastic"
+            )
+        check_plans(self.elastic, self.weights)
         return self
 
 
@@ -43,9 +65,18 @@ def plans_of(way: CurriculumConfig, target: str) -> list[str]:
     """The plan of each training stage.
 
     Raises:
-        PlanError: a malformed plan, or an explicit list that does not end with the target.
+        PlanError: a malformed plan, an explicit list that does not end with the target, elastic
+            plans without it.
     """
     plan = PruningPlan.parse(target)
+    if way.order == "elastic" and plan not in map(PruningPlan.parse, way.elastic.values()):
+        named = ", ".join(f"{name}: {one}" for name, one in way.elastic.items())
+        raise PlanError(
+            f"the target {target!r} is none of curriculum.elastic ({named}): name it there, or set "
+            "plan to the one that the checkpoint is to run with by default"
+        )
+    if way.order in WITHIN_ONE:
+        return [str(plan)]
     if way.order != "explicit":
         return [str(one) for one in curriculum(plan, way.order, way.stages, way.extreme)]
     plans = [PruningPlan.parse(one) for one in way.plans]
@@ -57,8 +88,12 @@ def plans_of(way: CurriculumConfig, target: str) -> list[str]:
     return [str(one) for one in plans]
 
 
-def configs_of(way: CurriculumConfig, train: TrainConfig, plans: list[str]) -> list[TrainConfig]:
+def configs_of(
+    way: CurriculumConfig, train: TrainConfig, plans: Sequence[str | FoundPlan]
+) -> list[TrainConfig]:
     """The config of each training stage: `train`, changed as the curriculum says.
+
+    Stages without a plan, a dense control's, have no teacher and no other plans either.
 
     Raises:
         ConfigError: changes for another number of stages, or keys that `train` lacks.
@@ -69,11 +104,21 @@ def configs_of(way: CurriculumConfig, train: TrainConfig, plans: list[str]) -> l
             f"curriculum.training has {len(changes)} entries for {len(plans)} training stages; "
             "write one for each, {} where nothing changes"
         )
-    filled = sorted({"plan", "seed"} & {key for change in changes for key in change})
+    filled = sorted(
+        {"plan", "seed", "plans", "weights", "grow"} & {key for change in changes for key in change}
+    )
     if filled:
         raise ConfigError(f"curriculum.training may not set {', '.join(filled)}")
+    pruned: dict[str, Any] = {}
+    if way.order == "elastic":
+        pruned = {"plans": dict(way.elastic), "weights": dict(way.weights)}
+    elif way.order == "grow":
+        pruned = {"grow": GrowSettings(extreme=way.extreme, settle=way.settle)}
     return [
-        # Each stage draws its own batches.
-        edit(train, change).model_copy(update={"plan": plan, "seed": 1000 * train.seed + number})
+        edit(train, change).model_copy(
+            # Each stage draws its own batches.
+            update={"plan": plan, "seed": 1000 * train.seed + number}
+            | (pruned if plan else {"distill": None})
+        )
         for number, (plan, change) in enumerate(zip(plans, changes, strict=True), 1)
     ]

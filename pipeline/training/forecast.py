@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -21,11 +22,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import adsc
 from adsc.decoder_cost import Decoder
 from adsc.geometries import HUB_IDS, geometry
-from pipeline.evaluation.methods import build_method
-from pipeline.stages.base import resolve
+from adsc.method import Method
+from adsc.plan import PruningPlan
+from pipeline.packaged import resolve
 from pipeline.training.adapters import prepare_trainable
 from pipeline.training.batches import RowShape
 from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.objective import CHUNK
+from pipeline.training.plans import StepPlans
 from pipeline.training.throughput import PEAKS, TrainingCost
 
 USABLE = 0.92
@@ -81,7 +85,10 @@ class StageForecast(NamedTuple):
     plan: str
     steps: int
     average_vision_tokens: float
+    """Over the decoder's layers, and over steps where these have different plans."""
     flops: float
+    teacher_share: float
+    """Of the FLOPs that the GPU computes, what a teacher takes."""
     gpu_hours: float
     memory_gib: float
     """Of each GPU, with a micro-batch of conversations of average length."""
@@ -127,31 +134,53 @@ def forecast(
                 f"{name} counts epochs of a set whose size is not known before it is prepared; "
                 "set train.steps for a forecast"
             )
-        plan, steps = build_method(config, prepared), config.steps_for(records or 0)
+        steps = config.steps_for(records or 0)
+        plans = StepPlans(config, prepared, steps)
         checkpointing = config.activation_checkpointing
-        cost = TrainingCost(prepared, model, plan, checkpointing=checkpointing)
-        dense = adsc.estimate_cost(model, "", assumed.text_tokens).per_layer[0].vision_tokens
-        sample = cost.step([RowShape(assumed.text_tokens, dense, 1)])
-        flops = float(sample.model) * config.batch_size * steps
-        seconds = (
-            float(sample.hardware) * config.batch_size * steps / (hardware.peak_flops * assumed.hfu)
+        cost = TrainingCost(
+            prepared, model, plans.target, checkpointing=checkpointing, distill=config.distill
         )
+        dense = adsc.estimate_cost(model, "", assumed.text_tokens).per_layer[0].vision_tokens
+        row = [RowShape(assumed.text_tokens, dense, 1)]
+        # Of a conversation in the mean over steps: FLOPs of training, of the GPU, of the teacher.
+        each = [(np.array(cost.under(plan).step(row)), share) for plan, share in plans.shares()]
+        needed, computed, taught = sum(flops * share for flops, share in each)
+        conversations = config.batch_size * steps
+        seconds = computed * conversations / (hardware.peak_flops * assumed.hfu)
         rows.append(
             StageForecast(
                 name=name,
-                plan=config.runs_with,
+                plan=_written(config),
                 steps=steps,
-                average_vision_tokens=plan.average_tokens(dense, cost.num_layers),
-                flops=flops,
-                gpu_hours=seconds / 3600,
-                memory_gib=sum(memory_bytes(prepared, model, config, assumed).values()) / 2**30,
+                average_vision_tokens=sum(
+                    share * plan.average_tokens(dense, cost.num_layers)
+                    for plan, share in plans.shares()
+                ),
+                flops=float(needed * conversations),
+                teacher_share=float(taught / computed),
+                gpu_hours=float(seconds / 3600),
+                memory_gib=max(
+                    sum(memory_bytes(prepared, model, config, plan, assumed).values())
+                    for plan, _ in plans.shares()
+                )
+                / 2**30,
             )
         )
     return rows
 
 
+def _written(config: TrainConfig) -> str:
+    if config.plans:
+        return f"one of {', '.join(config.plans)} a step"
+    return f"up to {config.plan}" if config.grow else config.runs_with
+
+
 def memory_bytes(
-    trainable: nn.Module, model: Any, config: TrainConfig, assumed: Assumptions
+    trainable: nn.Module,
+    model: Any,
+    config: TrainConfig,
+    plan: PruningPlan | Method,
+    assumed: Assumptions,
 ) -> dict[str, float]:
     """What lies in each GPU's memory at the end of a forward pass, by kind, in bytes.
 
@@ -159,6 +188,7 @@ def memory_bytes(
         trainable: the base with its adapter, on the meta device.
         model: the base's transformers config.
         config: the training stage.
+        plan: of a step.
     """
 
     def share(least: int) -> int:
@@ -180,7 +210,6 @@ def memory_bytes(
     if config.offload.parameters:
         found["base"] = found["trained"] = 0.0
     decoder = Decoder.from_config(model.get_text_config())
-    plan = build_method(config, trainable)
     cost = adsc.estimate_cost(model, plan, assumed.text_tokens)
     rows = math.ceil(config.batch_size / assumed.workers / config.accumulate)
     if config.micro_tokens is not None:
@@ -193,8 +222,12 @@ def memory_bytes(
         found["activations"] = width * decoder.hidden * sum(tokens) + each * max(tokens)
     else:
         found["activations"] = each * sum(tokens)
-    # Logits in the model's type, in fp32 for the loss, and their gradient.
-    found["logits"] = (width + 8) * decoder.vocabulary * tokens[-1]
+    # Logits in the model's type, in fp32 for the loss, and their gradient; a teacher's in fp32.
+    logits = min(decoder.vocabulary * tokens[-1], CHUNK)
+    found["logits"] = (width + 8) * logits
+    if config.distill is not None and plan.stages:
+        found["logits"] += 8 * logits
+        found["teacher"] = width * decoder.hidden * rows * assumed.text_tokens
     return found
 
 

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 import adsc
-from pipeline.evaluation.methods import build_method
 from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
 from pipeline.training.batches import StepBatch, StepLoader, check_packing
 from pipeline.training.checkpoints import Snapshot, read_moments, read_state
 from pipeline.training.config import MOMENTS, TrainConfig
 from pipeline.training.movement import check_moved, checksums
+from pipeline.training.objective import Losses, Objective
+from pipeline.training.plans import StepPlans
 from pipeline.training.schedule import rate_factor
 from pipeline.training.strategy import Strategy, strategy_for
 from pipeline.training.throughput import Throughput, cost_of
@@ -107,7 +108,6 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     strategy = strategy_for(config, device)
-    _prepare(config, sources, strategy, device)
     load = StepLoader(
         data=sources.data,
         processor=sources.base,
@@ -118,9 +118,24 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
         and (bool(config.tune) or config.strategy == "zero3"),
     )
     steps = config.steps or load.steps
+    if load.supervised == 0:
+        raise ValueError(
+            f"{sources.data} has no supervised token, so there is nothing to train or to distil "
+            "on: prepare conversations with answers"
+        )
+    objective, plans = _prepare(config, sources, strategy, device, steps)
+    try:
+        run = _Run(config, steps, context, strategy, load, objective, plans)
+        return _train(run, sources)
+    finally:
+        objective.remove()  # the model may be somebody's
+
+
+def _train(run: "_Run", sources: Sources) -> bool:
+    config, context, strategy = run.config, run.context, run.strategy
     if sources.start is not None:
         _start_from(sources.start, config, strategy)
-    run = _Run(config, steps, context, strategy, load, device, checksums(strategy.parts()))
+    run.before = checksums(strategy.parts())
     with context.latest() as folder:
         first = run.restore(folder) if folder is not None else 0
     _agree(first, context.world_size)
@@ -129,9 +144,15 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
 
 
 def _prepare(
-    config: TrainConfig, sources: Sources, strategy: Strategy, device: torch.device
-) -> None:
-    """Load the base, attach the plan, add the adapter, and hand all of it to the strategy."""
+    config: TrainConfig, sources: Sources, strategy: Strategy, device: torch.device, steps: int
+) -> tuple[Objective, StepPlans]:
+    """Load the base, attach the plan, add the adapter, put the objective in the place of its
+    forward, and hand all of it to the strategy."""
+    if config.distill is not None and not config.runs_with:
+        raise ValueError(
+            "train.distill without a plan or a peer: there is no compressed model to teach; set "
+            "train.plan, or leave train.distill out"
+        )
     model = sources.model
     with strategy.loading():
         model = model or AutoModelForImageTextToText.from_pretrained(
@@ -141,7 +162,8 @@ def _prepare(
         )
     if config.packing:
         check_packing(model.config.model_type, config.attention)
-    adsc.attach(model, build_method(config, model))
+    plans = StepPlans(config, model, steps)
+    adsc.attach(model, plans.target)
     if config.activation_checkpointing:
         # transformers before 5.23 knows the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -150,14 +172,15 @@ def _prepare(
     # Here, so that the adapter's initial values don't depend on how the base was loaded.
     torch.manual_seed(config.seed)
     trainable: Any = prepare_trainable(model, config.lora, config.tune)
-    if config.precision == "bf16":
-        # Inside the module, where DeepSpeed leaves it alone.
-        trainable.forward = torch.autocast(device.type, dtype=torch.bfloat16)(trainable.forward)
+    in_step = config.strategy == "zero3"
+    objective = Objective(trainable, config.distill, device, in_step)
+    objective.install(half=config.precision == "bf16")
     groups = [
         [p for n, p in trainable.named_parameters() if p.requires_grad and (".lora_" in n) is lora]
         for lora in (True, False)
     ]
     strategy.prepare(trainable, [{"params": group} for group in groups if group])
+    return objective, plans
 
 
 def _agree(first: int, world_size: int) -> None:
@@ -193,8 +216,9 @@ class _Run:
     context: TrainContext
     strategy: Strategy
     load: StepLoader
-    device: torch.device
-    before: dict[str, tuple[bool, float]]
+    objective: Objective
+    plans: StepPlans
+    before: dict[str, tuple[bool, float]] = field(default_factory=dict)
     """Checksums of all parameters before the stage's first step."""
     history: list[list[float]] = field(default_factory=list)
     """[step, loss] as logged so far; it travels in the checkpoints."""
@@ -215,27 +239,31 @@ class _Run:
     def steps_from(self, first: int) -> bool:
         config, context = self.config, self.context
         started = time.monotonic()
-        losses: list[float] = []
+        losses: list[np.ndarray] = []
         model, checkpointing = self.strategy.model, config.activation_checkpointing
-        cost = cost_of(model, build_method(config, model), checkpointing=checkpointing)
-        throughput = Throughput(cost, self.device, context.world_size)
+        cost = cost_of(model, config.distill, checkpointing=checkpointing)
+        teaching = self.objective.teaching
+        throughput = Throughput(
+            cost, teaching.device, context.world_size, teaching if config.distill else None
+        )
         batches = context.stream(self.load, range(first, self.steps))
         for step in range(first, self.steps):
             asked = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - asked
-            loss, norm, due = self.take_step(step, batch)
-            losses.append(loss)
+            parts, norm, due = self.take_step(step, batch)
+            losses.append(parts)
             if context.rank == 0:
-                throughput.update(batch, waited)
+                throughput.update(batch, self.plans(step), waited)
             done = step + 1
             if context.rank == 0 and (done % config.log_every == 0 or done == self.steps):
-                self.history.append([done, float(np.mean(losses))])
+                mean = dict(zip(Losses._fields, np.mean(losses, axis=0).tolist(), strict=True))
+                self.history.append([done, mean["loss"]])
                 context.log(
                     done,
                     self.steps,
                     {
-                        "loss": float(np.mean(losses)),
+                        **(mean if config.distill is not None else {"loss": mean["loss"]}),
                         "gradient_norm": norm,
                         **self.rates(step),
                         **throughput.metrics(),
@@ -243,41 +271,49 @@ class _Run:
                 )
                 losses = []
             verdict = context.leaving() if due else "stay"
-            metrics = {"loss": loss, "seconds": time.monotonic() - started}
+            metrics = {"loss": float(parts[0]), "seconds": time.monotonic() - started}
             if verdict != "stay" or done % config.checkpoint_every == 0 or done == self.steps:
                 self.checkpoint(done, metrics, wait=verdict != "stay")
             if verdict == "leave" and done < self.steps:
                 return False
         return True
 
-    def take_step(self, step: int, batch: StepBatch) -> tuple[float, float, bool]:
-        """Loss, gradient norm, and whether it is due to ask about leaving."""
+    def take_step(self, step: int, batch: StepBatch) -> tuple[np.ndarray, float, bool]:
+        """Losses (as `Losses` has them), gradient norm, and whether it is due to ask about
+        leaving."""
         config, context, strategy = self.config, self.context, self.strategy
         # Dropout follows from (seed, step, rank), so that a checkpoint needs no generator's state.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + context.rank)
-        own = torch.zeros((), device=self.device)
+        if batch.supervised == 0:
+            raise ValueError(
+                f"step {step + 1}: none of its {config.batch_size} conversations has a supervised "
+                f"token, such as {batch.ids[:3]}; raise train.batch_size or leave them out"
+            )
+        device, plan = self.objective.teaching.device, self.plans(step)
+        own = torch.zeros(len(Losses._fields), device=device)
         for i, micro in enumerate(batch.micro):
-            inputs = {name: tensor.to(self.device) for name, tensor in micro.items()}
+            inputs = {name: tensor.to(device) for name, tensor in micro.items()}
             with strategy.micro_batch(last=i == len(batch.micro) - 1):
-                loss = strategy.model(
-                    **inputs, num_items_in_batch=batch.supervised, use_cache=False
-                ).loss
-                strategy.backward(loss)
-            own += loss.detach()
-        both = torch.stack([own, torch.tensor(float(context.due()), device=self.device)])
+                # The objective makes calls of its own, each under its plan.
+                with adsc.suspended(strategy.model):
+                    made = strategy.model(**inputs, plan=plan, supervised=batch.supervised)
+                strategy.backward(made["loss"])
+            own += torch.stack([made[name].detach() for name in Losses._fields])
+        both = torch.cat([own, torch.tensor([float(context.due())], device=device)])
         if context.world_size > 1:
             dist.all_reduce(both)
-        total, due = both.tolist()
+        *losses, due = both.tolist()
+        total = losses[0]
         norm = strategy.step(list(self.rates(step).values()))
         usual = statistics.median(self.norms) if len(self.norms) >= FEW else float("inf")
         if not (np.isfinite(total) and np.isfinite(norm)) or norm > config.diverged_norm * usual:
-            ids = _blamed(own.item(), batch.ids, context.world_size)
+            ids = _blamed(own[0].item(), batch.ids, context.world_size)
             raise Diverged(
                 f"step {step + 1}: loss {total}, gradient norm {norm:g} (usually {usual:g}); lower "
                 f"train.learning_rate ({config.learning_rate:g}) or look at these records: {ids}"
             )
         self.norms.append(norm)
-        return total, norm, due > 0
+        return np.array(losses), norm, due > 0
 
     def checkpoint(self, step: int, metrics: dict[str, float], wait: bool) -> None:
         if step == self.steps:

@@ -3,19 +3,23 @@
 FLOPs come from adsc's cost model (2 x MACs of every matmul, attention over all pairs), for the rows
 that were trained, padding left out: padding shows as a lower rate. Of one step with a frozen base:
 
-- forward: vision tower, projector, decoder with the plan's tokens, lm_head on the kept positions;
+- forward: vision tower, projector, decoder with the plan's tokens, lm_head on the supervised
+  positions (where their number is not known, on all that are left);
 - backward: the gradient of activations through the decoder's linears and the lm_head, as much as
   their forward; attention twice its forward, since both factors of its products have gradients. No
   gradient of frozen weights, and none at all for a frozen tower and projector;
 - the adapter's products: once forward, twice backward;
-- parameters tuned in full: their weights' gradient, once more the forward of these parameters.
+- parameters tuned in full: their weights' gradient, once more the forward of these parameters;
+- a teacher: a forward of all, with its plan's tokens.
 
 That is the work that training needs, and MFU is counted on it. Activation checkpointing runs the
-decoder's forward again: with it, HFU counts that too. Kernels that compute attention scores again
-on the way back (flash, sdpa) are not credited with that, nor peers with choosing. Nothing is
-measured on the device here beyond time and memory, and a step costs an append.
+decoder's forward again, and beside a teacher logits are made twice: HFU counts that too. Kernels
+that compute attention scores again on the way back (flash, sdpa) are not credited with that, nor
+peers with choosing. Nothing is measured on the device here beyond time and memory, and a step costs
+an append.
 """
 
+import copy
 import re
 import resource
 import sys
@@ -32,6 +36,7 @@ from adsc.decoder_cost import Decoder
 from adsc.method import Method
 from adsc.plan import PruningPlan
 from adsc.vision_cost import ImageInput, image_cost
+from pipeline.training.config import DistillSettings, teacher_plan
 
 if TYPE_CHECKING:
     from pipeline.training.batches import RowShape, StepBatch
@@ -60,13 +65,47 @@ def peak_flops(device: torch.device) -> float | None:
     return next((rate for part, rate in PEAKS.items() if re.search(rf"{part}(?!\w)", name)), None)
 
 
+class Stopwatch:
+    """Seconds that blocks of code take on a device, summed; a GPU is waited for only when they are
+    asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds = 0.0
+        self._marks: list[torch.cuda.Event] = []
+
+    def __enter__(self) -> None:
+        self._mark(1)
+
+    def __exit__(self, *raised: object) -> None:
+        self._mark(-1)
+
+    def _mark(self, sign: int) -> None:
+        if self.device.type == "cuda":
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._seconds -= sign * time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last call of this method; not inside a block."""
+        if self._marks:
+            self._marks[-1].synchronize()
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        found = self._seconds + sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        self._seconds, self._marks = 0.0, []
+        return found
+
+
 class StepFlops(NamedTuple):
     """FLOPs of one step."""
 
     model: float
     """That training needs."""
     hardware: float
-    """With what activation checkpointing computes again."""
+    """With what is computed again to save memory."""
+    teacher: float = 0.0
+    """The teacher's part of the former."""
 
 
 class TrainingCost:
@@ -78,6 +117,7 @@ class TrainingCost:
         config: the model's, from transformers.
         plan: the pruning plan or the peer while training.
         checkpointing: whether the decoder's activations are computed again.
+        distill: what a teacher adds; None where there is none.
 
     Raises:
         CostError: a model whose FLOPs are not known.
@@ -90,11 +130,12 @@ class TrainingCost:
         plan: PruningPlan | Method,
         *,
         checkpointing: bool = False,
+        distill: DistillSettings | None = None,
     ) -> None:
         text = config.get_text_config()  # type: ignore[attr-defined]
         decoder = Decoder.from_config(text)
         image = image_cost(config, ImageInput(size=None, images_in_row=1))
-        self._plan, self._checkpointing = plan, checkpointing
+        self._plan, self._checkpointing, self._distill = plan, checkpointing, distill
         self._image_tokens, self._tower = image.tokens, 2 * image.tower_macs
         self._projector = 2 * image.projector_macs
         self.num_layers = decoder.num_layers
@@ -125,47 +166,79 @@ class TrainingCost:
         elif "vision" in name:
             self._tuned_tower += size
 
+    def under(self, plan: PruningPlan | Method) -> "TrainingCost":
+        """The same training with another plan."""
+        other = copy.copy(self)
+        other._plan = plan
+        return other
+
     def vision_tokens(self, row: "RowShape") -> float:
         """Vision tokens of a row, averaged over the decoder's layers."""
-        return float(np.mean(self._vision_per_layer(row))) if row.pictures else 0.0
+        return float(np.mean(self._vision_per_layer(row, self._plan))) if row.pictures else 0.0
 
-    def _vision_per_layer(self, row: "RowShape") -> np.ndarray:
+    def _vision_per_layer(self, row: "RowShape", plan: PruningPlan | Method) -> np.ndarray:
         each, rest = divmod(row.vision_tokens, row.pictures)
         if rest or each != self._image_tokens:
             raise CostError(
                 f"{row.vision_tokens} vision tokens of {row.pictures} pictures: FLOPs are only "
                 f"known where each has {self._image_tokens}"
             )
-        return row.pictures * np.array(self._plan.tokens_per_layer(each, self.num_layers))
+        return row.pictures * np.array(plan.tokens_per_layer(each, self.num_layers))
 
     def step(self, rows: "list[RowShape]") -> StepFlops:
         """FLOPs of forward and backward over these rows, each alone as if it were not padded."""
-        texts: dict[RowShape, list[int]] = defaultdict(list)
+        alike: dict[RowShape, list[RowShape]] = defaultdict(list)
         for row in rows:
-            texts[row._replace(text_tokens=0)].append(row.text_tokens)
-        needed = again = 0.0
-        for kind, text in texts.items():
-            vision = self._vision_per_layer(kind) if kind.pictures else np.zeros(self.num_layers)
-            tokens = np.add.outer(np.array(text, dtype=float), vision)  # rows, layers
+            alike[row._replace(text_tokens=0, supervised=None)].append(row)
+        needed = again = taught = 0.0
+        for kind, those in alike.items():
+            tokens = self._tokens(kind, those, self._plan)  # rows, layers
             linear, attention = tokens * self._linear, tokens**2 * self._square
             adapter = tokens * self._adapter
-            logits = tokens[:, -1] * self._logits
+            given = zip(those, tokens[:, -1], strict=True)
+            positions = sum(end if row.supervised is None else row.supervised for row, end in given)
+            logits = positions * self._logits
             forward = (linear + attention + adapter).sum()
-            needed += forward + (linear + 2 * attention + 2 * adapter).sum() + 2 * logits.sum()
-            needed += (tokens * self._tuned).sum() + tokens[:, -1].sum() * self._tuned_head
-            needed += len(text) * kind.pictures * self._picture
+            needed += forward + (linear + 2 * attention + 2 * adapter).sum() + 2 * logits
+            needed += (tokens * self._tuned).sum() + positions * self._tuned_head
+            needed += len(those) * kind.pictures * self._picture
             again += forward if self._checkpointing else 0
-        return StepFlops(needed, needed + again)
+            if self._distill is not None and self._plan.stages:
+                taught += self._teacher(kind, those, self._distill) + logits
+                again += 2 * logits
+        needed += taught
+        return StepFlops(needed, needed + again, taught)
+
+    def _tokens(
+        self, kind: "RowShape", rows: "list[RowShape]", plan: PruningPlan | Method
+    ) -> np.ndarray:
+        """(rows, layers) tokens of rows with as many pictures and vision tokens."""
+        vision = np.zeros(self.num_layers)
+        if kind.pictures:
+            vision = self._vision_per_layer(kind, plan)
+        return np.add.outer(np.array([row.text_tokens for row in rows], dtype=float), vision)
+
+    def _teacher(self, kind: "RowShape", rows: "list[RowShape]", distill: DistillSettings) -> float:
+        """A teacher's forward without its logits."""
+        plan = teacher_plan(distill)
+        tokens = self._tokens(kind, rows, plan)
+        decoder = tokens * self._linear + tokens**2 * self._square
+        if plan.stages:
+            decoder = decoder + tokens * self._adapter
+        pictures = len(rows) * kind.pictures * (self._tower + self._projector)
+        return float(decoder.sum()) + pictures
 
 
 def cost_of(
-    model: nn.Module, plan: PruningPlan | Method, *, checkpointing: bool
+    model: nn.Module, distill: DistillSettings | None, *, checkpointing: bool
 ) -> TrainingCost | None:
-    """The training cost of a model, however wrapped; None where it is not known."""
+    """The training cost of a model, however wrapped, without a plan; None where it is not known."""
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next((one for one in configs if hasattr(one, "get_text_config")), None)
     try:
-        return TrainingCost(model, config, plan, checkpointing=checkpointing)
+        return TrainingCost(
+            model, config, PruningPlan(), checkpointing=checkpointing, distill=distill
+        )
     except CostError:
         return None
 
@@ -174,21 +247,30 @@ class Throughput:
     """Rates over the steps since they were last asked for. `update` after each step.
 
     Args:
-        cost: of this model; None where it is not known, and then there are no FLOPs.
+        cost: of this model, whatever its plan; None where it is not known: then there are no FLOPs.
         device: that trains.
         world_size: workers. Each is given like numbers of tokens, so this rank's stand for all.
+        teaching: time that teachers take; None where there are none.
     """
 
-    def __init__(self, cost: TrainingCost | None, device: torch.device, world_size: int) -> None:
+    def __init__(
+        self,
+        cost: TrainingCost | None,
+        device: torch.device,
+        world_size: int,
+        teaching: Stopwatch | None = None,
+    ) -> None:
         self._cost, self._device, self._world_size = cost, device, world_size
+        self._teaching = teaching
         self._peak = peak_flops(device)
-        self._rows: list[RowShape] = []
+        self._rows: list[tuple[PruningPlan | Method, list[RowShape]]] = []
         self._text = self._vision = self._padding = 0
         self._waited, self._since = 0.0, time.monotonic()
 
-    def update(self, batch: "StepBatch", waited: float = 0.0) -> None:
-        """A step is done, before which the trainer waited so many seconds for its data."""
-        self._rows += batch.rows
+    def update(self, batch: "StepBatch", plan: PruningPlan | Method, waited: float = 0.0) -> None:
+        """A step is done under a plan, before which the trainer waited so many seconds for its
+        data."""
+        self._rows.append((plan, batch.rows))
         self._text += batch.text_tokens
         self._vision += batch.vision_tokens
         self._padding += batch.padding
@@ -196,21 +278,25 @@ class Throughput:
 
     def metrics(self) -> dict[str, float]:
         """Rates since the last call, over all workers; a rate that isn't known is left out."""
-        now, rows = time.monotonic(), self._rows
+        now, steps = time.monotonic(), self._rows
+        rows = sum(len(each) for _, each in steps)
         seconds = now - self._since
         rate = self._world_size / seconds
         positions = self._text + self._vision + self._padding
         found = {
-            "samples_per_second": len(rows) * rate,
+            "samples_per_second": rows * rate,
             "text_tokens_per_second": self._text * rate,
             "vision_tokens_per_second": self._vision * rate,
             "padding_share": self._padding / max(1, positions),
             "data_wait_share": self._waited / seconds,
+            "step_seconds": seconds / max(1, len(steps)),
             "peak_memory_bytes": float(peak_memory(self._device)),
         }
+        if self._teaching is not None:
+            found["teacher_share"] = self._teaching.seconds() / seconds
         if self._cost is not None and rows:
             try:
-                found |= self._flops(self._cost, rows, seconds)
+                found |= self._flops(self._cost, steps, seconds)
             except CostError:  # pictures of other sizes than the model's own
                 self._cost = None
         self._rows, self._text, self._vision, self._padding = [], 0, 0, 0
@@ -218,16 +304,22 @@ class Throughput:
         return found
 
     def _flops(
-        self, cost: TrainingCost, rows: "list[RowShape]", seconds: float
+        self,
+        cost: TrainingCost,
+        steps: "list[tuple[PruningPlan | Method, list[RowShape]]]",
+        seconds: float,
     ) -> dict[str, float]:
-        flops = cost.step(rows)
+        each = [(cost.under(plan), rows) for plan, rows in steps]
+        flops = [one.step(rows) for one, rows in each]
+        model = sum(one.model for one in flops)
+        averages = [one.vision_tokens(row) for one, rows in each for row in rows]
         found = {
-            "average_vision_tokens": sum(map(cost.vision_tokens, rows)) / len(rows),
-            "flops_per_second": flops.model * self._world_size / seconds,
+            "average_vision_tokens": sum(averages) / len(averages),
+            "flops_per_second": model * self._world_size / seconds,
         }
         if self._peak is not None:
-            found["mfu"] = flops.model / seconds / self._peak
-            found["hfu"] = flops.hardware / seconds / self._peak
+            found["mfu"] = model / seconds / self._peak
+            found["hfu"] = sum(one.hardware for one in flops) / seconds / self._peak
         return found
 
 

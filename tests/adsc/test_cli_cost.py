@@ -41,6 +41,16 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
+def test_cost_of_a_named_plan(capsys, checkpoint):
+    path = checkpoint / "config.json"
+    named = {"4": PruningPlan.parse("1:1/4").to_dict()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"adsc_plans": named}))
+    found = json.loads(output(capsys, "cost", str(checkpoint), "--plan", "4", "--json").out)
+    assert found["plan"] == "1:1/4" and found["vision_tokens_per_layer"][1] == 4
+    error = output(capsys, "cost", str(checkpoint), "--plan", "8", code=2).err
+    assert "plan '8' is unknown: this model has 4 and dense" in error
+
+
 def test_cost_table(capsys):
     plan = "8:1/2,16:1/2,24:1/2"
     lines = output(capsys, "cost", "llava-1.5-7b", "--plan", plan).out.splitlines()

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline import graph
 from pipeline.config import Config
 from pipeline.failure import RunFailed
-from pipeline.stage import Stage, StageContext
+from pipeline.stage import Kind, StageContext
 from tests.faults.proxy import WRITES, Proxy
 from tests.faults.training import Disturbed, results
 from tests.pipeline import toy
@@ -68,7 +68,8 @@ def write(context: StageContext, config: Megabytes) -> dict[str, Any]:
 
 @SMALL_DISK
 def test_a_stage_that_does_not_fit_says_so(small_disk: Path, ray_address: str) -> None:
-    stage = Stage(name="write", title="write", body=write, version=1, config=Megabytes())
+    kind = Kind(id="write", version=1, body=write, config=Megabytes)
+    stage = kind.stage(name="write", title="write", config=Megabytes())
     with pytest.raises(RunFailed, match=r"the disk is full .*free some space") as caught:
         graph.run([stage], toy.context(small_disk, lease_seconds=10.0), Console(quiet=True))
     assert "the same command goes on from here" in str(caught.value)

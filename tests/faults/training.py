@@ -27,10 +27,8 @@ from rich.console import Console
 from pipeline import graph
 from pipeline import record as records
 from pipeline.record import Record
-from pipeline.stage import RunContext, Stage
-from pipeline.stages.base import BaseConfig
-from pipeline.stages.prepare import PrepareConfig, prepare
-from pipeline.stages.train import train_stage
+from pipeline.stage import RunContext, Stage, adopted
+from pipeline.stages.train import TRAIN
 from pipeline.store import open_store
 from pipeline.training.config import LoraSettings, TrainConfig
 from tests.faults.kills import VICTIMS, processes
@@ -51,27 +49,11 @@ CONFIG: dict[str, Any] = {
 def stages(base: str, data: str, config: Mapping[str, Any]) -> list[Stage]:
     """A training whose base and data lie ready."""
     return [
-        Stage(
-            name="base",
-            title="base",
-            body=prepare,
-            version=1,
-            config=BaseConfig(source=base),
-            pinned=base,
-        ),
-        Stage(
-            name="data",
-            title="data",
-            body=prepare,
-            version=1,
-            config=PrepareConfig(),
-            pinned=data,
-        ),
-        Stage(
+        adopted(name="base", title="base", place=base),
+        adopted(name="data", title="data", place=data),
+        TRAIN.stage(
             name="train-1",
             title="train",
-            body=train_stage,
-            version=1,
             config=TrainConfig(**CONFIG).model_copy(update=dict(config)),
             needs={"base": "base", "data": "data"},
         ),

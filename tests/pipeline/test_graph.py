@@ -280,11 +280,11 @@ def crash_once(context: StageContext, config: toy.Toy) -> dict[str, Any]:
 
 
 def test_a_lost_machine_is_tried_again(toys: Toys) -> None:
-    stage = dataclasses.replace(toys.stages()[-1], body=crash_once)
+    stage = toy.with_kind(toys.stages()[-1], body=crash_once)
     assert toys.run_stages([stage])["make"].outputs == {"text": "3"}
     assert toys.ran() == {"make": 2}
     with pytest.raises(RunFailed, match="WorkerCrashedError") as error:
-        stage = dataclasses.replace(stage, version=2)
+        stage = toy.with_kind(stage, version=2)
         toys.log.unlink()
         toys.run_stages([stage], max_retries=0)
     assert error.value.failures["make"].retry_helps
@@ -312,7 +312,7 @@ def asks_for_more(context: StageContext, config: toy.Toy) -> dict[str, Any]:
 )
 def test_bodies_that_break_the_contract(toys: Toys, body: Any, message: str) -> None:
     with pytest.raises(RunFailed, match=message):
-        toys.run_stages([dataclasses.replace(toys.stages()[-1], body=body)])
+        toys.run_stages([toy.with_kind(toys.stages()[-1], body=body)])
 
 
 def test_a_pinned_stage_is_taken_as_it_is(toys: Toys, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_pinned_stage_is_taken_as_it_is(toys: Toys, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     (plain / "deep").mkdir(parents=True)
     (plain / "deep" / "numbers.txt").write_text("100")
-    square = dataclasses.replace(rest[-1], body=toy.total, needs={"doubled": "make"})
+    square = dataclasses.replace(rest[-1], kind=toy.KINDS[toy.total], needs={"doubled": "make"})
     (plain / "doubled.txt").write_text("7")
     found = toys.run_stages([square, dataclasses.replace(make, pinned=str(plain))])
     assert found["square"].outputs == {"total": 7}
@@ -401,7 +401,7 @@ def test_lint_reports_everything_at_once() -> None:
         dataclasses.replace(total, needs={"doubled": "dobule"}),
         dataclasses.replace(double, name="Double it"),
         dataclasses.replace(square, needs={"made": "square"}),
-        dataclasses.replace(make, body=lambda context, config: {}),
+        toy.with_kind(make, body=lambda context, config: {}),
         make,
     ]
     with pytest.raises(GraphError) as error:
@@ -412,6 +412,7 @@ def test_lint_reports_everything_at_once() -> None:
     assert "'Double it' is not a stage's name" in message
     assert "need each other in a circle: square -> square" in message
     assert "make: the body <function" in message
+    assert "2 kinds have the id tests.pipeline.toy.make: <function" in message
 
 
 def test_errors_survive_pickling() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import subprocess
 import sys
@@ -140,11 +141,61 @@ def test_an_edit_changes_what_is_below_it() -> None:
     assert changed(toy.stages("log", total={"value": 4})) == {"total"}
 
 
-def test_version_and_body_count_and_the_title_does_not() -> None:
+def test_id_and_version_count_and_the_title_does_not() -> None:
     total, *rest = toy.stages("log")
-    assert changed([dataclasses.replace(total, version=2), *rest]) == {"total"}
-    assert changed([dataclasses.replace(total, body=toy.double), *rest]) == {"total"}
+    assert changed([toy.with_kind(total, version=2), *rest]) == {"total"}
+    assert changed([toy.with_kind(total, id="another"), *rest]) == {"total"}
     assert changed([dataclasses.replace(total, title="Other words"), *rest]) == set()
+
+
+def test_a_body_that_moves_to_another_file_changes_no_fingerprint(tmp_path: Path) -> None:
+    """The module of all toy bodies, in another place under another name."""
+    moved = tmp_path / "elsewhere.py"
+    moved.write_text(Path(toy.__file__).read_text())
+    spec = importlib.util.spec_from_file_location("elsewhere", moved)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stages = module.stages("log")
+    assert body_name(stages[0].kind.body) == "elsewhere.total"
+    assert changed(stages) == set()
+
+
+def test_a_script_has_the_fingerprints_of_its_module() -> None:
+    """Run as `__main__`, where classes and functions have other names."""
+    code = (
+        "import runpy; from pipeline.graph import fingerprints;"
+        "made = runpy.run_module('tests.pipeline.toy', run_name='__main__')['stages']('log');"
+        "assert made[0].kind.body.__module__ == '__main__'; print(fingerprints(made)['total'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    assert done.stdout.strip() == fingerprints(toy.stages("log"))["total"]
+
+
+def test_two_kinds_cannot_share_an_id() -> None:
+    """Else each would take the other's results for its own."""
+    total, double, *rest = toy.stages("log")
+    for other in (
+        toy.with_kind(total, id=double.kind.id),
+        toy.with_kind(double, version=2, body=toy.total),
+    ):
+        stages = [dataclasses.replace(other, name="other", needs={}), total, double, *rest]
+        with pytest.raises(GraphError, match=r"2 kinds have the id tests\.pipeline\.toy\.double"):
+            fingerprints(stages)
+    for wrong in ("", "two words", "1st"):
+        with pytest.raises(IdentityError, match="is not a kind's id: use letters"):
+            toy.with_kind(total, id=wrong)
+
+
+def test_a_kind_takes_configs_of_its_own() -> None:
+    total, *rest = toy.stages("log")
+    with pytest.raises(
+        GraphError,
+        match=r"total: stages of the kind tests\.pipeline\.toy\.total take a Toy, not Batched",
+    ):
+        lint([dataclasses.replace(total, config=Batched()), *rest])
 
 
 def test_a_pin_is_an_identity_of_its_own() -> None:

@@ -6,6 +6,9 @@ import pytest
 
 from adsc.plan import PlanError
 from pipeline.config import ConfigError
+from pipeline.stage import Stage
+from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.stages.merge import MergeConfig
 from pipeline.training.config import TrainConfig
 from workflows.demo import demo
 
@@ -64,3 +67,45 @@ def test_single_stages_have_their_own_settings() -> None:
 def test_what_is_refused(changes: dict[str, object], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         trained(**changes)
+
+
+ELASTIC = {"22": TARGET, "9": "1:1/8,4:1/4"}
+
+
+def elastic(**changes: object) -> dict[str, Stage]:
+    given = {"curriculum__order": "elastic", "curriculum__elastic": ELASTIC} | changes
+    stages = demo().edit({key.replace("__", "."): it for key, it in given.items()}).stages()
+    return {stage.name: stage for stage in stages}
+
+
+def test_an_elastic_checkpoint_is_merged_with_its_names_and_asked_with_all() -> None:
+    found = elastic()
+    merged, control = found["merge"].config, found["merge-control"].config
+    assert isinstance(merged, MergeConfig) and isinstance(control, MergeConfig)
+    assert (merged.plan, merged.plans) == (TARGET, ELASTIC)
+    assert (control.plan, control.plans) == ("", {})
+    evaluate = found["evaluate"].config
+    assert isinstance(evaluate, EvaluateConfig) and evaluate.control == "dense_lora"
+    assert [(arm.name, arm.checkpoint, arm.plan, arm.budget) for arm in evaluate.arms] == [
+        ("dense", "base", "", ""),
+        ("dense_lora", "merge-control", "", ""),
+        ("plan_untrained", "base", TARGET, ""),
+        ("elastic_22", "merge", TARGET, "22"),
+        ("elastic_9", "merge", ELASTIC["9"], "9"),
+        ("elastic_dense", "merge", "", "dense"),
+    ]
+    assert {arm.curve for arm in evaluate.arms if arm.budget} == {"elastic checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"plan": "2:1/2"}, r"target '2:1/2' is none of curriculum\.elastic"),
+        ({"curriculum__elastic": {"22": TARGET, "dense": "1:1/8"}}, "'dense' can't name a plan"),
+        ({"curriculum__elastic": {"22": TARGET, "9": "12:1/8"}}, r"layers 0\.\.7"),
+        ({"plan": "search", "search__average": 22}, "elastic contradict"),
+    ],
+)
+def test_elastic_plans_that_can_not_be(changes: dict[str, object], said: str) -> None:
+    with pytest.raises((ConfigError, PlanError), match=said):
+        elastic(**changes)

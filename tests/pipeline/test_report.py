@@ -3,6 +3,7 @@ shows."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -244,6 +245,50 @@ def test_a_control_that_is_not_dense_is_called_by_its_label(tmp_path: Path) -> N
     text = " ".join(Reader(page(data, tmp_path)).text.split())
     assert "the same questions to fastv:32; an interval" in text
     assert "the dense model trained in the same way" not in text
+
+
+def elastic() -> dict[str, Any]:
+    """Of one checkpoint with three named plans, and dense."""
+    data = made_up()
+    plans = {"29": PLAN, "16": "2:1/4,4:1/4", "8": "0:1/8", "dense": ""}
+    shares = {"29": 0.921, "16": 0.88, "8": 0.815, "dense": 0.929}
+    data["arms"][3:] = [
+        arm(f"elastic_{name}", f"elastic, {name}", plan, True, shares[name])
+        | {"budget": name, "curve": "elastic checkpoint"}
+        for name, plan in plans.items()
+    ]
+    for sample in data["samples"]:
+        sample["answers"] |= {f"elastic_{name}": sample["expected"] for name in plans}
+    return data
+
+
+def drawn(html: str) -> list[str]:
+    """The figures of a page as SVG."""
+    sources = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", html)
+    return [base64.b64decode(source).decode() for source in sources]
+
+
+def test_one_checkpoint_at_several_budgets_is_one_curve(tmp_path: Path) -> None:
+    """In each picture of accuracy against a cost, a line through all four; elsewhere none."""
+    figures = drawn(page(elastic(), tmp_path))
+    lines = [re.findall(r'<g id="curve ([^"]+)">\s*<path d="([^"]+)"', one) for one in figures]
+    (first,), (second,), (third,) = [found for found in lines if found]
+    for name, path in (first, second, third):
+        assert name == "elastic checkpoint"
+        points = re.findall(r"[ML] (\S+) (\S+)", path)
+        assert len(points) == 4
+        across = [float(x) for x, _ in points]
+        assert across == sorted(across), "from the cheapest budget to the dearest"
+    assert sum("joins one checkpoint" in one or "curve " in one for one in figures) == 3
+    assert not any("curve " in one for one in drawn(page(made_up(), tmp_path)))
+
+
+def test_each_budget_is_in_the_remarks(tmp_path: Path) -> None:
+    results = Results.read(write(elastic(), tmp_path) / "results.json")
+    (said,) = [line for line in remarks(results) if line.startswith("One checkpoint, 4 budgets")]
+    assert "dense (64.0 vision tokens) answers 92.9 %, 99.8 % of the control's; 29 (29.0" in said
+    assert said.index("29 (") < said.index("16 (") < said.index("8 (")
+    assert "the trained plan answers 81.5 %" in finding(results), "the heaviest"
 
 
 def test_remarks_are_honest(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from adsc.plan import PlanError, PruningPlan
 from adsc.solve import PlacementSearch
 from pipeline import graph
 from pipeline.config import ConfigError
+from pipeline.evaluation.methods import FoundPlan, MethodConfig
+from pipeline.identity import canonical
+from pipeline.reference import references, resolve
 from pipeline.search import tuning
 from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
@@ -33,10 +36,10 @@ from pipeline.stages.search import (
     SearchFailed,
     SearchStageConfig,
     compared,
-    found_plan,
     search,
     search_data,
 )
+from pipeline.stages.train import train_stage
 from pipeline.store import open_store
 from pipeline.store.local import LocalStore
 from pipeline.training.config import LoraSettings, TrainConfig
@@ -325,8 +328,8 @@ def test_what_needs_the_found_plan_follows_from_the_search() -> None:
 def test_stages_carry_references_and_resolve_them() -> None:
     stages = {it.name: it for it in demo().edit({"plan": "search", "search.average": 22}).stages()}
     plans = [stages[f"train-{n}"].config.plan for n in (1, 2, 3)]  # type: ignore[attr-defined]
-    assert plans == ["search^1.5", "search^1.25", "search"]
-    assert [found_plan(it, "2:1/4,4:1/4") for it in plans] == [
+    assert [str(it) for it in plans] == ["search^1.5", "search^1.25", "search"]
+    assert [resolve(it, {"search": {"plan": "2:1/4,4:1/4"}}) for it in plans] == [
         it.config.plan  # type: ignore[attr-defined]
         for it in demo().edit({"plan": "2:1/4,4:1/4"}).stages()
         if it.name.startswith("train-")
@@ -334,7 +337,19 @@ def test_stages_carry_references_and_resolve_them() -> None:
     for name in ("train-1", "merge", "evaluate"):
         assert stages[name].needs["search"] == "search"
     assert "search" not in stages["control-1"].needs
-    assert found_plan("2:1/4", "x") == "2:1/4"
+    control: Any = stages["control-1"].config
+    assert not list(references(control)) and resolve(control, {}) is control
+    evaluate = resolve(stages["evaluate"].config, {"search": {"plan": "2:1/4,4:1/4"}})
+    assert [arm.plan for arm in evaluate.arms] == ["", "", "2:1/4,4:1/4", "2:1/4,4:1/4"]  # type: ignore[attr-defined]
+
+
+def test_a_reference_is_read_from_a_config_that_was_saved() -> None:
+    config = TrainConfig(plan=FoundPlan(pressure=1.25))
+    assert json.loads(config.model_dump_json())["plan"] == "search^1.25"
+    assert config.model_dump()["plan"] == canonical(config)["plan"] == "search^1.25"
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    for text in ("search", "search^1.5"):
+        assert MethodConfig.model_validate({"plan": text}).runs_with == text
 
 
 @pytest.mark.parametrize(
@@ -347,6 +362,8 @@ def test_stages_carry_references_and_resolve_them() -> None:
             ConfigError,
             "plan = search and curriculum.order = explicit contradict",
         ),
+        ({"plan": "search^2"}, ConfigError, r"plan = search\^2.0: the target is the found plan"),
+        ({"plan": 5}, ConfigError, "plan = 5: a plan is text"),
     ],
 )
 def test_searches_that_cannot_be(changes: dict[str, Any], error: type, says: str) -> None:
@@ -372,6 +389,7 @@ def job_of(small: Small, held: Path, folder: Path, **settings: Any) -> Job:
     return Job(
         search=config, train=TRAIN, curriculum=CurriculumConfig(stages=2),
         inputs=dict(ctx.inputs), storage=str(folder / "run"), run=ctx.run,
+        train_stage=train_stage,
     )  # fmt: skip
 
 

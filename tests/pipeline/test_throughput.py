@@ -115,11 +115,12 @@ def step_batch(rows: list[RowShape], padding: int) -> StepBatch:
 def test_rates_are_of_the_steps_since_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("pipeline.training.throughput.time.monotonic", lambda: now)
-    cost = TrainingCost(trained(), CONFIG, adsc.PruningPlan.parse(PLAN))
+    plan = adsc.PruningPlan.parse(PLAN)
+    cost = TrainingCost(trained(), CONFIG, plan)
     measured = Throughput(cost, CPU, world_size=2)
     rows = [RowShape(20, 36, 1), RowShape(50, 0, 0)]
-    measured.update(step_batch(rows, padding=34), waited=0.5)
-    measured.update(step_batch(rows, padding=0), waited=0.0)
+    measured.update(step_batch(rows, padding=34), plan, waited=0.5)
+    measured.update(step_batch(rows, padding=0), plan, waited=0.0)
     now = 104.0
     found = measured.metrics()
     assert found["samples_per_second"] == 2 * 4 / 4
@@ -127,7 +128,8 @@ def test_rates_are_of_the_steps_since_they_were_asked_for(monkeypatch: pytest.Mo
     assert found["vision_tokens_per_second"] == 2 * 72 / 4
     assert found["padding_share"] == pytest.approx(34 / 246)
     assert found["data_wait_share"] == 0.125
-    assert found["average_vision_tokens"] == adsc.PruningPlan.parse(PLAN).average_tokens(36, 12) / 2
+    assert found["average_vision_tokens"] == plan.average_tokens(36, 12) / 2
+    assert found["step_seconds"] == 2 and "teacher_share" not in found
     assert found["flops_per_second"] == pytest.approx(2 * 2 * cost.step(rows).model / 4)
     assert found["peak_memory_bytes"] > 1e7
     assert "mfu" not in found  # no data sheet for a CPU

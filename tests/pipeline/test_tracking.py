@@ -24,7 +24,7 @@ from mlflow.entities import Run
 
 from pipeline.redact import HIDDEN, flatten, redact
 from pipeline.tracking import tracker as tracking
-from pipeline.tracking.tracker import RunHandle, TrackingError
+from pipeline.tracking.tracker import RunHandle, Tracker, TrackingError
 
 EXPERIMENT = "adsc"
 
@@ -47,7 +47,7 @@ def fetch(uri: str, run_id: str | None) -> Run:
 
 def log_loss(handle: RunHandle) -> list[str]:
     """What a training worker does, in its own process."""
-    tracker = handle.tracker()
+    tracker = Tracker(handle)
     for step in range(3):
         tracker.metrics({"train": {"loss": 1.0 / (step + 1)}}, step=step)
     tracker.close()

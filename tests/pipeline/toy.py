@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.stage import RunContext, Stage, StageContext
+from pipeline.stage import Kind, RunContext, Stage, StageContext
 
 
 class Toy(Config):
@@ -54,17 +55,21 @@ def total(context: StageContext, config: Toy) -> dict[str, Any]:
     return {"total": sum(map(int, text.split()))}
 
 
+KINDS = {
+    body: Kind(id=f"tests.pipeline.toy.{name}", version=1, body=body, config=Toy)
+    for name, body in (("make", make), ("double", double), ("total", total))
+}
+
+
 def stages(log: Path | str, **changes: dict[str, Any]) -> list[Stage]:
     """The toy pipeline; `double={"value": 4}` changes one stage's config."""
 
     def toy(name: str, body: Any, needs: dict[str, str] | None = None) -> Stage:
-        return Stage(
+        return KINDS[body].stage(
             name=name,
             title=f"Toy stage {name}",
-            body=body,
-            version=1,
             config=Toy(log=str(log), **changes.get(name, {})),
-            needs=needs or {},
+            needs=needs,
         )
 
     return [
@@ -73,6 +78,11 @@ def stages(log: Path | str, **changes: dict[str, Any]) -> list[Stage]:
         toy("square", double, {"made": "make"}),
         toy("make", make),
     ]
+
+
+def with_kind(stage: Stage, **changes: Any) -> Stage:
+    """The stage with its kind's body, id or version changed."""
+    return replace(stage, kind=replace(stage.kind, **changes))
 
 
 def context(root: Path | str, **changes: Any) -> RunContext:

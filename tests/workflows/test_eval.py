@@ -16,6 +16,7 @@ from pipeline.evaluation.scoring import RULES
 from pipeline.graph import fingerprints
 from pipeline.stage import Input
 from pipeline.stages.base import resolve
+from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.store import open_store
 from tests.benchmark_files import QUESTIONS, WRITERS
 from tests.small import Small
@@ -251,6 +252,47 @@ def test_a_checkpoint_that_ships_in_a_package_is_a_base() -> None:
     arms = evaluate.config.model_dump()["arms"]
     assert [arm["name"] for arm in arms] == ["dense", "fastv-22-layer-2"]
     assert arms[1]["method"] == {"name": "fastv", "average": 22, "options": {"layer": 2}}
+
+
+NAMED = {"22": PLAN, "9": "0:1/4,2:1/2"}
+
+
+@pytest.fixture
+def elastic(small: Small, tmp_path: Path) -> str:
+    """The address of a checkpoint with two named plans."""
+    model = adsc.name_plans(adsc.from_pretrained(small.base), NAMED)
+    adsc.attach(model, "22").save_pretrained(tmp_path / "small-elastic")
+    return str(tmp_path / "small-elastic")
+
+
+def arms_of(checkpoint: str, methods: list[str] | None) -> list[tuple[str, str, str, str]]:
+    stages = evaluation_stages(checkpoint, methods, data=str(Path(__file__).parent))
+    config = next(stage for stage in stages if stage.name == "evaluate").config
+    assert isinstance(config, EvaluateConfig)
+    assert config.control == next((a.name for a in config.arms if not a.plan), config.arms[0].name)
+    return [(arm.name, arm.plan, arm.budget, arm.curve) for arm in config.arms]
+
+
+def test_an_elastic_checkpoint_is_asked_with_every_plan_and_dense(elastic: str) -> None:
+    curve = "small-elastic"
+    dense = ("dense", "", "dense", curve)
+    named = [(f"own-{name}", plan, name, curve) for name, plan in NAMED.items()]
+    assert arms_of(elastic, None) == [dense, *named]
+    assert arms_of(elastic, ["own:9", "dense"]) == [named[1], dense]
+    assert arms_of(elastic, ["own:9", "plan:1:1/2"]) == [named[1], ("plan-1-1-2", "1:1/2", "", "")]
+    # Its own plan is the default, as of any checkpoint; and no curve where no name is asked for.
+    assert arms_of(elastic, ["own", "dense"]) == [
+        ("plan-1-1-2-2-1-4", PLAN, "", ""),
+        ("dense",) + 3 * ("",),
+    ]
+
+
+def test_names_that_a_checkpoint_lacks_are_refused(elastic: str, small: Small) -> None:
+    with pytest.raises(ValueError, match="plan '8' is unknown: this model has 22, 9 and dense"):
+        arms_of(elastic, ["own:8"])
+    with pytest.raises(ValueError, match="plan '8': this model has no named plans"):
+        arms_of(str(small.base), ["own:8"])
+    assert arms_of(str(small.base), None) == [("dense", "", "", "")]
 
 
 HUB_ID = "owner/compressed"

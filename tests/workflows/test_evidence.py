@@ -20,7 +20,7 @@ from pipeline.stages.results import Results
 from tests.small import Small
 from workflows import evidence, evidence_here
 from workflows.demo import BASE
-from workflows.evidence import BudgetConfig, EvidenceConfig, arms, trainings
+from workflows.evidence import BudgetConfig, EvidenceConfig, arms, command, trainings
 from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
 SHARES = {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}
@@ -42,7 +42,7 @@ def large_model() -> torch.nn.Module:
     ("scale", "tokens", "layers", "tolerance"), [("demo", 64, 8, 0.021), ("576", 576, 12, 0.01)]
 )
 def test_every_arm_meets_its_budget(scale: str, tokens: int, layers: int, tolerance: float) -> None:
-    config = evidence.scales()[scale]()
+    config = command.scales()[scale]()
     model = demo_model() if scale == "demo" else large_model()
     for budget in config.budgets:
         target = tokens * SHARES[budget.name]
@@ -108,7 +108,7 @@ def test_what_can_not_be_run_is_told_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert evidence.main(["--out", str(out), "--arms", "dense", "nothing"]) == 2
+    assert command.main(["--out", str(out), "--arms", "dense", "nothing"]) == 2
     assert "there are no arms nothing; there are dense" in capsys.readouterr().err
     assert not out.exists()
 

@@ -20,7 +20,15 @@ from pipeline.evaluation.methods import PeerConfig, build_method
 from tests.small import Small
 from tests.workflows.test_evidence import SHARES, demo_model
 from workflows import evidence, evidence_here
-from workflows.evidence import CONTROL, BudgetConfig, EvidenceConfig, Recipe, arms, control_of
+from workflows.evidence import (
+    CONTROL,
+    BudgetConfig,
+    EvidenceConfig,
+    Recipe,
+    arms,
+    command,
+    control_of,
+)
 from workflows.evidence_features import install, key_of, pack, remember, unpack
 from workflows.evidence_ladder import BUDGETS, ladder_config, ladder_recipes, variant_config
 from workflows.evidence_questions import load_asking
@@ -71,17 +79,17 @@ def test_all_scales_can_be_built() -> None:
 
 def test_arms_are_chosen_by_name_kind_pattern_and_budget_with_their_controls() -> None:
     config = ladder_config()
-    assert evidence.choose(config, None, None) is None
-    chosen = evidence.choose(config, ["tiles", "drop-889"], None)
+    assert command.choose(config, None, None) is None
+    chosen = command.choose(config, ["tiles", "drop-889"], None)
     assert chosen == ["tiles-667", "tiles-778", "tiles-889", "drop-889", "dense", CONTROL]
-    chosen = evidence.choose(config, ["tiles_distill*"], ["778"])
+    chosen = command.choose(config, ["tiles_distill*"], ["778"])
     assert chosen == [
         "tiles_distill-778", "tiles_distill_450-778", "dense", CONTROL, f"{CONTROL}_450",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="there are no arms tile; there are dense"):
-        evidence.choose(config, ["tile"], None)
+        command.choose(config, ["tile"], None)
     with pytest.raises(ValueError, match="there are no budgets 66; there are 667, 778, 889"):
-        evidence.choose(config, ["tiles"], ["66"])
+        command.choose(config, ["tiles"], ["66"])
 
 
 def test_tiers_come_first_and_within_them_seeds(tmp_path: Path) -> None:

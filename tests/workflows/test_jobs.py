@@ -26,13 +26,15 @@ from pipeline.tracking.gauges import GAUGES, STATES
 from tests.infra.test_monitoring import BUILT_IN
 from tests.small import SMALL_DEMO, Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
-from workflows.cli import load_workflow, main
+from workflows.cli import main
+from workflows.jobs_cli import DRIVER, PACKAGES
+from workflows.registry import load_workflow
 
 ROOT = "s3://lab/jobs"
 
 
 def planned(*changes: str, root: str = ROOT, **options: Any) -> Submission:
-    given = {"mlflow": "off", **options}
+    given = {"mlflow": "off", "driver": DRIVER, "packages": PACKAGES, **options}
     return plan_submission(load_workflow("demo", changes), changes, root, **given)
 
 
@@ -133,7 +135,9 @@ def client() -> Iterator[Any]:
 def a_job(code: str) -> Submission:
     entrypoint = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
     family = f"adsc-toy-{secrets.token_hex(6)}"
-    return Submission(family=family, entrypoint=entrypoint, metadata={}, environment={})
+    return Submission(
+        family=family, entrypoint=entrypoint, metadata={}, environment={}, packages=PACKAGES
+    )
 
 
 def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> None:

@@ -10,16 +10,13 @@ larger base with 576 vision tokens first, for a GPU:
 
     python -m workflows.evidence --out DIR --scale 576 --processes 8
 
-Both share arms, training loop, scoring and the form of the results. `--scale ladder` is the
+Both share arms, training loop, scoring and the form of the results. The command without Ray is in
+workflows/evidence/command.py, what it does in workflows/evidence_here.py. `--scale ladder` is the
 comparison that docs/evidence.md begins with; workflows/evidence_ladder.py has its arms.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -31,15 +28,15 @@ from pipeline.evaluation.methods import MethodConfig, PeerConfig
 from pipeline.recipe import base_and_prepare, train_and_merge
 from pipeline.stage import Stage
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
 from pipeline.stages.merge import MergeConfig
 from pipeline.stages.prepare import PrepareConfig
-from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
+from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.demo import BASE
 from workflows.evidence_adapt import AdaptedConfig
-from workflows.evidence_summary import REINDEXED, SUMMARY_VERSION, summarise
+from workflows.evidence_summary import REINDEXED, SUMMARISE
 from workflows.fashion import FashionConfig, pictures
 from workflows.stamps_base import StampsBaseConfig, make_base
 from workflows.stamps_scenes import ScenesConfig, scenes
@@ -457,19 +454,15 @@ def build(config: EvidenceConfig) -> list[Stage]:
         asked = evaluated(config, budget)
         merged = {arm.checkpoint: arm.checkpoint for arm in asked.arms if arm.trained}
         stages += [
-            Stage(
+            EVALUATE.stage(
                 name=f"evaluate-{budget.name}",
                 title=f"evaluate: every arm at {budget.label}",
-                body=evaluate,
-                version=EVALUATE_VERSION,
                 config=asked,
                 needs={"data": "prepare", "base": "base", **merged},
             ),
-            Stage(
+            REPORT.stage(
                 name=f"report-{budget.name}",
                 title=f"report: page and figure at {budget.label}",
-                body=report,
-                version=REPORT_VERSION,
                 config=ReportConfig(),
                 needs={"evaluate": f"evaluate-{budget.name}"},
             ),
@@ -478,11 +471,9 @@ def build(config: EvidenceConfig) -> list[Stage]:
         stages.append(_control_stage(config))
     return [
         *stages,
-        Stage(
+        SUMMARISE.stage(
             name="summary",
             title="summary: all budgets in a table and a figure",
-            body=summarise,
-            version=SUMMARY_VERSION,
             config=Config(),
             needs={budget.name: f"evaluate-{budget.name}" for budget in config.budgets},
         ),
@@ -504,11 +495,9 @@ def _world(config: EvidenceConfig) -> list[Stage]:
 
 def _control_stage(config: EvidenceConfig) -> Stage:
     dense = ArmConfig(name="dense", label="dense base", checkpoint="base")
-    return Stage(
+    return EVALUATE.stage(
         name="evaluate-controls",
         title="evaluate: the dense base without what it needs",
-        body=evaluate,
-        version=EVALUATE_VERSION,
         config=config.evaluate.model_copy(
             update={
                 "title": f"{config.evaluate.title}, controls",
@@ -519,116 +508,3 @@ def _control_stage(config: EvidenceConfig) -> Stage:
         ),
         needs={"data": "prepare", "base": "base"},
     )
-
-
-def scales() -> dict[str, Callable[[], EvidenceConfig]]:
-    """What `--scale` takes."""
-    # These are made of what is here.
-    from workflows.evidence_ladder import ladder_config, variant_config
-    from workflows.stamps import stamps_config
-
-    return {
-        "demo": evidence_config,
-        "576": evidence_576_config,
-        "stamps": stamps_config,
-        "ladder": ladder_config,
-        "free": lambda: variant_config("free"),
-        "textures": lambda: variant_config("textures"),
-        "lists": lambda: variant_config("lists"),
-    }
-
-
-def choose(
-    config: EvidenceConfig, patterns: Sequence[str] | None, budgets: Sequence[str] | None
-) -> list[str] | None:
-    """Names of the arms that these patterns name (`tiles*`, `drop-667`, dense), at these budgets,
-    together with the controls that they are compared with; None where nothing is left out.
-
-    Raises:
-        ValueError: a pattern, or a budget, that names nothing.
-    """
-    if patterns is None and budgets is None:
-        return None
-    known = {budget.name: arms(config, budget) for budget in config.budgets}
-    if unknown := sorted(set(budgets or ()) - known.keys()):
-        raise ValueError(f"there are no budgets {', '.join(unknown)}; there are {', '.join(known)}")
-    everything = {arm.name: arm for own in known.values() for arm in own}
-    everything |= {arm.name: arm for arm in controls(config)}
-    ours: dict[str, Arm] = {}
-    for name in patterns or ("*",):
-        found = {n: arm for n, arm in everything.items() if fnmatch(n, name) or _kind(n) == name}
-        if not found:
-            raise ValueError(f"there are no arms {name}; there are {', '.join(everything)}")
-        ours |= found
-    if budgets is not None:
-        ours = {
-            n: arm for n, arm in ours.items() if n == _kind(n) or n.rpartition("-")[2] in budgets
-        }
-    if config.recipes:
-        wanted = ["dense", *(control_of(config, arm) for arm in ours.values() if arm.way)]
-        ours |= {name: everything[name] for name in wanted}
-    return list(ours)
-
-
-def _kind(name: str) -> str:
-    """An arm's name without its budget."""
-    head, _, tail = name.rpartition("-")
-    return head if head and tail.isdigit() else name
-
-
-def main(words: list[str] | None = None) -> int:
-    """The command: 0 when every arm has been run."""
-    from workflows import evidence_here
-
-    parser = argparse.ArgumentParser(
-        prog="workflows.evidence", description="the evidence on one machine, without Ray"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
-    parser.add_argument("--scale", choices=tuple(scales()), default="demo")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the config"
-    )
-    parser.add_argument("--processes", type=int, default=1, help="arms at a time, on one device")
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        help="only these, by name (tiles-667), kind (tiles) or pattern (tiles*)",
-    )
-    parser.add_argument("--budgets", nargs="+", help="only arms of these: 667 778 889")
-    parser.add_argument("--seeds", nargs="+", type=int, help="trainings of each arm: 0 1 2")
-    parser.add_argument("--questions", help="the split that is asked: validation, test, test_turns")
-    parser.add_argument(
-        "--list", action="store_true", help="name the arms in their order, run none"
-    )
-    parser.add_argument("--base-only", action="store_true", help="make base and data, no arm")
-    parser.add_argument(
-        "--stop-after", type=float, default=float("inf"), help="begin no arm after these seconds"
-    )
-    given = parser.parse_args(words)
-    try:
-        config = edit(scales()[given.scale](), dict(one.split("=", 1) for one in given.set))
-        changes = {"questions": given.questions, "seeds": given.seeds}
-        config = edit(config, {name: value for name, value in changes.items() if value is not None})
-        only = choose(config, given.arms, given.budgets)
-        if given.list:
-            lines = (f"{task.file.stem}\n" for task in evidence_here.tasks(config, given.out, only))
-            sys.stdout.writelines(lines)
-            return 0
-        return evidence_here.run(
-            config,
-            given.out,
-            processes=given.processes,
-            only=only,
-            base_only=given.base_only,
-            stop_after=given.stop_after,
-        )
-    except ValueError as error:
-        sys.stderr.write(f"evidence: {error}\n")
-        return 2
-
-
-if __name__ == "__main__":
-    # Bodies of a script are called __main__.something, which is another identity.
-    from workflows import evidence as module
-
-    sys.exit(module.main())

@@ -1,0 +1,204 @@
+"""The loss of one micro-batch: cross entropy, and what a teacher's predictions add to it.
+
+    loss = CE + weight * T^2 * KL(teacher || student)
+
+Both are sums over the micro-batch's supervised positions, divided by the supervised tokens of the
+global batch. So what workers and micro-batches hand in adds up to the loss of the global batch.
+
+The teacher is the model itself: no second copy, and of its call nothing stays but hidden states at
+supervised positions. Logits exist a chunk of positions at a time and are made again on the way
+back. The objective takes the place of a model's own `forward`, so that DDP, DeepSpeed and autocast
+find in one call all that belongs to a step.
+
+Legend: N supervised positions, D width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
+
+import adsc
+from adsc.attach import base_model, check_plan
+from adsc.method import Method
+from adsc.plan import PruningPlan
+from adsc.supervised import head, hidden_states
+from pipeline.data.conversations import IGNORED
+from pipeline.training.config import DENSE, DistillSettings, teacher_plan
+from pipeline.training.throughput import Stopwatch
+
+CHUNK = 2**25
+"""Most logits that exist at once: 128 MiB in fp32."""
+
+
+class Losses(NamedTuple):
+    """What a micro-batch adds to the loss of its step."""
+
+    loss: Tensor
+    """To be differentiated."""
+    cross_entropy: Tensor
+    """The part of the data's answers, without a gradient."""
+    divergence: Tensor
+    """T^2 * KL(teacher || student), not weighted, without a gradient."""
+
+
+class Objective:
+    """Stands in for the forward of a model that is trained.
+
+    Args:
+        model: with its adapter and the plan or peer that it is trained with.
+        distill: None trains on labels alone.
+        device: that trains.
+        in_step: whether all workers must call the head equally often (ZeRO-3 gathers it each time).
+    """
+
+    def __init__(
+        self, model: nn.Module, distill: DistillSettings | None, device: torch.device, in_step: bool
+    ) -> None:
+        self._model, self._distill, self._in_step = model, distill, in_step
+        self._teacher = teacher_plan(distill) if distill is not None else PruningPlan()
+        check_plan(model, self._teacher)
+        self._head: Callable[[Tensor], Tensor] = head(model)
+        self._vocabulary: int = base_model(model).config.get_text_config().vocab_size
+        self.teaching = Stopwatch(device)
+        """Time that teachers took."""
+
+    def install(self, *, half: bool) -> None:
+        """Take the place of the model's forward; `half` computes under bf16 autocast."""
+        forward: Any = self.__call__
+        if half:
+            # Inside the module, where DeepSpeed leaves it alone.
+            forward = torch.autocast(self.teaching.device.type, dtype=torch.bfloat16)(forward)
+        self._model.forward = forward
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        vars(self._model).pop("forward", None)
+
+    def __call__(
+        self,
+        *,
+        labels: Tensor,
+        supervised: int,
+        plan: PruningPlan | Method,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """The losses of a micro-batch, as a mapping, which DDP and DeepSpeed look into.
+
+        Args:
+            labels: (B, S).
+            supervised: supervised tokens of the global batch.
+            plan: of this step.
+            inputs: the model's other inputs.
+        """
+        given = inputs | {"labels": labels, "use_cache": False}
+        distill = self._distill if plan.stages else None
+        taught = None
+        if distill is not None:
+            running = adsc.running(self._model, self._teacher)
+            with self.teaching, self._as_teacher(self._model), running:
+                taught = hidden_states(self._model, given)
+        with adsc.running(self._model, plan):
+            made = hidden_states(self._model, given)
+        before = made.before(labels.shape[1])
+        wanted = (labels != IGNORED) & (before >= 0)
+        states, targets = made.at(before[wanted]), labels[wanted]
+        goals = known = None
+        if taught is not None:
+            numbers = taught.before(labels.shape[1])[wanted]
+            # A teacher that has no position before a label says nothing of it.
+            goals, known = taught.at(numbers.clamp(min=0)), numbers >= 0
+        del taught
+        sums = self._sums(states, targets, goals, known) / supervised
+        weight = distill.weight if distill is not None else 0.0
+        loss = sums[0] + weight * sums[1] if distill is not None else sums[0]
+        return Losses(loss, sums[0].detach(), sums[1].detach())._asdict()
+
+    def _sums(
+        self, states: Tensor, targets: Tensor, goals: Tensor | None, known: Tensor | None
+    ) -> Tensor:
+        """(2,) cross entropy and divergence, summed over positions; see `_part`."""
+        count = max(1, math.ceil(len(states) * self._vocabulary / CHUNK))
+        if self._in_step:
+            count = _most(count, states.device)
+        parts: list[list[Any]] = [
+            [None] * count if one is None else list(one.tensor_split(count))
+            for one in (states, targets, goals, known)
+        ]
+        # Made again on the way back, unless the logits are few and only the student's.
+        again = count > 1 or goals is not None
+        total = torch.zeros(2, device=states.device)
+        for part in zip(*parts, strict=True):
+            if again:
+                total = total + checkpoint(self._part, *part, use_reentrant=False)
+            else:
+                total = total + self._part(*part)
+        return total
+
+    def _part(
+        self, states: Tensor, targets: Tensor, goals: Tensor | None, known: Tensor | None
+    ) -> Tensor:
+        """(2,) cross entropy and divergence of some positions.
+
+        Args:
+            states: (N, D) the student's.
+            targets: (N,) tokens.
+            goals: (N, D) the teacher's states.
+            known: (N,) where there are such.
+        """
+        logits = self._head(states).float()
+        entropy = cross_entropy(logits, targets, reduction="sum")
+        if goals is None or known is None or self._distill is None:
+            return torch.stack([entropy, torch.zeros_like(entropy)])
+        heat = self._distill.temperature
+        output = base_model(self._model).lm_head
+        with self._as_teacher(output):
+            goal = log_softmax(self._head(goals).float() / heat, dim=-1)
+        each = kl_div(log_softmax(logits / heat, dim=-1), goal, reduction="none", log_target=True)
+        return torch.stack([entropy, heat**2 * (each.sum(-1) * known).sum()])
+
+    @contextmanager
+    def _as_teacher(self, module: nn.Module) -> Iterator[None]:
+        """No gradient, no dropout, and no adapter where the teacher is the base."""
+        assert self._distill is not None
+        adapters = []
+        if self._distill.teacher == DENSE:
+            adapters = [one for one in module.modules() if isinstance(one, BaseTunerLayer)]
+        training = [one for one in module.modules() if one.training]
+        for layer in adapters:
+            layer.enable_adapters(False)
+        for one in training:
+            one.training = False
+        try:
+            with torch.no_grad(), _uncached_autocast():
+                yield
+        finally:
+            for one in training:
+                one.training = True
+            for layer in adapters:
+                layer.enable_adapters(True)
+
+
+def _uncached_autocast() -> Any:
+    """Autocast as it is, without its cache: weights cast where there is no gradient would be found
+    by the student, and never trained."""
+    for kind in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+    return nullcontext()
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest count among the workers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count
+    counts = torch.tensor(count, device=device)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    return int(counts)
