@@ -4,6 +4,7 @@ Torch, transformers and peft only: nothing here knows of Ray, MLflow or object s
 """
 
 from adsc import peers
+from adsc.adapters import PlanWarning, keep_plans
 from adsc.attach import attach, detach, plan_of
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
 from adsc.cost import Cost, estimate_cost
@@ -14,6 +15,7 @@ from adsc.outputs import full_length_logits
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import solve_plans
 from adsc.static import static_cache
+from adsc.unserved import refuse_continuous_batching
 
 __all__ = [
     "CacheError",
@@ -21,6 +23,7 @@ __all__ = [
     "Cost",
     "CostError",
     "PlanError",
+    "PlanWarning",
     "PruningPlan",
     "UnsupportedModel",
     "VisionTokenError",
@@ -36,3 +39,5 @@ __all__ = [
 ]
 
 attach_on_loading()
+keep_plans()
+refuse_continuous_batching()
