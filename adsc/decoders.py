@@ -54,7 +54,7 @@ def check_decoder(decoder: Any) -> None:
         raise UnsupportedModel(f"{name} has no list of decoder layers under `layers`")
     if len({id(layer) for layer in layers}) < len(layers):
         raise UnsupportedModel(
-            f"{name} runs a layer more than once: each of a plan's layers must be a module of its own"
+            f"{name} runs a layer more than once: a plan needs each layer to be a module of its own"
         )
     if not callable(getattr(decoder, "rotary_emb", None)):
         raise UnsupportedModel(
@@ -63,8 +63,8 @@ def check_decoder(decoder: Any) -> None:
     kinds = set(getattr(decoder.config, "layer_types", None) or KINDS)
     if odd := sorted(map(str, kinds - KINDS)):
         raise UnsupportedModel(
-            f"{name} has layers of kind {', '.join(odd)}: their state or mask runs over all columns "
-            f"and can't be cut at a drop; served are {' and '.join(sorted(KINDS))}"
+            f"{name} has layers of kind {', '.join(odd)}: their state or mask runs over all "
+            f"columns and can't be cut at a drop; served are {' and '.join(sorted(KINDS))}"
         )
     for number, layer in enumerate(layers):
         _check_layer(name, number, layer)
@@ -72,7 +72,11 @@ def check_decoder(decoder: Any) -> None:
 
 def _check_layer(name: str, number: int, layer: Any) -> None:
     arguments = inspect.signature(bare(layer).forward).parameters
-    named = {key for key, one in arguments.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    named = {
+        key
+        for key, one in arguments.items()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    }
     if not named:  # a wrapper's, which tells nothing
         return
     where = f"layer {number} of {name} ({type(bare(layer)).__name__})"
@@ -94,7 +98,8 @@ def check_rotary(name: str, tables: Any) -> None:
     if len(parts) != 2 or any(not isinstance(p, Tensor) or torch.is_complex(p) for p in parts):
         kind = "complex numbers" if isinstance(tables, Tensor) else type(tables).__name__
         raise UnsupportedModel(
-            f"{name} turns positions by {kind}, not by tables (cos, sin): they can't be cut at a drop"
+            f"{name} turns positions by {kind}, not by tables (cos, sin), and they can't be cut "
+            "at a drop"
         )
 
 

@@ -89,7 +89,6 @@ class EnterModel:
             inputs.pop(TYPES, None)
         return (), inputs | {CALL: call}
 
-
     def _layout(self, inputs: dict[str, Any], call: Call) -> Layout | None:
         """Where the call's last states are to stand; None leaves them as the last layer has them.
 
@@ -276,7 +275,9 @@ class LeaveModel:
         call: Call | None = kwargs.get(CALL)
         if call is None or not call.segments:
             return None
-        if self.inner and any(("entered", drop) not in call.made for drop in range(len(call.segments))):
+        if self.inner and any(
+            ("entered", drop) not in call.made for drop in range(len(call.segments))
+        ):
             raise UnsupportedModel(
                 f"{type(module).__name__} doesn't hand the keyword arguments of a call on to its "
                 "decoder's layers, so the plan was not kept: detach it, and report the model"

@@ -1,7 +1,7 @@
 """Ways to run a model in which a plan can't be kept, refused in a sentence before anything runs.
 
-Each would otherwise end in an error of torch's own, in one that is hidden in a result, or in numbers
-for another input.
+Each would otherwise end in an error of torch's own, in one that is hidden in a result, or in
+numbers for another input.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def check_call(decoder: Any) -> None:
     """
     if torch.jit.is_tracing():
         raise UnsupportedModel(
-            "torch.jit.trace records one call's indices as constants, and with a pruning plan these "
-            "depend on where images are: the trace would drop wrong tokens of the next input. Use "
-            "torch.compile, or trace after adsc.detach(model)"
+            "torch.jit.trace records one call's indices as constants, and with a pruning plan they "
+            "depend on where images are: the trace would drop wrong tokens of the next input. "
+            "Use torch.compile, or trace after adsc.detach(model)"
         )
     if torch.compiler.is_compiling():
         return
@@ -67,8 +67,8 @@ def refuse_continuous_batching() -> None:
         if (plan := attached_plan(self)) is not None:
             raise CacheError(
                 f"continuous batching (generate_batch, paged caches) with plan {str(plan)!r}: its "
-                "blocks are as long in every layer, and it brings no images; use model.generate, or "
-                "adsc.detach(model) to run text dense"
+                "blocks are as long in every layer, and it brings no images; use model.generate, "
+                "or adsc.detach(model) to run text dense"
             )
         return begin(self, *args, **kwargs)
 

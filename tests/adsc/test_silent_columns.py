@@ -111,7 +111,9 @@ def test_all_logits_end_where_the_columns_end(side):
 def test_any_batch_padded_anyhow(rows, count, plan):
     """Each row with padding of its own at both ends; the last logits are those of the row alone."""
     texts = [row(*parts, answer, seed=n) for n, (parts, answer, _, _) in enumerate(rows)]
-    width = max(left + len(text) + right for text, (_, _, left, right) in zip(texts, rows, strict=True))
+    width = max(
+        left + len(text) + right for text, (_, _, left, right) in zip(texts, rows, strict=True)
+    )
     ids, mask = [], []
     for text, (_, _, _, right) in zip(texts, rows, strict=True):
         left = width - len(text) - right
@@ -137,7 +139,9 @@ def test_any_batch_padded_anyhow(rows, count, plan):
             kept = output.kept_positions[-1][0].tolist()
         start = int(inputs["attention_mask"][index].argmax())
         for slot, column in enumerate(kept):
-            torch.testing.assert_close(every[index, start + column], output.logits[0, slot], **CLOSE)
+            torch.testing.assert_close(
+                every[index, start + column], output.logits[0, slot], **CLOSE
+            )
 
 
 @pytest.mark.parametrize("name", ["fastv", "sparsevlm"])
@@ -182,7 +186,9 @@ def test_columns_as_tensors_of_each_kind():
         mask[0, 4], mask[1, 7:9] = True, True
         flat = model(**inputs, logits_to_keep=mask).logits
     torch.testing.assert_close(listed, every[:, [5, 20, -3]], **CLOSE)
-    torch.testing.assert_close(of_rows, every.gather(1, (each % width)[..., None].expand(-1, -1, 100)), **CLOSE)
+    torch.testing.assert_close(
+        of_rows, every.gather(1, (each % width)[..., None].expand(-1, -1, 100)), **CLOSE
+    )
     torch.testing.assert_close(flat, every[mask], **CLOSE)
 
 
@@ -221,7 +227,7 @@ def test_generating_behind_padding_is_refused():
     """transformers counts positions of a row that ends in padding from 1 again."""
     inputs = batch(PROMPTS, "right")
     model = attached()
-    with pytest.raises(adsc.CacheError, match="rows end in padding.*pad prompts on the left"):
+    with pytest.raises(adsc.CacheError, match=r"rows end in padding.*pad prompts on the left"):
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
     even = batch([PROMPTS[0], PROMPTS[0]], "right")
     new = model.generate(**even, max_new_tokens=2, do_sample=False, eos_token_id=None)

@@ -1,5 +1,5 @@
-"""A plan stands wherever a model, a config or an adapter goes: what is loaded or built from it is in
-force, or warned of."""
+"""A plan stands wherever a model, a config or an adapter goes: what is loaded or built from it is
+in force, or warned of."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ def test_a_config_that_two_models_share_is_warned_of_on_saving(tmp_path):
     first = llava()
     second = LlavaForConditionalGeneration(first.config)
     adsc.attach(first, PLAN)
-    with pytest.warns(adsc.PlanWarning, match="runs dense, but its config holds plan '2:1/2,4:1/4'"):
+    with pytest.warns(
+        adsc.PlanWarning, match="runs dense, but its config holds plan '2:1/2,4:1/4'"
+    ):
         second.save_pretrained(tmp_path)
 
 
@@ -222,4 +224,3 @@ def test_merging_a_loaded_adapter_keeps_its_plan(tmp_path):
     loaded = adsc.from_pretrained(tmp_path / "merged").eval()
     assert adsc.plan_of(loaded) == PLAN
     torch.testing.assert_close(logits(loaded), logits(wanted), rtol=0, atol=1e-4)
-

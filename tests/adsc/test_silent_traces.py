@@ -35,14 +35,14 @@ MODES: dict[str, Any] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_a_forward_in_another_mode_leaves_nothing_behind(mode):
     """A plan that no other test uses, so that its tables are made here first."""
-    plan = f"1:{ {'fake': 5, 'flops': 7, 'inference': 9}[mode]}/16,3:1/3"
+    plan = f"1:{ {'fake': 5, 'flops': 7, 'inference': 9}[mode] }/16,3:1/3"
     inputs = batch([row(3, 0, 5), row(2, 0, 1)])
     with MODES[mode]():
         model = adsc.attach(llava(), plan)
         strange = {name: value.clone() for name, value in inputs.items()}
         try:
             model(**strange)
-        except Exception:  # fake tensors hold no counts to read: that is not what is tested here
+        except Exception:  # noqa: BLE001 - fake tensors hold no counts to read: not tested here
             assert mode == "fake"
     model = adsc.attach(llava(), plan).train()
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -121,7 +121,9 @@ def test_parts_that_are_compiled_on_their_own_are_refused(part):
             decoder.layers[number] = torch.compile(layer, backend="eager")
         elif part == "layers in place":
             layer.compile(backend="eager")
-    with pytest.raises(adsc.UnsupportedModel, match="compiled on its own.*compile the whole model"):
+    with pytest.raises(
+        adsc.UnsupportedModel, match=r"compiled on its own.*compile the whole model"
+    ):
         model(**inputs)
 
 
@@ -132,15 +134,13 @@ def test_continuous_batching_is_refused_before_it_starts():
         lambda: model.init_continuous_batching(),
         lambda: model.continuous_batching_context_manager().__enter__(),
     ):
-        with pytest.raises(adsc.CacheError, match="continuous batching.*use model.generate"):
+        with pytest.raises(adsc.CacheError, match=r"continuous batching.*use model\.generate"):
             call()
 
 
 @pytest.fixture
 def group(tmp_path) -> Iterator[None]:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
