@@ -91,8 +91,11 @@ class Call:
 
     def take(self, drop: int, hidden: Tensor) -> Tensor:
         """(B, S', D) -> (B, Q, D): the hidden states that are left after drop number `drop`."""
-        index = self.segments[drop].take.to(hidden.device)
-        return hidden.flatten(0, 1).index_select(0, index).unflatten(0, (self.rows, -1))
+        segment, before = self.segments[drop], hidden.flatten(0, 1)
+        left = before.index_select(0, segment.take.to(hidden.device))
+        for pooling in segment.pooling:
+            left = pooling.put(before, left)
+        return left.unflatten(0, (self.rows, -1))
 
     def choose(
         self, drop: int, number: int, layer: nn.Module | None, hidden: Tensor, how: dict[str, Any]
@@ -332,7 +335,8 @@ def begin(
 
     segments: list[Segment] = []
     blocks = samples = choice = None
-    vision = family.vision(model, inputs)
+    pooled = isinstance(plan, PruningPlan) and plan.pool is not None
+    vision = family.vision(model, inputs, regions=pooled)
     if not vision and inputs.get("input_ids") is None and width > 1:
         _check_text(inputs)
     if vision:

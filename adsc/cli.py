@@ -21,8 +21,8 @@ from adsc.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.families import first_legal_layer
 from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
-from adsc.plan import PlanError, PruningPlan
-from adsc.solve import solve_plans
+from adsc.plan import POOLS, PlanError, PruningPlan
+from adsc.solve import ANY_KEEP, solve_plans
 from adsc.vision_cost import ImageInput, image_cost
 
 COST_EXAMPLES = """examples:
@@ -33,6 +33,8 @@ COST_EXAMPLES = """examples:
 PLAN_EXAMPLES = """examples:
   adsc plan --model llava-1.5-7b --average 192
   adsc plan --model llava-1.5-7b --average 128 --drops 2 --keep 1/2,1/4 --tolerance 0.05
+  adsc plan --model llava-1.5-7b --average 128 --pool tiles
+  adsc plan --model llava-1.5-7b --average 128 --pool tiles --exit 24
   adsc plan --model ./my-checkpoint --average 64 --keep 1/3 --limit 5 --json
 """
 
@@ -71,9 +73,21 @@ def add_commands(subparsers: Any) -> None:
     plan.add_argument(
         "--average", required=True, type=float, help="vision tokens per layer and image"
     )
-    plan.add_argument("--drops", type=int, help="layers that drop tokens (3)")
     plan.add_argument(
-        "--keep", default="1/2", help="share that stays at a drop, or one for each: 1/2,1/4 (1/2)"
+        "--drops", type=int, help="layers that drop tokens, an exit aside (3; with --pool 1)"
+    )
+    plan.add_argument(
+        "--keep",
+        help="share that stays at a drop, or one for each: 1/2,1/4; any: all usual ones "
+        "(1/2; with --pool any)",
+    )
+    plan.add_argument(
+        "--pool",
+        choices=POOLS,
+        help="average groups instead of dropping; of tiles, whole ones are listed first",
+    )
+    plan.add_argument(
+        "--exit", type=int, metavar="LAYER", help="no vision token is left from this layer on"
     )
     plan.add_argument("--tolerance", type=float, default=0.01, help="relative (0.01)")
     plan.add_argument("--limit", type=int, default=20, help="list so many (20)")
@@ -216,11 +230,13 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     config, workload = read_config(arguments.model), _workload(arguments)
     layers = config.get_text_config().num_hidden_layers
     image = ImageInput(size=arguments.image_size, images_in_row=arguments.num_images)
-    tokens = image_cost(config, image).tokens
-    keep = tuple(filter(None, (ratio.strip() for ratio in arguments.keep.split(","))))
+    seen = image_cost(config, image)
+    tokens, pool = seen.tokens, arguments.pool
+    words = arguments.keep or (ANY_KEEP if pool else "1/2")
+    keep = tuple(filter(None, (ratio.strip() for ratio in words.split(","))))
     drops = arguments.drops
     if drops is None:
-        drops = len(keep) if len(keep) > 1 else 3
+        drops = len(keep) if len(keep) > 1 else 1 if pool else 3
     if arguments.limit < 1:
         raise CostError(f"--limit {arguments.limit} must be a whole number from 1")
     plans = solve_plans(
@@ -228,9 +244,12 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         tokens,
         arguments.average,
         drops,
-        keep if len(keep) > 1 else arguments.keep,
+        keep if len(keep) > 1 else words,
         arguments.tolerance,
         first_layer=first_legal_layer(config),
+        pool=pool,
+        exit_layer=arguments.exit,
+        lattice=seen.lattice,
     )
     options = {**workload, "convention": arguments.convention, "logits": arguments.logits}
     dense = estimate_cost(config, None, **options)
@@ -251,7 +270,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(document, indent=2))
         return 0
     print(
-        f"{arguments.model}: {len(plans)} placements of {drops} drops keeping {arguments.keep} "
+        f"{arguments.model}: {len(plans)} placements of {drops} drops keeping {words} "
         f"average {arguments.average:g} of {tokens} vision tokens per image, within "
         f"{arguments.tolerance:.1%}; the {len(found)} closest, FLOPs in {arguments.convention}"
         + (f", lm_head {arguments.logits}" if arguments.convention == "exact" else "")

@@ -5,6 +5,7 @@ target. `forward` goes from mild to the target, `fixed` trains at the target thr
 the first stage is, the paper's abstract does not say; here it is a number that one can set.
 """
 
+from dataclasses import replace
 from fractions import Fraction
 
 from adsc.plan import PlanError, PruningPlan, as_plan
@@ -13,7 +14,8 @@ ORDERS = ("reverse", "forward", "fixed")
 
 
 def scale_plan(plan: PruningPlan, pressure: float) -> PruningPlan:
-    """The plan with every keep ratio raised to the power `pressure`: above 1 heavier, below milder.
+    """The plan with every keep ratio raised to the power `pressure`: above 1 heavier, below milder;
+    an exit stays one.
 
     >>> str(scale_plan(PruningPlan.parse("2:1/4,4:1/2"), 2))
     '2:1/16,4:1/4'
@@ -21,8 +23,8 @@ def scale_plan(plan: PruningPlan, pressure: float) -> PruningPlan:
     stages = []
     for layer, keep in plan.stages:
         scaled = Fraction(float(keep) ** pressure).limit_denominator(64)
-        stages.append((layer, max(scaled, Fraction(1, 64))))
-    return PruningPlan(stages=tuple(stages), anchor=plan.anchor, positions=plan.positions)
+        stages.append((layer, max(scaled, Fraction(1, 64)) if keep else keep))
+    return replace(plan, stages=tuple(stages))
 
 
 def curriculum(

@@ -26,6 +26,8 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from adsc.tiles import Region
+
 Inputs = Mapping[str, Any]
 # On the output of a vision tower: the grids (t, h, w) and the (height, width) it was called with.
 GRID, SIZE = "adsc_grid", "adsc_size"
@@ -41,10 +43,15 @@ class VisionTokenError(ValueError):
 
 @dataclass(frozen=True)
 class Image:
-    """One image, or one group of video frames: its tokens, and their h x w lattice if any."""
+    """One image, or one group of video frames: its tokens, and their h x w lattice if any.
+
+    `regions` are the lattices of an image that has several (overview, crops, row ends): tokens of
+    different regions are never averaged together.
+    """
 
     tokens: int
     lattice: tuple[int, int] | None = None
+    regions: tuple[Region, ...] = ()
 
 
 # The images of a call in the order of their tokens, row by row; or the one kind that all are of,
@@ -61,12 +68,15 @@ class Placeholder:
         inputs: the names under which a call may carry what stands behind it.
         encoded: the key of its features in `mm_encoder_outputs`.
         images: the images that a call brings, from the model's config and the call's inputs.
+        locate: gives these images the regions that are not known by shapes alone; it may read from
+            the device.
     """
 
     token: str
     inputs: tuple[str, ...]
     encoded: str
     images: Callable[[Any, Inputs], Images]
+    locate: Callable[[Any, Inputs, list[Image]], list[Image]] | None = None
 
     def given(self, inputs: Inputs) -> bool:
         """Whether a call brings any; without, the id is plain text to a model."""
@@ -114,15 +124,23 @@ class Family:
         """The text model inside the inner model: it has `layers`, `rotary_emb` and a `config`."""
         return getattr(model, self.text_model)
 
-    def vision(self, model: nn.Module, inputs: Inputs) -> list[tuple[Tensor, Images]]:
-        """For each kind of vision token that a call brings: its columns (B, S) bool, its images."""
+    def vision(
+        self, model: nn.Module, inputs: Inputs, regions: bool = False
+    ) -> list[tuple[Tensor, Images]]:
+        """For each kind of vision token that a call brings: its columns (B, S) bool, its images;
+        with all their `regions` if a plan averages over these."""
         config = model.config
-        found = [
-            (_columns(model, inputs, getattr(config, kind.token)), kind.images(config, inputs))
-            for kind in self.placeholders
-            if kind.given(inputs)
-        ]
-        return [(columns, images) for columns, images in found if images]
+        found: list[tuple[Tensor, Images]] = []
+        for kind in self.placeholders:
+            if not kind.given(inputs):
+                continue
+            columns = _columns(model, inputs, getattr(config, kind.token))
+            images = kind.images(config, inputs)
+            if regions and kind.locate is not None and isinstance(images, list):
+                images = kind.locate(config, inputs, images)
+            if images:
+                found.append((columns, images))
+        return found
 
 
 def _columns(model: nn.Module, inputs: Inputs, token: int) -> Tensor:
@@ -190,7 +208,11 @@ def _llava(config: Any, inputs: Inputs) -> Images:
     number, height, width = _pixels(inputs)
     height, width = height // patch, width // patch
     tokens = height * width + has_class_token - (strategy == "default")
-    return [Image(tokens, (height, width) if tokens == height * width else None)] * number
+    if tokens == height * width:
+        return [Image(tokens, (height, width))] * number
+    before = tokens - height * width  # the class token
+    regions = (Region(1, before, 0, before), Region(height, width, before, width))
+    return [Image(tokens, None, regions if before > 0 else ())] * number
 
 
 def _llava_next(config: Any, inputs: Inputs) -> Images:
@@ -198,7 +220,7 @@ def _llava_next(config: Any, inputs: Inputs) -> Images:
     if inputs.get("pixel_values") is None:
         return _encoded_images(inputs)
     sizes = _rows(inputs["image_sizes"])
-    return [Image(_anyres_tokens(config, size, None)) for size in sizes]
+    return [_anyres(config, size, None) for size in sizes]
 
 
 def _llava_onevision(config: Any, inputs: Inputs) -> Images:
@@ -212,25 +234,54 @@ def _llava_onevision(config: Any, inputs: Inputs) -> Images:
         cropped = [n == 1 for n in _rows(numbers) for _ in range(n)]
     # The forward passes no aspect ratio on, so the config's is what counts.
     bound = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    overview = Image(_side(config) ** 2 + 1)
     return [
-        Image(_anyres_tokens(config, size, bound)) if crops else overview
+        _anyres(config, size, bound) if crops else _packed(_side(config), 0, 0)
         for size, crops in zip(sizes, cropped, strict=True)
     ]
 
 
-def _anyres_tokens(config: Any, size: list[int], bound: int | None) -> int:
-    """Tokens of one image of `size` (height, width), counted with transformers' own geometry."""
+def _anyres(config: Any, size: list[int], bound: int | None) -> Image:
+    """One image of `size` (height, width), counted with transformers' own geometry."""
     tile, side = config.vision_config.image_size, _side(config)
     if image_size_to_num_patches(size, config.image_grid_pinpoints, tile) == 1:
-        return side**2 + 1
+        return _packed(side, 0, 0)
     rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
     height, width = unpad_image(torch.empty(0, rows * side, columns * side), size).shape[1:]
     if bound is not None:
         ratio = math.sqrt(height * width / (bound * side**2))
         if ratio > 1.1:
             height, width = int(height // ratio), int(width // ratio)
-    return side**2 + height * (width + 1)
+    return _packed(side, height, width)
+
+
+def _packed(side: int, height: int, width: int) -> Image:
+    """An overview, and what the model makes of all crops: one lattice with a token at the end of
+    each row. Without crops one such token follows the overview."""
+    start = side**2
+    overview = Region(side, side, 0, side)
+    if not height:
+        return Image(start + 1, None, (overview, Region(1, 1, start, 1)))
+    stride = width + 1
+    ends = Region(height, 1, start + width, stride)
+    regions = (overview, Region(height, width, start, stride), ends)
+    return Image(start + height * stride, None, regions)
+
+
+def _find_row_ends(config: Any, inputs: Inputs, images: list[Image]) -> list[Image]:
+    """Regions of images that were encoded beforehand: `generate` forgets sizes, but all row ends
+    equal an image's last token. One read from the device for all."""
+    if _features(inputs, "image") is None or torch.compiler.is_compiling():
+        return images
+    features = _features(inputs, "image").pooler_output
+    flags = torch.cat([(one == one[-1:]).all(-1) for one in features]).tolist()
+    found, start = [], 0
+    for image in images:
+        ends = [at for at in range(image.tokens) if flags[start + at]]
+        start += image.tokens
+        width = ends[1] - ends[0] - 1 if len(ends) > 1 else 0
+        packed = _packed(_side(config), len(ends) if width else 0, width)
+        found.append(packed if packed.tokens == image.tokens else image)
+    return found
 
 
 def _llava_onevision_video(config: Any, inputs: Inputs) -> Images:
@@ -317,8 +368,11 @@ def _deepstack_layers(config: Any) -> int:
     return len(config.vision_config.deepstack_visual_indexes)
 
 
-def _image(images: Callable[[Any, Inputs], Images]) -> Placeholder:
-    return Placeholder("image_token_id", ("pixel_values",), "image", images)
+def _image(
+    images: Callable[[Any, Inputs], Images],
+    locate: Callable[[Any, Inputs, list[Image]], list[Image]] | None = None,
+) -> Placeholder:
+    return Placeholder("image_token_id", ("pixel_values",), "image", images, locate)
 
 
 def _video(images: Callable[[Any, Inputs], Images]) -> Placeholder:
@@ -329,11 +383,15 @@ _QWEN = (_image(_qwen), _video(_qwen_video))
 
 FAMILIES: tuple[Family, ...] = (
     Family(name="LLaVA-1.5", model_type="llava", placeholders=(_image(_llava),)),
-    Family(name="LLaVA-NeXT", model_type="llava_next", placeholders=(_image(_llava_next),)),
+    Family(
+        name="LLaVA-NeXT",
+        model_type="llava_next",
+        placeholders=(_image(_llava_next, _find_row_ends),),
+    ),
     Family(
         name="LLaVA-OneVision",
         model_type="llava_onevision",
-        placeholders=(_image(_llava_onevision), _video(_llava_onevision_video)),
+        placeholders=(_image(_llava_onevision, _find_row_ends), _video(_llava_onevision_video)),
     ),
     Family(name="Qwen2-VL", model_type="qwen2_vl", placeholders=_QWEN, axes=3),
     Family(name="Qwen2.5-VL", model_type="qwen2_5_vl", placeholders=_QWEN, axes=3),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adsc.families import Family, UnsupportedModel
 from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_entering
+from adsc.tiles import Region
 
 if TYPE_CHECKING:
     from adsc.choice import Scene
@@ -85,6 +86,11 @@ class Method:
         object.__setattr__(self, "stages", stages)
         self.check_earliest([layer for layer, _ in stages])
         shares = [share for _, share in stages]
+        if 0 in shares:
+            raise PlanError(
+                f"share 0 at layer {stages[-1][0]}: {self.name} leaves each image at least one "
+                "token; an exit is for plans"
+            )
         if shares != sorted(shares, reverse=True):
             raise PlanError(
                 f"shares {', '.join(map(str, shares))} of {self.name} grow from one drop to the "
@@ -139,7 +145,10 @@ class Method:
         return 1 - self.average_tokens(num_vision_tokens, num_layers) / num_vision_tokens
 
     def kept_indices(
-        self, num_vision_tokens: int, lattice: tuple[int, int] | None = None
+        self,
+        num_vision_tokens: int,
+        lattice: tuple[int, int] | None = None,
+        regions: tuple[Region, ...] = (),
     ) -> list[tuple[int, ...]]:
         """Stand-ins of the right number: everything but the choice itself depends on that alone."""
         return [tuple(range(count)) for count in self.counts(num_vision_tokens)]

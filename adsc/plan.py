@@ -1,4 +1,5 @@
-"""Pruning plans: at which decoder layers vision tokens are dropped, how many stay, and which.
+"""Pruning plans: at which decoder layers vision tokens are dropped, how many stay, which, and
+whether they take the mean of those that go.
 
 A plan is pure data and arithmetic on integers: it knows nothing of models or tensors. The rule is
 that of ADSC (Deniz et al., arXiv 2602.12618): a fixed downsampling ratio at selected decoder
@@ -16,8 +17,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from adsc.tiles import Group, Region, Sheet, partition
+
 ANCHORS = ("last", "first", "center", "grid")
 POSITIONS = ("keep", "reindex")
+POOLS = ("tiles", "runs")
 
 
 class PlanError(ValueError):
@@ -33,12 +37,12 @@ def _as_ratio(keep: object, layer: int) -> Fraction:
         raise PlanError(
             f"keep ratio {keep!r} at layer {layer} is not a number; write 0.5 or 1/2"
         ) from None
-    if given <= 0 or ratio > 1:
+    if given < 0 or ratio > 1:
         raise PlanError(
             f"keep ratio {keep} at layer {layer} must be in (0, 1]: it is the share of tokens "
-            "that stay"
+            "that stay; 0, an exit, may only be the last"
         )
-    return ratio or Fraction(1, 10**6)
+    return ratio or Fraction(bool(given), 10**6)
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,21 @@ class PruningPlan:
     vision tokens.
 
     Args:
-        stages: pairs (layer, keep), layers strictly increasing from 0, keep in (0, 1]. Empty:
-            nothing is dropped.
+        stages: pairs (layer, keep), layers strictly increasing from 0, keep in (0, 1]. The last
+            may keep 0: an exit, no vision token is left from that layer on. Empty: nothing is
+            dropped.
         anchor: which token of each of m equal groups stays: `last`, `first`, `center`; or `grid`, a
             two-dimensional ordered-dither pattern for tokens that lie on an h x w lattice.
         positions: `keep` leaves kept tokens their original position ids; `reindex` renumbers after
             each drop.
+        pool: None drops the other tokens of a group. `tiles` and `runs` put the mean of the group's
+            hidden states at the anchor's place, with its position id: of tiles of the image's
+            lattice (`adsc.tiles`), or of runs of its sequence. The anchor is then a member in row
+            order: `last` is the bottom right one of a tile.
 
     Raises:
-        PlanError: a layer that is negative, repeated or out of order, a ratio outside (0, 1], an
-        unknown word.
+        PlanError: a layer that is negative, repeated or out of order, a ratio outside (0, 1] or an
+        exit that is not the last pair, an unknown word, `grid` with a pool.
 
     >>> plan = PruningPlan.parse("8:1/2,16:1/2,24:1/2")
     >>> plan.average_tokens(576, 32), str(plan)
@@ -66,6 +75,7 @@ class PruningPlan:
     stages: tuple[tuple[int, Fraction], ...] = ()
     anchor: str = "last"
     positions: str = "keep"
+    pool: str | None = None
     text: str = field(init=False, repr=False, compare=False)  # str(self), made once
 
     def __post_init__(self) -> None:
@@ -90,6 +100,11 @@ class PruningPlan:
                     f"layer {layer} after layer {checked[-1][0]}: layers must be strictly "
                     "increasing"
                 )
+            if checked and checked[-1][1] == 0:
+                raise PlanError(
+                    f"layer {layer} after an exit: keep 0 at layer {checked[-1][0]} leaves no "
+                    "vision token to drop; make the exit the last pair"
+                )
             checked.append((layer, _as_ratio(keep, layer)))
         object.__setattr__(self, "stages", tuple(checked))
         for name, allowed in (("anchor", ANCHORS), ("positions", POSITIONS)):
@@ -97,14 +112,29 @@ class PruningPlan:
                 raise PlanError(
                     f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
                 )
+        if self.pool is not None and self.pool not in POOLS:
+            raise PlanError(
+                f"pool {self.pool!r} is unknown; choose one of {', '.join(POOLS)}, or leave it out "
+                "to drop tokens"
+            )
+        if self.pool is not None and self.anchor == "grid":
+            raise PlanError(
+                f"anchor 'grid' with pool={self.pool}: a mean stands at the place of a member of "
+                "its group; use anchor last, first or center"
+            )
         object.__setattr__(self, "text", str(self))
 
     @classmethod
     def parse(
-        cls, text: str, *, anchor: str | None = None, positions: str | None = None
+        cls,
+        text: str,
+        *,
+        anchor: str | None = None,
+        positions: str | None = None,
+        pool: str | None = None,
     ) -> PruningPlan:
-        """Read `layer:keep,layer:keep`, optionally followed by `;anchor=WORD` and
-        `;positions=WORD`.
+        """Read `layer:keep,layer:keep`, optionally followed by `;anchor=WORD`, `;positions=WORD`
+        and `;pool=WORD`.
 
         >>> PruningPlan.parse("2:1/3;anchor=first").anchor
         'first'
@@ -113,13 +143,13 @@ class PruningPlan:
         words: dict[str, str] = {}
         for option in options:
             name, _, value = (part.strip() for part in option.partition("="))
-            if name not in ("anchor", "positions"):
+            if name not in ("anchor", "positions", "pool"):
                 raise PlanError(
-                    f"option {option.strip()!r} in plan {text!r} is unknown; use anchor=... or "
-                    "positions=..."
+                    f"option {option.strip()!r} in plan {text!r} is unknown; use anchor=..., "
+                    "positions=... or pool=..."
                 )
             words[name] = value
-        for name, given in (("anchor", anchor), ("positions", positions)):
+        for name, given in (("anchor", anchor), ("positions", positions), ("pool", pool)):
             if given is not None:
                 words[name] = given
         stages = []
@@ -136,20 +166,23 @@ class PruningPlan:
         parts = [",".join(f"{layer}:{keep}" for layer, keep in self.stages)]
         parts += [f"anchor={self.anchor}"] * (self.anchor != "last")
         parts += [f"positions={self.positions}"] * (self.positions != "keep")
+        parts += [f"pool={self.pool}"] * (self.pool is not None)
         return ";".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, as it stands in a checkpoint's config."""
+        """JSON-ready form, as it stands in a checkpoint's config; `pool` only where it is set."""
         stages = [[layer, str(keep)] for layer, keep in self.stages]
-        return {"stages": stages, "anchor": self.anchor, "positions": self.positions}
+        data = {"stages": stages, "anchor": self.anchor, "positions": self.positions}
+        return data if self.pool is None else {**data, "pool": self.pool}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PruningPlan:
         """The inverse of `to_dict`. Raises PlanError for unknown or ill-typed fields."""
-        unknown = set(data) - {"stages", "anchor", "positions"}
+        unknown = set(data) - {"stages", "anchor", "positions", "pool"}
         if unknown:
             raise PlanError(
-                f"unknown fields {sorted(unknown)} in a plan; it has stages, anchor and positions"
+                f"unknown fields {sorted(unknown)} in a plan; it has stages, anchor, positions and "
+                "pool"
             )
         return cls(**{**data, "stages": data.get("stages", ())})
 
@@ -184,16 +217,28 @@ class PruningPlan:
         """1 - average / initial; 0.667 is the setting that the paper headlines."""
         return 1 - self.average_tokens(num_vision_tokens, num_layers) / num_vision_tokens
 
+    @property
+    def exit(self) -> int | None:
+        """The layer from which on no vision token is left; None if the plan has no exit."""
+        return self.stages[-1][0] if self.stages and self.stages[-1][1] == 0 else None
+
     def kept_indices(
-        self, num_vision_tokens: int, lattice: tuple[int, int] | None = None
+        self,
+        num_vision_tokens: int,
+        lattice: tuple[int, int] | None = None,
+        regions: tuple[Region, ...] = (),
     ) -> list[tuple[int, ...]]:
         """Per stage, which of an image's original vision tokens are left after it: sorted, nested
         index tuples.
 
         Args:
             num_vision_tokens: tokens of this image before any drop.
-            lattice: (height, width) of the token grid; only anchor `grid` needs it.
+            lattice: (height, width) of the token grid; anchor `grid` and pool `tiles` need it.
+            regions: the lattices of an image that has several; for a pool.
         """
+        if self.pool is not None:
+            stages = self.groups(num_vision_tokens, lattice, regions)
+            return [tuple(group.anchor for group in groups) for groups in stages]
         kept: list[tuple[int, ...]] = []
         current: Sequence[int] = range(num_vision_tokens)
         for _, keep in self.stages:
@@ -203,16 +248,71 @@ class PruningPlan:
             kept.append(tuple(current))
         return kept
 
+    def groups(
+        self,
+        num_vision_tokens: int,
+        lattice: tuple[int, int] | None = None,
+        regions: tuple[Region, ...] = (),
+    ) -> list[tuple[Group, ...]]:
+        """Per stage of a plan with a pool, the groups that become one token each, by their anchors.
+
+        Members are what is left before the stage, so every token of an image is in one group, and
+        groups nest. An exit has none. The arguments are those of `kept_indices`.
+
+        Raises:
+            PlanError: `tiles` without a lattice, or fewer tokens to keep than there are regions.
+
+        >>> plan = PruningPlan.parse("0:1/4;pool=tiles")
+        >>> plan.groups(16, (4, 4))[0][0]
+        Group(anchor=5, members=(0, 1, 4, 5))
+        """
+        sheets = self._sheets(num_vision_tokens, lattice, regions)
+        stages: list[tuple[Group, ...]] = []
+        n = num_vision_tokens
+        for layer, keep in self.stages:
+            m, groups = kept_count(n, keep), []
+            if 0 < m < len(sheets):
+                raise PlanError(
+                    f"plan {str(self)!r} keeps {m} of {n} tokens at layer {layer}, but the image "
+                    f"has {len(sheets)} parts (overview, crops, row ends) that are not averaged "
+                    f"together: keep at least {len(sheets)}/{n}, or leave out "
+                    f"pool={self.pool} to drop tokens"
+                )
+            if m:
+                groups, sheets = partition(sheets, m, self.anchor, self.pool == "runs")
+            n = m
+            stages.append(tuple(groups))
+        return stages
+
+    def _sheets(
+        self, total: int, lattice: tuple[int, int] | None, regions: tuple[Region, ...]
+    ) -> list[Sheet]:
+        """The tokens that may be averaged together, before the first drop."""
+        if not regions and lattice is not None:
+            regions = (Region(*lattice, 0, lattice[1]),)
+        if sum(region.height * region.width for region in regions) == total:
+            return [region.sheet() for region in regions]
+        if self.pool == "runs":
+            return [[range(total)]]
+        raise PlanError(
+            f"pool=tiles needs vision tokens on an h x w lattice, but {total} tokens came with "
+            f"lattice {lattice}; use pool=runs for this model"
+        )
+
 
 def kept_count(n: int, keep: Fraction) -> int:
-    """m = max(1, floor(n * keep + 1/2)); 0 tokens stay 0."""
-    return max(1, (2 * n * keep.numerator + keep.denominator) // (2 * keep.denominator)) if n else 0
+    """m = max(1, floor(n * keep + 1/2)); 0 tokens stay 0, and an exit (keep 0) leaves 0."""
+    if n == 0 or keep == 0:
+        return 0
+    return max(1, (2 * n * keep.numerator + keep.denominator) // (2 * keep.denominator))
 
 
 def _downsample(
     current: Sequence[int], m: int, anchor: str, total: int, lattice: tuple[int, int] | None
 ) -> Sequence[int]:
     n = len(current)
+    if m == 0:
+        return ()
     if anchor == "last":
         return [current[((j + 1) * n) // m - 1] for j in range(m)]
     if anchor == "first":

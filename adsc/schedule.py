@@ -11,7 +11,7 @@ drops); N vision tokens of the whole batch, row by row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from adsc.families import Image, Images, VisionTokenError
 from adsc.memo import remembered
 from adsc.method import Method
 from adsc.plan import PruningPlan
+from adsc.pooling import Pooling, add_pooling
+from adsc.tiles import Region
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +33,14 @@ class Segment:
             other.
         take: (B * Q,) where each slot's hidden state is in the flattened segment before it.
         valid: (B, Q) bool, False where a slot only pads; None if no slot does.
+        pooling: for each kind of vision token, the groups whose means stand here; for a plan with
+            a pool.
     """
 
     columns: Tensor
     take: Tensor
     valid: Tensor | None
+    pooling: list[Pooling] = field(default_factory=list)
 
 
 def survivors(
@@ -54,7 +59,8 @@ def survivors(
         plan: where and how much to drop.
 
     Raises:
-        VisionTokenError: a row's vision tokens are not those of a whole number of the next images.
+        VisionTokenError: a row's vision tokens are not those of a whole number of the next images,
+            or an exit leaves a row nothing.
     """
     keep = torch.stack([_kept(columns, images, plan) for columns, images in vision]).all(0)
     if is_captured():
@@ -62,6 +68,10 @@ def survivors(
     ends_padded = torch.zeros_like(keep[0, :, 0])
     if valid is not None:
         keep, ends_padded = keep & valid, ~valid[:, -1]
+    pooled = isinstance(plan, PruningPlan) and plan.pool is not None
+    if pooled and valid is not None:
+        # A masked vision token shows as one too few.
+        vision = [(columns & valid, images) for columns, images in vision]
     tokens = [columns.sum(1) for columns, _ in vision]
     # The one copy to the host: a few integers for each row.
     counts = torch.stack([*tokens, ends_padded, *keep.sum(2)], dim=1).tolist()
@@ -72,8 +82,24 @@ def survivors(
     segments: list[Segment] = []
     for stage, kept in enumerate(keep):
         lengths = [row[len(vision) + 1 + stage] for row in counts]
+        _check_left(lengths, plan)
         segments.append(_compact(kept, segments[-1] if segments else None, lengths, left))
+    if isinstance(plan, PruningPlan) and plan.pool is not None:
+        for kind, (columns, images) in enumerate(vision):
+            if isinstance(images, Image):
+                total = sum(row[kind] for row in counts)
+                images = [images] * (total // images.tokens)
+            add_pooling(segments, columns, images, plan)
     return segments
+
+
+def _check_left(lengths: list[int], plan: PruningPlan | Method) -> None:
+    """Raise VisionTokenError if a row has nothing left. lengths: columns that each row keeps."""
+    if 0 in lengths:
+        raise VisionTokenError(
+            f"row {lengths.index(0)} holds vision tokens alone, and plan {str(plan)!r} leaves none "
+            "of them: pass images together with the text after them, or take out the exit (keep 0)"
+        )
 
 
 def is_captured() -> bool:
@@ -113,6 +139,7 @@ def _evenly(
                 f"where nothing can be read back, all rows must drop as many tokens: {dropped}"
             )
         lengths = [length - less for length, less in zip(lengths, dropped[0], strict=True)]
+    _check_left([min(lengths)] * rows, plan)
     segments: list[Segment] = []
     for kept, length in zip(keep, lengths, strict=True):
         torch._assert_async((kept.sum(1) == length).all(), "vision tokens and images don't match")
@@ -121,6 +148,10 @@ def _evenly(
         if valid is not None:
             segment = replace(segment, valid=valid.gather(1, segment.columns))
         segments.append(segment)
+    if isinstance(plan, PruningPlan) and plan.pool is not None:
+        for columns, images in vision:
+            assert not isinstance(images, Image)
+            add_pooling(segments, columns, images, plan)
     return segments
 
 
@@ -128,9 +159,9 @@ def _dropped(image: Image, plan: PruningPlan | Method) -> list[int]:
     """How many tokens of an image are gone after each drop."""
     if torch.compiler.is_compiling():
         assert isinstance(plan, PruningPlan)  # methods are refused there
-        flags = _constant_kept(plan.text, image.tokens, image.lattice)
+        flags = _constant_kept(plan.text, image.tokens, image.lattice, image.regions)
     else:
-        flags = _flags(plan, image.tokens, image.lattice)
+        flags = _flags(plan, image)
     return [sum(not flag for flag in one) for one in flags]
 
 
@@ -196,8 +227,10 @@ def _keep_table(
     """(K, N) bool: which vision tokens are left after each drop."""
     if torch.compiler.is_compiling():
         assert isinstance(plan, PruningPlan)
-        sizes = [(image.tokens, image.lattice) for image in images]
-        stages = [_constant_kept(plan.text, tokens, lattice) for tokens, lattice in sizes]
+        stages = [
+            _constant_kept(plan.text, image.tokens, image.lattice, image.regions)
+            for image in images
+        ]
         return torch.tensor(
             [[flag for one in stages for flag in one[k]] for k in range(len(plan.stages))],
             dtype=torch.bool,
@@ -208,27 +241,25 @@ def _keep_table(
 
 @torch._dynamo.assume_constant_result
 def _constant_kept(
-    plan: str, tokens: int, lattice: tuple[int, int] | None
+    plan: str, tokens: int, lattice: tuple[int, int] | None, regions: tuple[Region, ...]
 ) -> tuple[tuple[bool, ...], ...]:
     """For each drop, which tokens of an image are left: worked out outside of the trace, in which a
     second plan's numbers would become symbols."""
-    return _flags(PruningPlan.parse(plan), tokens, lattice)
+    return _flags(PruningPlan.parse(plan), Image(tokens, lattice, regions))
 
 
 def _make_table(
     images: tuple[Image, ...], plan: PruningPlan | Method, device: torch.device
 ) -> Tensor:
-    each = [_flags(plan, image.tokens, image.lattice) for image in images]
+    each = [_flags(plan, image) for image in images]
     stages = [[flag for one in each for flag in one[k]] for k in range(len(plan.stages))]
     return torch.tensor(stages, dtype=torch.bool, device=device)
 
 
-def _flags(
-    plan: PruningPlan | Method, tokens: int, lattice: tuple[int, int] | None
-) -> tuple[tuple[bool, ...], ...]:
+def _flags(plan: PruningPlan | Method, image: Image) -> tuple[tuple[bool, ...], ...]:
     """For each drop, which tokens of an image are left."""
-    kept = map(set, plan.kept_indices(tokens, lattice))
-    return tuple(tuple(index in one for index in range(tokens)) for one in kept)
+    kept = map(set, plan.kept_indices(image.tokens, image.lattice, image.regions))
+    return tuple(tuple(index in one for index in range(image.tokens)) for one in kept)
 
 
 _kept_table = remembered(_make_table, 256)  # saves the copy to the device, too

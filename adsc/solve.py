@@ -12,11 +12,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from math import ceil, floor
 
 from adsc.plan import PlanError, PruningPlan
+from adsc.tiles import are_whole
+
+ANY = tuple(Fraction(1, n) for n in (2, 3, 4, 6, 8, 9, 16, 36))
+"""The ratios that keep `any` tries at every drop."""
+ANY_KEEP = "any"
 
 
 def solve_plans(
@@ -29,6 +35,10 @@ def solve_plans(
     *,
     first_layer: int = 0,
     limit: int | None = None,
+    anchor: str = "last",
+    pool: str | None = None,
+    exit_layer: int | None = None,
+    lattice: tuple[int, int] | None = None,
 ) -> list[PruningPlan]:
     """All placements of `drops` drops whose layer average is within `tolerance` of `average`.
 
@@ -37,11 +47,18 @@ def solve_plans(
         num_vision_tokens: of one image, before any drop.
         average: the budget, in vision tokens per layer.
         drops: how many layers drop tokens.
-        keep: the share of tokens that stays at every drop, or one share per drop, in order.
+        keep: the share of tokens that stays at every drop, or one share per drop, in order; `any`
+            tries those of ANY at each.
         tolerance: relative to `average`; 0.01 accepts 190.08..193.92 for 192.
         first_layer: the first layer at which a drop is legal; models that inject vision features
             into their first layers (Qwen3-VL) need one above 0.
-        limit: only that many of the closest; None for all of them.
+        limit: only that many of the first; None for all of them.
+        anchor: of the plans.
+        pool: `tiles` or `runs` for plans that average instead of dropping.
+        exit_layer: the plans end with an exit before this layer: their drops come before it, and
+            from it on no vision token is left. None for plans without an exit.
+        lattice: (height, width) of the image's tokens; with pool `tiles`, plans all of whose tiles
+            are whole and alike (24 x 24 to 12 x 12, 8 x 8, 6 x 6) come first.
 
     Returns:
         Plans, the closest to the budget first, equally close ones by their layers.
@@ -52,33 +69,72 @@ def solve_plans(
 
     >>> [str(plan) for plan in solve_plans(32, 576, 192, drops=1, keep="1/9")]
     ['8:1/9']
+    >>> how = {"pool": "tiles", "lattice": (24, 24), "tolerance": 0}
+    >>> [str(plan) for plan in solve_plans(32, 576, 128, 1, "any", **how)]
+    ['4:1/9;pool=tiles']
     """
-    ratios = _ratios(drops, keep)
-    _check_counts(num_layers, num_vision_tokens, drops, first_layer, limit)
+    shapes = _ratios(drops, keep)
+    last = _check_exit(exit_layer, num_layers)
+    _check_counts(last, num_vision_tokens, drops, first_layer, limit)
     target, slack = _as_fraction("average", average), _as_fraction("tolerance", tolerance)
     if target <= 0 or slack < 0:
         raise PlanError(
             f"average {average} must be above 0 and tolerance {tolerance} at least 0: "
             "write average=192, tolerance=0.01"
         )
-    # The plan itself says how ratios are rounded; layers don't matter for the counts.
-    shape = PruningPlan(stages=tuple(enumerate(ratios)))
-    counts = [num_vision_tokens, *shape.tokens_after_drops(num_vision_tokens)]
-    costs = [[count] * num_layers for count in counts]
-    search = PlacementSearch(costs, first_layer, target * num_layers)
-
+    leave = () if exit_layer is None else ((exit_layer, Fraction(0)),)
+    words = PruningPlan(stages=leave, anchor=anchor, pool=pool)
     slack_total = slack * target * num_layers
-    found = search.within(slack_total)
+    searches = list(_searches(shapes, num_vision_tokens, last, first_layer, target * num_layers))
+    found = (
+        (uneven, distance, layers, ratios)
+        for ratios, counts, search in searches
+        for uneven in [pool == "tiles" and not (lattice and are_whole(lattice, counts))]
+        for distance, layers in search.within(slack_total)
+    )
     best = sorted(found) if limit is None else heapq.nsmallest(limit, found)
     if best:
-        return [_plan(layers, ratios) for _, layers in best]
-    total, layers = search.nearest(slack_total)
+        return [_plan(layers, ratios, words) for *_, layers, ratios in best]
     raise PlanError(
-        f"no placement of {drops} drops keeping {', '.join(map(str, ratios))} of "
-        f"{num_vision_tokens} vision tokens in {num_layers} layers averages {float(target):g} "
-        f"within {float(slack):.3g}; the nearest is {total / num_layers:.6g} with plan "
-        f"{str(_plan(layers, ratios))!r}: change drops, keep or tolerance"
+        f"no placement of {drops} drops keeping {keep if keep == ANY_KEEP else _listed(shapes[0])} "
+        f"of {num_vision_tokens} vision tokens in {num_layers} layers"
+        + ("" if exit_layer is None else f" with an exit before layer {exit_layer}")
+        + f" averages {float(target):g} within {float(slack):.3g}; the nearest is "
+        + _nearest(searches, slack_total, target * num_layers, num_layers, words)
+        + ": change drops, keep or tolerance"
     )
+
+
+def _searches(
+    shapes: Sequence[tuple[Fraction, ...]], n: int, layers: int, first: int, target: Fraction
+) -> Iterator[tuple[tuple[Fraction, ...], list[int], PlacementSearch]]:
+    """Ratios, the tokens that each leaves, and the search of their placements; ratios that leave as
+    many as others once."""
+    seen = set()
+    for ratios in shapes:
+        # The plan itself says how ratios are rounded; layers don't matter for the counts.
+        counts = PruningPlan(stages=tuple(enumerate(ratios))).tokens_after_drops(n)
+        if tuple(counts) not in seen:
+            seen.add(tuple(counts))
+            costs = [[count] * layers for count in (n, *counts)]
+            yield ratios, counts, PlacementSearch(costs, first, target)
+
+
+def _nearest(
+    searches: Sequence[tuple[tuple[Fraction, ...], list[int], PlacementSearch]],
+    slack: Fraction,
+    target: Fraction,
+    num_layers: int,
+    words: PruningPlan,
+) -> str:
+    """The nearest average that one reaches, and its plan."""
+    each = ((*search.nearest(slack), ratios) for ratios, _, search in searches)
+    total, layers, ratios = min(each, key=lambda one: (abs(one[0] - target), one[1]))
+    return f"{total / num_layers:.6g} with plan {str(_plan(layers, ratios, words))!r}"
+
+
+def _listed(ratios: Sequence[Fraction]) -> str:
+    return ", ".join(map(str, ratios))
 
 
 class PlacementSearch:
@@ -149,8 +205,20 @@ class PlacementSearch:
         return sum(self._cost(stage, *edge) for stage, edge in enumerate(pairwise(edges)))
 
 
-def _plan(layers: Sequence[int], ratios: Sequence[Fraction]) -> PruningPlan:
-    return PruningPlan(stages=tuple(zip(layers, ratios, strict=True)))
+def _plan(layers: Sequence[int], ratios: Sequence[Fraction], words: PruningPlan) -> PruningPlan:
+    """Drops before `layers`, then the exit of `words` if it has one, and its other options."""
+    return replace(words, stages=(*zip(layers, ratios, strict=True), *words.stages))
+
+
+def _check_exit(exit_layer: int | None, num_layers: int) -> int:
+    """How many layers drops may go to."""
+    if exit_layer is None:
+        return num_layers
+    if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or exit_layer < 1:
+        raise PlanError(f"exit_layer {exit_layer!r} must be a whole number from 1")
+    if exit_layer >= num_layers:
+        raise PlanError(f"exit_layer {exit_layer}, but the decoder has layers 0..{num_layers - 1}")
+    return exit_layer
 
 
 def _as_fraction(name: str, value: object) -> Fraction:
@@ -160,9 +228,12 @@ def _as_fraction(name: str, value: object) -> Fraction:
         raise PlanError(f"{name} {value!r} is not a number") from None
 
 
-def _ratios(drops: int, keep: object) -> tuple[Fraction, ...]:
+def _ratios(drops: int, keep: object) -> list[tuple[Fraction, ...]]:
+    """The ratios of all drops, or all those to try."""
     if isinstance(drops, bool) or not isinstance(drops, int) or drops < 1:
         raise PlanError(f"drops {drops!r} must be a whole number from 1")
+    if keep == ANY_KEEP:
+        return list(product(ANY, repeat=drops))
     if isinstance(keep, Sequence) and not isinstance(keep, str):
         if len(keep) != drops:
             raise PlanError(
@@ -171,7 +242,13 @@ def _ratios(drops: int, keep: object) -> tuple[Fraction, ...]:
         each: Sequence[object] = keep
     else:
         each = [keep] * drops
-    return tuple(ratio for _, ratio in PruningPlan(stages=tuple(enumerate(each))).stages)  # type: ignore[arg-type]
+    ratios = tuple(ratio for _, ratio in PruningPlan(stages=tuple(enumerate(each))).stages)  # type: ignore[arg-type]
+    if 0 in ratios:
+        raise PlanError(
+            "keep 0 is an exit, whose layer is given: give the ratios of the other drops, and the "
+            "exit as exit_layer (adsc plan --exit LAYER)"
+        )
+    return [ratios]
 
 
 def _check_counts(

@@ -43,11 +43,13 @@ class ImageInput:
 @dataclass(frozen=True, kw_only=True)
 class ImageCost:
     """One image: `tokens` vision tokens in the decoder, and MACs to make them, half of what
-    torch's FlopCounterMode reports for the same work."""
+    torch's FlopCounterMode reports for the same work; `lattice` is the tokens' (height, width) if
+    they lie on one."""
 
     tokens: int
     tower_macs: int
     projector_macs: int
+    lattice: tuple[int, int] | None = None
 
     @property
     def macs(self) -> int:
@@ -74,7 +76,13 @@ def image_cost(config: Any, image: ImageInput) -> ImageCost:
 def _llava(config: Any, image: ImageInput) -> ImageCost:
     """LLaVA-1.5: one tile, a projector of two matrices."""
     n, tower = _tile(config)
-    return ImageCost(tokens=n, tower_macs=tower, projector_macs=n * llava_projector(config))
+    projector = n * llava_projector(config)
+    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector, lattice=_square(n))
+
+
+def _square(n: int) -> tuple[int, int] | None:
+    side = math.isqrt(n)
+    return (side, side) if side**2 == n else None
 
 
 def _tile(config: Any) -> tuple[int, int]:
@@ -161,6 +169,7 @@ def _qwen(tower_macs: Callable[[Any, tuple[int, int]], int]) -> Callable[..., Im
             tokens=n,
             tower_macs=tower_macs(tower, grid),
             projector_macs=mergers * n * (merged * merged + merged * out),
+            lattice=grid,
         )
 
     return cost
@@ -172,7 +181,8 @@ def _internvl(config: Any, image: ImageInput) -> ImageCost:
     shuffle = int(1 / config.downsample_ratio) ** 2
     n, out = n // shuffle, config.text_config.hidden_size
     width = config.vision_config.hidden_size * shuffle
-    return ImageCost(tokens=n, tower_macs=tower, projector_macs=n * (width * out + out * out))
+    projector = n * (width * out + out * out)
+    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector, lattice=_square(n))
 
 
 def _idefics3(config: Any, image: ImageInput) -> ImageCost:
@@ -181,7 +191,7 @@ def _idefics3(config: Any, image: ImageInput) -> ImageCost:
     shuffle = config.scale_factor**2
     n, width = n // shuffle, config.vision_config.hidden_size * shuffle
     projector = n * width * config.text_config.hidden_size
-    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector)
+    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector, lattice=_square(n))
 
 
 def _gemma3(config: Any, image: ImageInput) -> ImageCost:
@@ -191,14 +201,14 @@ def _gemma3(config: Any, image: ImageInput) -> ImageCost:
     pool = side // int(config.mm_tokens_per_image**0.5)
     n = (side // pool) ** 2
     projector = n * config.vision_config.hidden_size * config.text_config.hidden_size
-    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector)
+    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector, lattice=_square(n))
 
 
 def _paligemma(config: Any, image: ImageInput) -> ImageCost:
     """PaliGemma: one matrix."""
     n, tower = square_tower(config)
     projector = n * config.vision_config.hidden_size * config.vision_config.projection_dim
-    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector)
+    return ImageCost(tokens=n, tower_macs=tower, projector_macs=projector, lattice=_square(n))
 
 
 FAMILIES: dict[str, Callable[[Any, ImageInput], ImageCost]] = {

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import agreement, capture, decode, prefill, train
+from benchmarks import agreement, capture, decode, pooling, prefill, train
 from benchmarks.agreement import failed
 from benchmarks.measure import Row, report, synchronize, table, tables
 from benchmarks.models import DTYPES
@@ -156,6 +156,10 @@ PARTS = {
         run=_prefill, about="the same, goal: 0.92 of the bound", settings={"batch": 8}
     ),
     "prefill-32": Part(run=_prefill, about="the same", settings={"batch": 32}),
+    "pooling-1": Part(
+        run=pooling.measure, about="what pooling adds, goal: 1 %", settings={"batch": 1}
+    ),
+    "pooling-8": Part(run=pooling.measure, about="the same", settings={"batch": 8}),
     "empty-plan-1": Part(
         run=_empty_plan, about="overhead without a drop", settings={"batch": 1, "rounds": 41}
     ),

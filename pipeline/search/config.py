@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import OPERATIONAL, Config
+from pipeline.config import ADDED, OPERATIONAL, Config
 
 FOUND = "search"
 """As a workflow's plan: the one that the search stage finds."""
@@ -48,6 +48,12 @@ class SearchConfig(Config):
         ("last", "first", "center"), min_length=1
     )
     """Anchors to try."""
+    pool: Literal["tiles", "runs"] | None = Field(None, json_schema_extra=ADDED)
+    """Plans that average: groups on the lattice (`tiles`) or of the sequence (`runs`) become
+    their mean. Placements whose tiles are all whole come first. None: tokens are dropped."""
+    exit_layer: int | None = Field(None, gt=0, json_schema_extra=ADDED)
+    """All plans end with an exit: from this layer on no vision token is left. It is no drop of
+    `drops`."""
     first_layer: int = Field(0, ge=0)
     """The first layer at which a drop is legal; above 0 for models that add vision features to
     their first layers (Qwen3-VL)."""
@@ -100,6 +106,11 @@ class SearchConfig(Config):
                 raise ValueError(
                     f"{name} = {getattr(self, name)}: a budget is above 0, a range (least, most)"
                 )
+        if self.pool and "grid" in self.anchors:
+            raise ValueError(
+                f"anchors = {self.anchors} and pool = {self.pool} contradict: a mean stands at the "
+                "place of a member of its group; leave grid out"
+            )
         if any(one < 1 for one in self.drops) or len(set(self.drops)) < len(self.drops):
             raise ValueError(f"drops = {self.drops}: different whole numbers from 1")
         if list(self.rungs) != sorted(set(self.rungs)) or any(rung < 1 for rung in self.rungs):

@@ -12,7 +12,7 @@ Legend: n vision tokens of one picture, L decoder layers, N placements (plans wi
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from typing import Any, NamedTuple
@@ -20,8 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import adsc
+from adsc.geometries import geometry
 from adsc.plan import PlanError, PruningPlan, kept_count
 from adsc.solve import PlacementSearch
+from adsc.tiles import are_whole
+from adsc.vision_cost import ImageInput, image_cost
 from pipeline.search.config import UNITS, SearchConfig
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.125, 0.0625)
@@ -73,6 +76,7 @@ class Costs:
         dense = adsc.estimate_cost(model, None, **self._how)
         self.num_layers = len(dense.per_layer)
         self.num_vision_tokens = dense.per_layer[0].vision_tokens
+        self.lattice = lattice_of(model, config.image_size)
         self._rows: dict[int, list[int]] = {}
         self._outside = dense.vision_flops + dense.logits_flops if self.unit == "gflops" else 0
         self._scale = {
@@ -114,6 +118,12 @@ class Costs:
         return self.value(sum(self.row(count)[layer] for layer, count in enumerate(counts)))
 
 
+def lattice_of(model: Any, image_size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width) of a picture's vision tokens, if they lie on one lattice."""
+    config = geometry(model) if isinstance(model, str) else model
+    return image_cost(config, ImageInput(size=image_size)).lattice
+
+
 def _rising(times: dict[int, float]) -> tuple[list[int], list[float]]:
     """Measured times without the noise by which more tokens would cost less."""
     counts = sorted(times)
@@ -135,45 +145,73 @@ class Space:
 
     def __init__(self, costs: Costs, config: SearchConfig) -> None:
         self.of, self.config, self.anchors = costs, config, config.anchors
+        self._words = self._words_of(costs.num_layers)
         _, low, high = config.budget
         target = (costs.total(low) + costs.total(high)) / 2
         slack = costs.total(high) - target
         self.stages: list[tuple[tuple[int, Fraction], ...]] = []
         totals: list[int] = []
         nearest: list[tuple[Fraction, int, Any]] = []
-        for ratios, search in self._shapes(target):
+        behind = self._behind_exit()
+        for ratios, search in self._shapes(target - behind):
             for _, layers in sorted(search.within(slack)):
-                self.stages.append(tuple(zip(layers, ratios, strict=True)))
-                totals.append(search.total(layers))
+                self.stages.append((*zip(layers, ratios, strict=True), *self._words.stages))
+                totals.append(search.total(layers) + behind)
             if not totals:
                 total, layers = search.nearest(slack)
-                distance = abs(total - target)
-                nearest.append((distance, total, tuple(zip(layers, ratios, strict=True))))
+                total += behind
+                stages = (*zip(layers, ratios, strict=True), *self._words.stages)
+                nearest.append((abs(total - target), total, stages))
         if not totals:
             raise PlanError(self._unreachable(nearest))
         self.costs = np.array([costs.value(total) for total in totals])
         self.codes = np.array([self.code(stages) for stages in self.stages])
         self.left_out: dict[str, str] = {}
 
+    def _words_of(self, layers: int) -> PruningPlan:
+        """What all plans have in common: their exit and their pool."""
+        leave = self.config.exit_layer
+        if leave is not None and leave >= layers:
+            raise PlanError(
+                f"search.exit_layer = {leave}, but the decoder has layers 0..{layers - 1}"
+            )
+        stages = () if leave is None else ((leave, Fraction(0)),)
+        return PruningPlan(stages=stages, pool=self.config.pool)
+
+    def _behind_exit(self) -> int:
+        """What the layers behind the exit cost."""
+        leave = self.config.exit_layer
+        return 0 if leave is None else sum(self.of.row(0)[leave:])
+
+    def _plan(self, stages: Sequence[tuple[int, Fraction]], anchor: str) -> PruningPlan:
+        return replace(self._words, stages=tuple(stages), anchor=anchor)
+
     def _shapes(self, target: Fraction) -> Any:
-        """Ratios of each number of drops, with their search; those of equal counts once."""
+        """Ratios of each number of drops, with their search; those of equal counts once, and those
+        whose tiles are whole first."""
         n, layers, first = self.of.num_vision_tokens, self.of.num_layers, self.config.first_layer
+        layers = layers if self.config.exit_layer is None else self.config.exit_layer
         drops = [count for count in self.config.drops if count <= layers - first]
         if not drops:
             raise PlanError(
                 f"drops {self.config.drops} don't fit into layers {first}..{layers - 1}: each drop "
                 "needs a layer of its own"
             )
-        seen = set()
+        shapes: dict[tuple[int, ...], tuple[Fraction, ...]] = {}
         for count in drops:
             for keeps in product(self.config.keeps, repeat=count):
                 shape = PruningPlan(stages=tuple(enumerate(keeps)))  # type: ignore[arg-type]
                 counts = (n, *shape.tokens_after_drops(n))
-                if counts in seen or len(set(counts)) < len(counts):
-                    continue
-                seen.add(counts)
-                search = PlacementSearch([self.of.row(c) for c in counts], first, target)
-                yield tuple(ratio for _, ratio in shape.stages), search
+                if len(set(counts)) == len(counts):
+                    shapes.setdefault(counts, tuple(ratio for _, ratio in shape.stages))
+        for counts in sorted(shapes, key=self._is_uneven):
+            costs = [self.of.row(count)[:layers] for count in counts]
+            yield shapes[counts], PlacementSearch(costs, first, target)
+
+    def _is_uneven(self, counts: Sequence[int]) -> bool:
+        lattice = self.of.lattice
+        whole = lattice is not None and are_whole(lattice, counts[1:])
+        return self.config.pool == "tiles" and not whole
 
     def _unreachable(self, nearest: Sequence[tuple[Fraction, int, Any]]) -> str:
         name, low, high = self.config.budget
@@ -188,7 +226,7 @@ class Space:
         _, total, stages = min(nearest)
         return (
             f"{said}; the nearest is {name} = {self.of.value(total):.6g} with plan "
-            f"{str(PruningPlan(stages=stages))!r}: change the budget, search.tolerance, "
+            f"{str(self._plan(stages, self.anchors[0]))!r}: change the budget, search.tolerance, "
             "search.drops or search.keeps"
         )
 
@@ -210,7 +248,7 @@ class Space:
 
     def candidate(self, number: int, anchor: str) -> Candidate:
         """A placement with an anchor."""
-        plan = PruningPlan(stages=self.stages[number], anchor=anchor)
+        plan = self._plan(self.stages[number], anchor)
         return Candidate(str(plan), float(self.costs[number]), tuple(self.codes[number].tolist()))
 
     def draw(self, rng: np.random.Generator, without: Collection[str]) -> Candidate | None:
@@ -284,7 +322,7 @@ class Space:
         first = max(self.config.first_layer, layers[0])
         layers = [first, *(layer for layer in layers[1:] if layer > first)]
         ratio = self._common_ratio(layers, level)
-        plan = PruningPlan(stages=tuple((layer, ratio) for layer in layers), anchor=self.anchors[0])
+        plan = self._at(layers, ratio)
         cost = self.of.of(plan)
         allowed = max(self.config.tolerance, KNOWN_AT_MOST)
         if abs(cost - level) > allowed * level:
@@ -293,13 +331,18 @@ class Space:
             return
         found[title] = Candidate(str(plan), cost, self.code(plan.stages))
 
+    def _at(self, layers: Sequence[int], ratio: Fraction) -> PruningPlan:
+        """One ratio at all these layers, before the exit if there is one."""
+        last = self.of.num_layers if self.config.exit_layer is None else self.config.exit_layer
+        drops = tuple((layer, ratio) for layer in layers if layer < last)
+        return self._plan((*drops, *self._words.stages), self.anchors[0])
+
     def _common_ratio(self, layers: Sequence[int], level: float) -> Fraction:
         """The ratio of all these drops whose cost is nearest to a level."""
         n = self.of.num_vision_tokens
 
         def cost(share: Fraction) -> float:
-            stages = tuple((layer, share) for layer in layers)
-            return self.of.of(PruningPlan(stages=stages))
+            return self.of.of(self._at(layers, share))
 
         fine = 4 * n
         low, high = 1, fine  # the cost rises with the ratio
@@ -313,9 +356,10 @@ class Space:
         _, low, high = self.config.budget
         near = np.abs(self.costs - level) <= max(self.config.tolerance * level, (high - low) / 20)
         near |= np.abs(self.costs - level) == np.abs(self.costs - level).min()
-        drops = np.array([len(stages) for stages in self.stages])
+        placed = [[pair for pair in stages if pair[1]] for stages in self.stages]
+        drops = np.array([len(stages) for stages in placed])
         wanted = min((abs(3 - count), count) for count in set(drops[near].tolist()))[1]
-        even = np.array([len({keep for _, keep in stages}) == 1 for stages in self.stages])
+        even = np.array([len({keep for _, keep in stages}) == 1 for stages in placed])
         pool = near & (drops == wanted)
         if (pool & even).any():
             pool &= even

@@ -117,6 +117,8 @@ def _plan(folder: Path, text: str) -> str:
         f"- before layer {layer}, {keep} of the vision tokens stay" for layer, keep in plan.stages
     ]
     words = f"Anchor `{plan.anchor}`, position ids `{plan.positions}`. As text: `{text}`."
+    if plan.pool is not None:
+        words = f"A token that stays is the mean of its group ({plan.pool}). {words}"
     return "\n".join([*drops, "", words, *_tokens(folder, plan)])
 
 

@@ -47,7 +47,7 @@ EVALUATION = "evaluation.json"
 """What was measured of this checkpoint and of the models that it was compared with."""
 DATA = "data_manifest.json"
 """What it was trained on: the manifest of the prepared data."""
-PLAN_FIELDS = {"stages", "anchor", "positions"}
+PLAN_FIELDS = {"stages", "anchor", "positions", "pool"}
 """Of a plan in config.json; a peer method has others."""
 
 

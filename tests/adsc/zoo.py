@@ -149,7 +149,6 @@ def units_of(row: list[int | Picture]) -> list[list[int]]:
     return units
 
 
-@torch.no_grad()
 def reference(
     case: Case,
     model: Any,
@@ -157,13 +156,37 @@ def reference(
     stages: list[tuple[int, float]],
     anchor: str = "last",
     extra: list[int] | None = None,
+    groups: list[list[Any]] | None = None,
+    grad: bool = False,
+    saw: list[tuple[Tensor, list[int]]] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Logits (Q, vocab) of one row at the columns that are left, and those columns.
 
     Args:
         extra: tokens after the row: what was generated so far.
+        groups: for each unit of the row and each stage pairs (anchor, members) of its tokens'
+            numbers: a member's place takes their mean. Without them tokens are dropped.
+        grad: whether gradients are wanted.
+        saw: takes what each layer from the first drop on saw, and its columns.
     """
-    inputs = case.batch([row])
+    with torch.set_grad_enabled(grad):
+        return _reference(case, model, row, stages, anchor, extra, groups, saw)
+
+
+def _reference(
+    case: Case,
+    model: Any,
+    row: list[int | Picture],
+    stages: list[tuple[int, float]],
+    anchor: str,
+    extra: list[int] | None,
+    groups: list[list[Any]] | None,
+    saw: list[tuple[Tensor, list[int]]] | None,
+) -> tuple[Tensor, list[int]]:
+    inputs = {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in case.batch([row]).items()
+    }
     types = None
     if case.types is not None:
         types = inputs[case.types[0]][0].tolist()
@@ -195,12 +218,29 @@ def reference(
 
     hidden, columns = start["hidden"], list(range(inputs["input_ids"].shape[1]))
     units = units_of(row)
+    places = units
     vision = {column for unit in units for column in unit}
     blocks = case.blocks(types) if case.blocks is not None else None
     for number in range(first, LAYERS):
-        for at, keep in stages:
+        for stage, (at, keep) in enumerate(stages):
             if at == number:
-                units = [[unit[i] for i in kept_of(len(unit), keep, anchor)] for unit in units]
+                if groups is not None:
+                    before = dict(zip(columns, hidden[0], strict=True))
+                    after = dict(before)
+                    for place, mine in zip(places, groups, strict=True):
+                        for one, members in mine[stage]:
+                            each = [before[place[member]] for member in members]
+                            after[place[one]] = sum(each) / len(each)
+                    hidden = torch.stack(list(after.values())).unsqueeze(0)
+                    units = [
+                        [place[one] for one, _ in mine[stage]]
+                        for place, mine in zip(places, groups, strict=True)
+                    ]
+                else:
+                    units = [
+                        [unit[i] for i in kept_of(len(unit), keep, anchor)] if keep else []
+                        for unit in units
+                    ]
                 left = {column for unit in units for column in unit}
                 stay = [i for i, c in enumerate(columns) if c not in vision or c in left]
                 hidden, columns = hidden[:, stay], [columns[i] for i in stay]
@@ -208,7 +248,9 @@ def reference(
         config = decoder.config
         if getattr(config, "layer_types", None) and "sliding" in config.layer_types[number]:
             window = config.sliding_window
-        mask = _mask(columns, blocks, window, case.window_cuts_blocks)
+        mask = _mask(columns, blocks, window, case.window_cuts_blocks).to(hidden.dtype)
+        if saw is not None:
+            saw.append((hidden[0], columns))
         hidden = type(decoder.layers[number]).forward(
             decoder.layers[number],
             hidden,
