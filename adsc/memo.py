@@ -9,22 +9,26 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
 
 
-def remembered(make: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
-    """`make` with the last `size` results kept; arguments must be hashable.
+def remembered(make: Callable[..., T], size: int) -> Callable[..., T]:
+    """`make`, which makes tensors, with the last `size` results kept; arguments must be hashable.
 
     While operators are intercepted nothing is looked up or kept, and while a CUDA graph is captured
     nothing is kept: its memory belongs to the graph.
     """
-    results: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
+    results: OrderedDict[tuple[Hashable, ...], T] = OrderedDict()
     lock = Lock()
 
-    def recall(*key: Hashable) -> Tensor:
+    def recall(*key: Hashable) -> T:
         if _is_intercepted():
             return make(*key)
         with lock:
@@ -33,7 +37,7 @@ def remembered(make: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
                 return found
         with torch.inference_mode(False):
             made = make(*key)
-        if type(made) is Tensor and not _is_captured():
+        if _is_ordinary(made) and not _is_captured():
             with lock:
                 results[key] = made
                 if len(results) > size:
@@ -41,6 +45,10 @@ def remembered(make: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
         return made
 
     return recall
+
+
+def _is_ordinary(made: Any) -> bool:
+    return all(type(one) is Tensor for one in tree_leaves(made) if isinstance(one, Tensor))
 
 
 def _is_intercepted() -> bool:

@@ -24,14 +24,14 @@ def check_call(decoder: Any) -> None:
     Raises:
         UnsupportedModel: the sentence says what to do instead.
     """
+    if torch.compiler.is_compiling():
+        return
     if torch.jit.is_tracing():
         raise UnsupportedModel(
             "torch.jit.trace records one call's indices as constants, and with a pruning plan they "
             "depend on where images are: the trace would drop wrong tokens of the next input. "
             "Use torch.compile, or trace after adsc.detach(model)"
         )
-    if torch.compiler.is_compiling():
-        return
     for name, module in (("the decoder", decoder), ("a decoder layer", decoder.layers[0])):
         if _is_compiled(module):
             raise UnsupportedModel(

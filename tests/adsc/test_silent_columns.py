@@ -106,7 +106,9 @@ def test_all_logits_end_where_the_columns_end(side):
         max_size=4,
     ),
     count=st.integers(1, 12),
-    plan=st.sampled_from(["2:1/2,4:1/4", "0:1/4", "1:1/16;anchor=first"]),
+    plan=st.sampled_from(
+        ["2:1/2,4:1/4", "0:1/4", "1:1/16;anchor=first", "1:1/4,4:0;pool=tiles", "2:1/2;pool=runs"]
+    ),
 )
 def test_any_batch_padded_anyhow(rows, count, plan):
     """Each row with padding of its own at both ends; the last logits are those of the row alone."""

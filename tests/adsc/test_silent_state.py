@@ -52,7 +52,7 @@ def test_an_adapter_brings_its_plan_to_a_dense_base(tmp_path):
     wanted = adapter(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["adsc"] == PLAN.to_dict()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", adsc.PlanWarning)
         loaded = PeftModel.from_pretrained(llava(), tmp_path).eval()
     assert adsc.plan_of(loaded) == PLAN
     assert torch.equal(logits(loaded), logits(wanted))
@@ -105,7 +105,7 @@ def test_an_adapter_and_its_base_that_differ_are_warned_of(tmp_path):
         loaded = PeftModel.from_pretrained(adsc.attach(llava(), ""), tmp_path)
     assert not adsc.plan_of(loaded).stages
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", adsc.PlanWarning)
         PeftModel.from_pretrained(adsc.attach(llava(), PLAN), tmp_path)
 
 
