@@ -48,5 +48,6 @@ $(LMMS)/.installed: pyproject.toml
 bench: export RAY_AUTH_MODE ?= disabled
 bench: install
 	$(BIN)/python -m benchmarks.prefill --json runs/bench/prefill.json
+	$(BIN)/python -m benchmarks.pooling --json runs/bench/pooling.json
 	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
 	$(BIN)/python -m benchmarks.train --json runs/bench/train.json

@@ -57,7 +57,9 @@ def add_commands(subparsers: Any) -> None:
         formatter_class=raw,
     )
     cost.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    cost.add_argument("--plan", help="layer:keep,layer:keep, such as 8:1/2,16:1/2")
+    cost.add_argument(
+        "--plan", help="layer:keep,layer:keep, such as 8:1/2,16:1/2 or 4:1/9,24:0;pool=tiles"
+    )
     _add_workload(cost)
     cost.set_defaults(run=_reporting(_run_cost))
 
@@ -269,8 +271,9 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(document, indent=2))
         return 0
+    leave = "" if arguments.exit is None else f", then an exit before layer {arguments.exit},"
     print(
-        f"{arguments.model}: {len(plans)} placements of {drops} drops keeping {words} "
+        f"{arguments.model}: {len(plans)} placements of {drops} drops keeping {words}{leave} "
         f"average {arguments.average:g} of {tokens} vision tokens per image, within "
         f"{arguments.tolerance:.1%}; the {len(found)} closest, FLOPs in {arguments.convention}"
         + (f", lm_head {arguments.logits}" if arguments.convention == "exact" else "")

@@ -147,7 +147,8 @@ def estimate_cost(
     Returns:
         The cost; `exact` equals torch's FlopCounterMode and the bytes of the cache's tensors, to
         the unit. LoRA adapters that are not merged, dtype conversions and elementwise work are not
-        counted, as there.
+        counted, as there; nor are the n * d additions of a drop that averages n tokens (`pool`), so
+        such a plan costs what the plain one does.
 
     Raises:
         CostError: an unsupported model, an unknown word, a count out of range.

@@ -22,7 +22,7 @@ from adsc.tiles import are_whole
 
 ANY = tuple(Fraction(1, n) for n in (2, 3, 4, 6, 8, 9, 16, 36))
 """The ratios that keep `any` tries at every drop."""
-ANY_KEEP = "any"
+ANY_KEEP, MOST_ANY = "any", 3
 
 
 def solve_plans(
@@ -233,6 +233,11 @@ def _ratios(drops: int, keep: object) -> list[tuple[Fraction, ...]]:
     if isinstance(drops, bool) or not isinstance(drops, int) or drops < 1:
         raise PlanError(f"drops {drops!r} must be a whole number from 1")
     if keep == ANY_KEEP:
+        if drops > MOST_ANY:
+            raise PlanError(
+                f"keep 'any' tries {len(ANY)} ratios at each of {drops} drops, which are too many: "
+                f"use at most {MOST_ANY} drops, or name the ratios"
+            )
         return list(product(ANY, repeat=drops))
     if isinstance(keep, Sequence) and not isinstance(keep, str):
         if len(keep) != drops:

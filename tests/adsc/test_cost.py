@@ -98,7 +98,17 @@ def test_dense_llava_is_exact(name, attention):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
-    "plan", ["1:1/2,3:1/3", "0:1/4;anchor=first", "2:1/2;positions=reindex", "3:1/100"]
+    "plan",
+    [
+        "1:1/2,3:1/3",
+        "0:1/4;anchor=first",
+        "2:1/2;positions=reindex",
+        "3:1/100",
+        "1:1/4;pool=tiles",
+        "1:1/3,3:0;pool=tiles",
+        "0:1/4,2:1/2;pool=runs",
+        "2:0",
+    ],
 )
 def test_llava_with_a_plan_is_exact(plan, attention):
     model = attach(llava(attention), plan)
