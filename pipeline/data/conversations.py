@@ -24,6 +24,7 @@ REASONS = {
     "path": "the picture's path leads out of the image root",
     "missing_picture": "there is no such picture file",
     "broken_picture": "the picture can't be decoded",
+    "picture_mode": "the picture's values have no fixed meaning as colours",
     "picture_size": "the picture's side, area or file size is out of bounds",
     "too_long": "the rendered conversation does not fit the context",
     "duplicate": "an identical record came before",

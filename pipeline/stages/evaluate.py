@@ -97,7 +97,7 @@ class EvaluateConfig(Config):
     """Timed generations of each method."""
     sample_pictures: int = Field(4, ge=0)
     """Pictures shown in the report with every arm's answers."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the bootstrap; a compression puts its training's seed here."""
 
     @field_validator("benchmarks")

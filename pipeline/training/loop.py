@@ -254,7 +254,8 @@ class _Run:
         """Loss, gradient norm, and whether it is due to ask about leaving."""
         config, context, strategy = self.config, self.context, self.strategy
         # Dropout follows from (seed, step, rank), so that a checkpoint needs no generator's state.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + context.rank)
+        # torch takes seeds of 64 bits.
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 4096 + context.rank) % 2**64)
         own = torch.zeros((), device=self.device)
         for i, micro in enumerate(batch.micro):
             inputs = {name: tensor.to(self.device) for name, tensor in micro.items()}
