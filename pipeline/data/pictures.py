@@ -115,7 +115,7 @@ class FolderPictures:
         except (ValueError, OSError, RuntimeError) as error:  # a NUL, a loop of links
             raise BadRecord("path", f"{name!r}: {error}") from None
         if not inside:
-            raise BadRecord("path", f"{name!r} leads out of the image root")
+            raise BadRecord("path", f"{name!r} {self._how_out(name)}")
         try:
             if not path.is_file():
                 what = "is not a file" if path.exists() else "does not exist"
@@ -124,6 +124,18 @@ class FolderPictures:
             return path.read_bytes()
         except OSError as error:
             raise BadRecord("missing_picture", f"{name!r}: {error.strerror}") from None
+
+    def _how_out(self, name: str) -> str:
+        """How a name leads out of the root, and what to do where a link does."""
+        parts = PurePosixPath(name).parts
+        places = [self.root.joinpath(*parts[: end + 1]) for end in range(len(parts))]
+        link = next((it for it in places if it.is_symlink()), None)
+        if PurePosixPath(name).is_absolute() or ".." in parts or link is None:
+            return "leads out of the image root"
+        return (
+            f"leads out of the image root by the symbolic link {link}, which is not followed: name "
+            f"{link.resolve()} as the root of a source of its own, or bind-mount or copy it here"
+        )
 
 
 @dataclass(frozen=True)
