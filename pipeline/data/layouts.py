@@ -24,6 +24,10 @@ _MEDIA = _PICTURE | {
     "video", "videos", "audio", "audios", "clip", "clips", "frame", "frames", "speech", "sound",
     "sounds", "voice", "wav", "mp4", "movie", "media",
 }  # fmt: skip
+_RUN_TOGETHER = re.compile(
+    r"(video|audio|image|img|picture|photo|media|clip|frame)s?"
+    r"(file|path|uri|data|bytes|b64|base64|dir|folder|root)s?"
+)
 _ABOUT = {
     "id", "ids", "idx", "index", "size", "sizes", "width", "widths", "height", "heights", "shape",
     "url", "urls", "link", "name", "names", "source", "hash", "md5", "sha1", "sha256", "format",
@@ -119,7 +123,7 @@ def lost_content(record: Mapping[str, Any]) -> str | None:
 def may_hold_content(name: str, holds_numbers: bool) -> bool:
     """Whether a table's column has to be looked at: numbers are metadata, unless a name says that
     they stand for something."""
-    return not holds_numbers or bool(_words(name) & _MEDIA) or _joined(name) in _SPOKEN
+    return not holds_numbers or _names_media(name) or _joined(name) in _SPOKEN
 
 
 def _is_turn(turn: Any) -> bool:
@@ -178,8 +182,8 @@ def _unread(key: str, value: Any, seen: bool, texts: list[str]) -> str | None:
     """Why a key that isn't read must not be dropped; `seen`: the record has pictures."""
     if _is_empty(value):
         return None
-    words, joined = _words(key), _joined(key)
-    if words & _MEDIA:
+    joined = _joined(key)
+    if _names_media(key):
         ends = _WORD.findall(key.lower())
         about = bool({ends[0], ends[-1]} & _ABOUT)
         return None if about and seen else f"holds {_shown(value)}, which is not read"
@@ -235,8 +239,9 @@ def _is_empty(value: Any, truth: bool = True) -> bool:
     return value is None or (truth and not value)
 
 
-def _words(key: str) -> set[str]:
-    return {word.lower() for word in _WORD.findall(key)} | {key.lower()}
+def _names_media(key: str) -> bool:
+    words = {word.lower() for word in _WORD.findall(key)} | set(_WORD.findall(key.lower()))
+    return bool(words & _MEDIA) or any(map(_RUN_TOGETHER.fullmatch, words))
 
 
 def _joined(key: str) -> str:
