@@ -5,7 +5,6 @@ target. `forward` goes from mild to the target, `fixed` trains at the target thr
 the first stage is, the paper's abstract does not say; here it is a number that one can set.
 """
 
-import math
 from fractions import Fraction
 
 from adsc.plan import PlanError, PruningPlan, as_plan
@@ -56,9 +55,7 @@ def pressures(order: str = "reverse", stages: int = 3, extreme: float = 1.5) -> 
         raise PlanError(f"curriculum {order!r} is unknown; choose one of {', '.join(ORDERS)}")
     if stages < 1:
         raise PlanError(f"a curriculum of {stages} stages trains nothing; use at least 1")
-    if not 1 < extreme < math.inf:
-        raise PlanError(
-            f"extreme = {extreme} must be a number above 1; `fixed` trains at the target alone"
-        )
+    if not 1 < extreme < float("inf"):
+        raise PlanError(f"extreme = {extreme} must be above 1; `fixed` trains at the target alone")
     first = {"reverse": extreme, "forward": 1 / extreme, "fixed": 1.0}[order]
     return [first + (1 - first) * i / (stages - 1) for i in range(stages - 1)] + [1.0]

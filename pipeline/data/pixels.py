@@ -40,7 +40,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if signed or not (wide or mode in CONVERTED):
         raise UnknownPixels(
             f"its pixels are {_NAMES.get(mode, mode)}{' (signed)' if signed else ''}, whose values "
-            "have no fixed meaning as colours: convert it to 8 bits a channel"
+            "have no fixed meaning as colours: convert it to 8 bits a channel, and prepare it again"
         )
     if not wide:
         return picture.convert("RGB")

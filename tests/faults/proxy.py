@@ -93,7 +93,7 @@ class Proxy:
                     # moto believes what it is told; S3 looks.
                     self._refuse(400, "BadDigest")
                     return
-                onward = http.client.HTTPConnection(host, timeout=600)
+                onward = http.client.HTTPConnection(host, timeout=60)
                 left = ("expect", "transfer-encoding", "content-length")
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in left}
                 onward.request(self.command, self.path, body, headers)
