@@ -65,7 +65,7 @@ _TAG = re.compile(
     r"|<(?P<numbered>img|frame)[ _-]?[0-9]+>|(?:\A|^)\s*<img>\s*(?:$|\Z)|\A\s*<img>|<img>\s*\Z",
     re.IGNORECASE | re.MULTILINE,
 )
-_PIXTRAL = "[IMG]"
+_OURS, _PIXTRAL = "<image>", "[IMG]"
 _ABOUT_HTML = re.compile(r"\s+(?:html\s+|html5\s+)?(?:tags?|elements?)\b", re.IGNORECASE)
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
@@ -162,6 +162,10 @@ def foreign_marker(text: str, question: bool) -> str | None:
     '<video>'
     >>> foreign_marker("<image>\\nWhat does the <video> tag do?", question=True)
     """
+    if "</image>" not in text:
+        text = text.replace(_OURS, " ")
+    if "<" not in text and _PIXTRAL not in text:  # nearly all texts
+        return None
     if found := _TOKEN.search(text):
         return found.group()[:80]
     if not question:
@@ -172,7 +176,7 @@ def foreign_marker(text: str, question: bool) -> str | None:
     for found in _TAG.finditer(text):
         tag = found.group().strip()
         name = (found["tag"] or found["numbered"] or "img").lower()
-        if tag == "<image>" or f"</{name}" in text.lower() or _ABOUT_HTML.match(text, found.end()):
+        if tag == _OURS or f"</{name}" in text.lower() or _ABOUT_HTML.match(text, found.end()):
             continue
         return tag
     return None

@@ -31,6 +31,7 @@ CIRCLE = 1_000_000
 """MMBench: the same question with its options in another order has this much more as its index."""
 LONGEST_INDEX = 64
 """Characters; MMBench: more is a picture, less the index of the row that has it."""
+_HEAD = 1024  # bytes by which a file of another kind is known
 MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
     "artwork", "OCR",
@@ -205,12 +206,19 @@ def _is_there(cell: str) -> bool:
 
 
 def _decoded(file: Path, lines: Iterator[str]) -> Iterator[str]:
+    with file.open("rb") as start:
+        _check_kind(file, start.read(_HEAD))
     try:
         yield from lines
     except UnicodeDecodeError as error:
         raise BenchmarkError(
             f"{file} is not UTF-8 ({error.reason}): fetch it again, or convert it"
         ) from None
+
+
+def _check_kind(file: Path, head: bytes) -> None:
+    if other := describe(head):
+        raise BenchmarkError(f"{file} {other}")
 
 
 def _cells(file: Path, row: str) -> tuple[str, str]:
@@ -232,8 +240,7 @@ def _json(file: Path) -> Any:
 
 def _text(file: Path) -> str:
     data = file.read_bytes()
-    if other := describe(data[:1024]):
-        raise BenchmarkError(f"{file} {other}")
+    _check_kind(file, data[:_HEAD])
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from adsc.weight_files import original_layout, problem
 from pipeline.data.conversations import BadRecord
 from pipeline.data.pictures import PictureLimits, open_pictures
 from pipeline.data.prepared import FLAT, split_folder
-from pipeline.evaluation.benchmarks import BenchmarkError, convert_one
+from pipeline.evaluation.benchmarks import BenchmarkError, convert_one, find_files
 from pipeline.stages.base import BaseError
 from tests.benchmark_files import WRITERS
 from tests.small import Small
@@ -240,7 +240,12 @@ def test_a_file_of_mme_that_cannot_be_read_is_named(content: bytes, tmp_path: Pa
 @pytest.mark.parametrize("content", [b"\xff\xfe\xfa", LFS, b"<html>"])
 def test_files_of_all_benchmarks_are_named(name: str, content: bytes, tmp_path: Path) -> None:
     WRITERS[name](tmp_path)
-    read = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".json", ".txt", ".tsv"))
+    read = [
+        path
+        for found in find_files(name, tmp_path)
+        for path in ([found] if found.is_file() else found.rglob("*.txt"))
+    ]
+    assert read
     for file in read:
         kept = file.read_bytes()
         file.write_bytes(content)
