@@ -459,6 +459,15 @@ def _read_file(path: str) -> bytes:
     return data
 
 
+def _read_picture(path: str) -> bytes:
+    from pipeline.data.config import PrepareConfig
+    from pipeline.data.pictures import check_picture
+
+    picture = _read_file(path)
+    check_picture(picture, path, PrepareConfig(min_side=1).limits())
+    return picture
+
+
 @contextlib.contextmanager
 def _local_folder(place: str) -> Iterator[Path]:
     """A checkpoint's folder; one in a remote store is downloaded for the time of a `with`."""
@@ -492,7 +501,7 @@ def _chat(options: argparse.Namespace) -> int:
     from workflows import stamps_tower
 
     stamps_tower.register()
-    picture = _read_file(options.image)
+    picture = _read_picture(options.image)
     with _local_folder(options.checkpoint) as folder:
         model = adsc.from_pretrained(folder, plan=options.plan).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)

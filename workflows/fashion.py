@@ -45,7 +45,7 @@ class FashionConfig(Config):
     """Grids for training."""
     test_pictures: int = Field(200, gt=0)
     """Grids for evaluation, from official test instances."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of composition and questions; train and test draw from separate streams."""
     grid: Literal[3, 4] = Field(3, json_schema_extra=ADDED)
     """Cells along a side."""

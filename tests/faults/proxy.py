@@ -119,7 +119,7 @@ class Proxy:
             def _break_off(self, stall: bool) -> None:
                 self.wfile.flush()
                 if stall:
-                    proxy.closing.wait(30)
+                    proxy.closing.wait(600)
                 # No orderly end: a reset.
                 self.connection.setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
@@ -159,6 +159,7 @@ class Proxy:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
+            request_queue_size = 128  # a client gives up a connection after 5 s
 
             def handle_error(self, request: object, client_address: object) -> None:
                 pass  # peers that give up are what is tested
