@@ -23,7 +23,7 @@ from pipeline.lease import alive
 from pipeline.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.record import Record
 from pipeline.stage import RunContext, Stage
-from pipeline.store import Store, open_store
+from pipeline.store import Store, check_for_runs, open_store
 from pipeline.tracking import gauges
 
 
@@ -128,6 +128,7 @@ def run(
     if todo:
         for word, group in (("cached", sorted(cached)), ("to run", [it.name for it in todo])):
             console.print(f"{word}: {', '.join(group) or 'nothing'}", **PLAIN)
+        check_for_runs(store.root)
         store.check_writable()
         context = replace(context, root=store.root, commit=git_commit())
         with tracked(context, ordered, console) as context, ray_for(context):

@@ -90,9 +90,10 @@ def plan_submission(
     from pipeline import graph, preflight
     from pipeline.driver import git_commit
     from pipeline.identity import SHORT, digest
-    from pipeline.store import open_store
+    from pipeline.store import check_for_runs, open_store
 
     store = open_store(root)
+    check_for_runs(store.root)
     if store.local("") is not None and not shared_root:
         raise JobError(
             f"--root {root} is a folder of this machine, which the cluster's nodes don't see; "

@@ -191,7 +191,9 @@ def _is_published(store: Store, text: bytes) -> bool:
 @contextlib.contextmanager
 def _claimed(store: Store, text: bytes) -> Iterator[None]:
     """Nobody uploads other content there; after a failure the claim stays, and the same goes on."""
-    if _patiently(lambda: store.create(CLAIM, text)) is None:
+    if _patiently(lambda: store.create(CLAIM, text)) is not None:
+        _patiently(lambda: store.check_conditions(CLAIM, text))
+    else:
         found = _patiently(lambda: store.read(CLAIM))
         if found is not None and found != text:
             raise ExportError(
@@ -283,7 +285,7 @@ def _patiently(call: Callable[[], Result]) -> Result:
         except (StoreAway, Altered) as error:
             if tried == TRIES:
                 kind = type(error)
-                raise kind(f"{error} (tried {TRIES} times; what has arrived is kept)") from error
+                raise kind(f"{error} (tried {TRIES} times; files that arrived whole stay)") from error
             time.sleep(min(30.0, random.random() * 2**tried))
     raise AssertionError("unreachable")
 

@@ -219,7 +219,7 @@ def _add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> No
 def _add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
-        default=os.environ.get("ADSC_ROOT", DEFAULT_ROOT),
+        default=os.environ.get("ADSC_ROOT") or DEFAULT_ROOT,
         help="the store: a folder or s3://bucket/prefix (default: $ADSC_ROOT or runs)",
     )
 
@@ -300,11 +300,12 @@ def _context(options: argparse.Namespace) -> RunContext:
 def _run(options: argparse.Namespace) -> int:
     from pipeline import graph
     from pipeline.driver import settle
-    from pipeline.store import open_store
+    from pipeline.store import check_for_runs, open_store
 
     workflow = load_workflow(options.workflow, options.changes)
     stages = workflow.stages()
     store = open_store(options.root)
+    check_for_runs(store.root)
     console = terminal.console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
     if options.dry_run:
@@ -455,10 +456,10 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _read_file(path: str) -> bytes:
-    from pipeline.store import open_store
+    from pipeline.store import open_store, split
 
-    folder, _, name = path.rpartition("/")
-    data = open_store(folder or ".").read(name)
+    folder, name = split(path)
+    data = open_store(folder).read(name)
     if data is None:
         raise ValueError(f"there is no picture {path!r}")
     return data
