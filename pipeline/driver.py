@@ -196,7 +196,9 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
     )
     known = place / "servers"
     try:
-        uri = tracking.prepare(context.tracking_uri, context.experiment, artifacts)
+        uri = tracking.prepare(
+            context.tracking_uri, context.experiment, artifacts, lambda said: _tell(console, said)
+        )
         place.mkdir(parents=True, exist_ok=True)
         with known.open("a") as file:
             file.write(f"{redact(uri)}\n")

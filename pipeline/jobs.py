@@ -91,6 +91,7 @@ def plan_submission(
     from pipeline.driver import git_commit
     from pipeline.identity import SHORT, digest
     from pipeline.store import check_for_runs, open_store
+    from pipeline.tracking.address import explained
 
     store = open_store(root)
     check_for_runs(store.root)
@@ -110,6 +111,8 @@ def plan_submission(
             f"--mlflow {mlflow} is a file of one machine, which the cluster's nodes don't share; "
             "add --mlflow http://HOST:5000, or --mlflow off"
         )
+    if mlflow and (reason := explained(mlflow)):
+        raise JobError(f"--mlflow {mlflow}: {reason}")
     prints = graph.fingerprints(workflow.stages())
     words = [f"--set={change}" for change in changes]
     words += [f"--root={store.root}", *([f"--mlflow={mlflow}"] if mlflow else []), *options]

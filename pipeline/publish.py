@@ -285,7 +285,8 @@ def _patiently(call: Callable[[], Result]) -> Result:
         except (StoreAway, Altered) as error:
             if tried == TRIES:
                 kind = type(error)
-                raise kind(f"{error} (tried {TRIES} times; files that arrived whole stay)") from error
+                more = f"(tried {TRIES} times; files that arrived whole stay)"
+                raise kind(f"{error} {more}") from error
             time.sleep(min(30.0, random.random() * 2**tried))
     raise AssertionError("unreachable")
 

@@ -17,7 +17,7 @@ from pipeline.search.config import FOUND, SearchConfig
 from pipeline.stage import Stage
 from pipeline.stages.base import BASE_VERSION, BaseConfig, base, num_decoder_layers, pin_digest
 from pipeline.stages.evaluate import EVALUATE_VERSION, ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.export import EXPORT_VERSION, ExportConfig, export
+from pipeline.stages.export import EXPORT_VERSION, ExportConfig, export, register_again
 from pipeline.stages.merge import MERGE_VERSION, MergeConfig, merge
 from pipeline.stages.prepare import PREPARE_VERSION, PrepareConfig, prepare
 from pipeline.stages.report import REPORT_VERSION, ReportConfig, report
@@ -150,6 +150,7 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
             name="export",
             title="export: the compressed checkpoint",
             body=export,
+            complete=register_again,
             version=EXPORT_VERSION,
             config=config.export,
             needs={"merge": "merge", "evaluate": "evaluate", "data": "prepare"},

@@ -44,6 +44,9 @@ class Stage:
     """Inputs: the name that the body uses, and the stage that makes it."""
     pinned: str | None = None
     """An address whose files (and outputs) are taken instead of running the body."""
+    complete: Callable[[StageContext, Any, Record], Mapping[str, Any]] | None = None
+    """Does what the finished stage could not do (pipeline/completion.py): (context, config, record)
+    to the outputs that change, `undone` among them while something is left."""
     digest: str = ""
     """Of what lies at that address: other files there are another result. Empty: what is there is
     taken never to change."""

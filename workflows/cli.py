@@ -277,10 +277,10 @@ def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
 def _context(options: argparse.Namespace) -> RunContext:
     from pipeline.stage import RunContext
     from pipeline.store import open_store
-    from pipeline.tracking.tracker import default_uri
+    from pipeline.tracking.address import chosen, default_uri
 
     place = open_store(options.root).local("")
-    tracking = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
+    tracking = chosen(options.mlflow)
     return RunContext(
         root=options.root,
         workflow=options.workflow,
@@ -394,6 +394,7 @@ def _ls(options: argparse.Namespace) -> int:
     from pipeline.driver import settle
     from pipeline.stage import RunContext
     from pipeline.store import open_store
+    from pipeline.tracking.address import chosen
 
     console = terminal.console()
     if options.workflow is None:
@@ -415,7 +416,7 @@ def _ls(options: argparse.Namespace) -> int:
     for state in states:
         table.add_row(*state)
     console.print(table, soft_wrap=True)
-    told = settle(options.root, os.environ.get("MLFLOW_TRACKING_URI"), RunContext.cache)
+    told = settle(options.root, chosen(None), RunContext.cache)
     if told:
         console.print(told, markup=False)
     return 0

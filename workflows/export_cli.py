@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,10 +141,11 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
+    from pipeline.tracking.address import chosen
     from pipeline.tracking.mlflow_registry import Gate, promote
 
-    uri = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
+    uri = chosen(options.mlflow)
+    if uri is None or uri == "off":
         raise ValueError("which MLflow? Give --mlflow URI, or set MLFLOW_TRACKING_URI")
     gates = (
         Gate(
