@@ -82,28 +82,22 @@ def _workers(text: str) -> int | tuple[int, int]:
 
 
 def _positive(kind: type) -> Callable[[str], Any]:
-    """An argparse type: a number above zero."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-        return value
-
-    return parse
+    """An argparse type: a finite number above zero."""
+    return terminal.number(kind, above=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    with terminal.streams():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    options = _parse(arguments)
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
-        print("adsc: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return terminal.interrupted()
     except _user_errors() as error:
         from pipeline.redact import redact
 
@@ -195,7 +189,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     chat.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
     chat.add_argument("image", help="a picture: a file or s3://...")
     chat.add_argument("question", nargs="*", help="without one, questions are read line by line")
-    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
+    chat.add_argument(
+        "--max-new-tokens", type=_positive(int), default=64, help="longest answer in tokens"
+    )
     chat.set_defaults(run=_chat)
     export_cli.add_commands(commands)
     jobs.add_commands(commands, _add_run_options)
@@ -232,7 +228,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
-    parser.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
+    parser.add_argument(
+        "--dashboard-port",
+        type=terminal.number(int, above=0, most=65535),
+        help="port of the embedded Ray's dashboard",
+    )
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +247,9 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         help="workers that train, or answer questions; 2-8 takes as many as the cluster has",
     )
     parser.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
+    parser.add_argument(
+        "--gpus", type=terminal.number(float, least=0), default=0, help="GPUs of a worker"
+    )
     parser.add_argument(
         "--data-workers", type=_count, default=0, metavar="N",
         help="processes that make batches for each training worker (default: a thread of its own)",

@@ -64,7 +64,7 @@ def add_commands(commands: Any) -> None:
     )
     export.add_argument(
         "--tolerance",
-        type=float,
+        type=terminal.number(float, least=0),
         metavar="SHARE",
         help="largest difference of a logit (default: 1e-4 of the largest)",
     )
@@ -94,9 +94,19 @@ def add_commands(commands: Any) -> None:
     promote.add_argument("--version", default="candidate", help="a number or an alias")
     promote.add_argument("--to", default="champion", metavar="ALIAS", help="default: champion")
     promote.add_argument(
-        "--min-retention", type=float, default=0.95, metavar="SHARE", help="default: 0.95"
+        "--min-retention",
+        type=terminal.number(float),
+        default=0.95,
+        metavar="SHARE",
+        help="default: 0.95",
     )
-    promote.add_argument("--max-cost", type=float, default=1.0, metavar="SHARE", help="default: 1")
+    promote.add_argument(
+        "--max-cost",
+        type=terminal.number(float),
+        default=1.0,
+        metavar="SHARE",
+        help="default: 1",
+    )
     _add_json(promote)
     promote.set_defaults(run=_promote)
 
