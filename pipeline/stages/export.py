@@ -27,6 +27,7 @@ from adsc import PruningPlan
 from pipeline.completion import UNDONE
 from pipeline.config import Config
 from pipeline.manifest import (
+    BOOKKEEPING,
     MANIFEST,
     ExportError,
     check_kinds,
@@ -216,7 +217,7 @@ def complete(source: Path, out: Path, config: ExportConfig) -> None:
     """
     if not (source / "config.json").is_file():
         raise ExportError(f"{source} is no checkpoint: there is no config.json")
-    check_kinds(source)  # before anything is loaded
+    check_kinds(source, BOOKKEEPING)  # before anything is loaded
     card = Card(
         name=config.name,
         base=config.base,
@@ -229,7 +230,8 @@ def complete(source: Path, out: Path, config: ExportConfig) -> None:
         data_digest=None,
         lineage={},
     )
-    shutil.copytree(source, out, dirs_exist_ok=True)
+    ignore = shutil.ignore_patterns(*BOOKKEEPING)
+    shutil.copytree(source, out, dirs_exist_ok=True, ignore=ignore)
     if not (out / PROBE).is_file():
         _write_probe(out)
     assemble(out, out, card, {})

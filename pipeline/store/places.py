@@ -86,11 +86,13 @@ def split(text: str) -> tuple[str, str]:
 
 
 def expanded(text: str) -> Path:
-    """The path with `~` replaced by the home folder.
+    """The path with a `~` at its start replaced by the home folder; `./~` stays.
 
     Raises:
         StoreError: the home folder of that user is unknown.
     """
+    if not text.startswith("~"):  # Path drops a leading ./
+        return Path(text)
     try:
         return Path(text).expanduser()
     except RuntimeError:

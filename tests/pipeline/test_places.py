@@ -213,7 +213,7 @@ def test_a_run_is_refused_before_anything_runs(
 def test_a_submission_is_refused_too() -> None:
     with pytest.raises(StoreError, match="doesn't stand for itself"):
         plan_submission(load_workflow("demo"), [], "s3://lab/run#3", mlflow="off")
-    with pytest.raises(StoreError, match="empty, . and .. parts"):
+    with pytest.raises(StoreError, match=r"empty, \. and \.\. parts"):
         plan_submission(load_workflow("demo"), [], "s3://lab/a//b", mlflow="off")
     with pytest.raises(JobError, match="Databricks' MLflow is not supported"):
         plan_submission(load_workflow("demo"), [], "s3://lab/a", mlflow="databricks://prod")
