@@ -78,7 +78,7 @@ def job_config() -> Any:
     """
     import ray
 
-    config = ray.job_config.JobConfig()
+    config: Any = ray.job_config.JobConfig()
     if Path.cwd() not in {Path(path).absolute() for path in sys.path}:
         script = str(Path(sys.argv[0]).resolve().parent)
         config._py_driver_sys_path = [script] if script in sys.path else []

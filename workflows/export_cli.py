@@ -116,16 +116,22 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
     from pipeline.publish import publish
     from pipeline.stages.export import ExportConfig, check_in_fresh_process
 
     tags = dict(_pair(text) for text in options.tag)
     name = options.name or options.address.rstrip("/").rpartition("/")[2]
     given = {} if options.tolerance is None else {"tolerance": options.tolerance}
-    config = ExportConfig(
-        name=name, base=options.base, licence=options.licence, to=options.address,
-        encryption=options.encryption, kms_key=options.kms_key, tags=tags, **given,
-    )  # fmt: skip
+    try:
+        config = ExportConfig(
+            name=name, base=options.base, licence=options.licence, to=options.address,
+            encryption=options.encryption, kms_key=options.kms_key, tags=tags, **given,
+        )  # fmt: skip
+    except ValidationError as error:
+        problems = [it["msg"].removeprefix("Value error, ") for it in error.errors()]
+        raise ValueError("; ".join(problems)) from None
     with _whole(options.checkpoint, config) as folder, _bar(options.json) as report:
         done = publish(
             folder, config.store(), lambda copy: check_in_fresh_process(copy, config), report
