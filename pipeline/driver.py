@@ -107,7 +107,8 @@ def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
 
     for left in reversed(range(tries)):
         try:
-            ray.init(**options)
+            with _safe_path():
+                ray.init(**options)
             return
         except Exception as error:  # Ray raises this very class
             if not re.search("timed out|failed to start", str(error), re.IGNORECASE):
@@ -122,6 +123,21 @@ def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
                     f"Ray did not start here in {tries} tries ({str(error).splitlines()[0]}): this "
                     "machine may be too busy; run the same command again"
                 ) from error
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """For processes that are started meanwhile, Ray's daemons and what they start: Python doesn't
+    import from the folder where the user stands, whose `queue.py` would end them."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("PYTHONSAFEPATH", None)
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def set_auth_mode(own: bool = False) -> None:

@@ -90,8 +90,13 @@ def console() -> Console:
     """A terminal's own width; elsewhere (a job's log, a pipe) wide enough for every table."""
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal else Console(width=200)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            """Rich ends the process with status 1; `streams` knows better."""
+            raise BrokenPipeError
+
+    found = Piped()
+    return found if found.is_terminal else Piped(width=200)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
