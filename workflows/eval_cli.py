@@ -78,9 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
 def run(options: argparse.Namespace, context: RunContext, console: Console) -> int:
     """Run the stages, print the table or the JSON, copy what was asked for."""
     from pipeline import graph
+    from pipeline.publish import check_target
     from pipeline.stage import Input
     from workflows.evaluation import evaluation_stages, setup_for
 
+    if options.out is not None:
+        check_target(options.out)
     stages = evaluation_stages(
         options.checkpoint,
         options.methods,

@@ -59,6 +59,8 @@ class Proxy:
         self.refused: set[str] = set()
         self.refusals = 0
         self.faults: list[Fault] = []
+        self.stripped: set[str] = set()
+        """Lower-case headers that requests lose on their way."""
         self.requests: list[tuple[str, str]] = []
         self.closing = threading.Event()
         proxy = self
@@ -94,7 +96,7 @@ class Proxy:
                     self._refuse(400, "BadDigest")
                     return
                 onward = http.client.HTTPConnection(host, timeout=60)
-                left = ("expect", "transfer-encoding", "content-length")
+                left = {"expect", "transfer-encoding", "content-length", *proxy.stripped}
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in left}
                 onward.request(self.command, self.path, body, headers)
                 answer = onward.getresponse()

@@ -190,7 +190,7 @@ def test_goes_on(
 STOPS: dict[str, tuple[Fault, type[Exception], str]] = {
     "export: 503 for ever": (
         Fault(method="PUT", part="config.json", status=503, code="SlowDown"),
-        StoreAway, r"overloaded.*tried 3 times; what has arrived is kept",
+        StoreAway, r"overloaded.*tried 3 times; files that arrived whole stay",
     ),
     "export: every byte arrives altered": (
         Fault(method="PUT", part="config.json", flip=True),
@@ -206,19 +206,19 @@ STOPS: dict[str, tuple[Fault, type[Exception], str]] = {
     ),
     "pull: 500 for ever": (
         Fault(method="GET", part="config.json", status=500, code="InternalError"),
-        StoreAway, "tried 3 times; what has arrived is kept",
+        StoreAway, "tried 3 times; files that arrived whole stay",
     ),
     "pull: silence for ever": (
         Fault(method="GET", part="config.json", cut=100, stall=True),
-        StoreAway, "tried 3 times; what has arrived is kept",
+        StoreAway, "tried 3 times; files that arrived whole stay",
     ),
     "pull: every body breaks off": (
         Fault(method="GET", part="config.json", cut=100),
-        StoreAway, "tried 3 times; what has arrived is kept",
+        StoreAway, "tried 3 times; files that arrived whole stay",
     ),
     "pull: every byte arrives altered": (
         Fault(method="GET", part="config.json", flip=True),
-        StoreError, "tried 3 times; what has arrived is kept",
+        StoreError, "tried 3 times; files that arrived whole stay",
     ),
     "pull: credentials expire in the middle": (
         Fault(method="GET", part="config.json", status=400, code="ExpiredToken"),
