@@ -164,6 +164,32 @@ def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:
         ),
         *_trained_arms(config),
     )
+
+
+def _trained_arms(config: CompressConfig) -> list[ArmConfig]:
+    budgets = config.curriculum.elastic
+    if not budgets:
+        order = config.curriculum.order
+        return [
+            ArmConfig(
+                name="plan_trained",
+                label=f"plan, trained ({order})",
+                checkpoint="merge",
+                plan=config.plan,
+                trained=True,
+            )
+        ]
+    return [
+        ArmConfig(
+            name=f"elastic_{name}",
+            label=f"elastic, {name}",
+            checkpoint="merge",
+            plan=plan,
+            trained=True,
+            budget=name,
+            curve="elastic checkpoint",
+        )
+        for name, plan in [*budgets.items(), (DENSE, "")]
     ]
 
 
