@@ -270,7 +270,8 @@ class PruningPlan:
         stages: list[tuple[Group, ...]] = []
         n = num_vision_tokens
         for layer, keep in self.stages:
-            m, groups = kept_count(n, keep), []
+            m = kept_count(n, keep)
+            groups: list[Group] = []
             if 0 < m < len(sheets):
                 raise PlanError(
                     f"plan {str(self)!r} keeps {m} of {n} tokens at layer {layer}, but the image "
