@@ -49,10 +49,10 @@ def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, floa
         PlanError: the plan does not fit the model, or the model has none of that name.
     """
     base = base_model(model)
+    family, inner = find_family(base)
     if isinstance(plan, str):
         plan = find_plan(plan, base.config)
     plan = plan if isinstance(plan, Method) else as_plan(plan)
-    family, inner = find_family(base)
     decoder = family.decoder(inner)
     layers = decoder.layers
     check_plan(base, plan)
