@@ -156,4 +156,4 @@ def test_what_can_not_run_is_refused():
     with pytest.raises(adsc.PlanError, match=r"layer 9, but the decoder has layers 0\.\.5"):
         adsc.running(model, "9:1/2")
     with pytest.raises(adsc.PlanError, match="a method installs hooks of its own"):
-        adsc.running(model, peers.make("fastv", model, average=9))
+        adsc.running(model, peers.make("fastv", model, average=9, tolerance=0.1))
