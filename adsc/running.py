@@ -47,7 +47,7 @@ def running(
     >>> with adsc.running(model, "2:1/9"):  # doctest: +SKIP
     ...     output = model(**inputs)
     """
-    from adsc.attach import attached, base_model, check_plan  # whose hooks import this file
+    from adsc.attach import attached_plan, base_model, check_plan  # whose hooks import this file
 
     base = base_model(model)
     if isinstance(plan, str):
@@ -55,7 +55,7 @@ def running(
     plan = plan if isinstance(plan, Method) else as_plan(plan)
     if plan.stages:
         check_plan(base, plan)
-        has = attached(base)
+        has = attached_plan(base)
         if has is None:
             raise PlanError(
                 f"plan {str(plan)!r} for a call of a model that has no plan: attach one first "

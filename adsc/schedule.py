@@ -11,16 +11,16 @@ drops); N vision tokens of the whole batch, row by row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from adsc.families import Image, Images, VisionTokenError
+from adsc.memo import remembered
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from adsc.pooling import Pooling, add_pooling
+from adsc.pooling import Pooling, with_pooling
 from adsc.tiles import Region
 
 
@@ -40,7 +40,7 @@ class Segment:
     columns: Tensor
     take: Tensor
     valid: Tensor | None
-    pooling: list[Pooling] = field(default_factory=list)
+    pooling: tuple[Pooling, ...] = ()
 
 
 def survivors(
@@ -89,7 +89,7 @@ def survivors(
             if isinstance(images, Image):
                 total = sum(row[kind] for row in counts)
                 images = [images] * (total // images.tokens)
-            add_pooling(segments, columns, images, plan)
+            segments = with_pooling(segments, columns, images, plan)
     return segments
 
 
@@ -151,7 +151,7 @@ def _evenly(
     if isinstance(plan, PruningPlan) and plan.pool is not None:
         for columns, images in vision:
             assert not isinstance(images, Image)
-            add_pooling(segments, columns, images, plan)
+            segments = with_pooling(segments, columns, images, plan)
     return segments
 
 
@@ -262,7 +262,7 @@ def _flags(plan: PruningPlan | Method, image: Image) -> tuple[tuple[bool, ...], 
     return tuple(tuple(index in one for index in range(image.tokens)) for one in kept)
 
 
-_kept_table = lru_cache(maxsize=256)(_make_table)  # saves the copy to the device, too
+_kept_table = remembered(_make_table, 256)  # saves the copy to the device, too
 
 
 def _check_images(tokens: list[int], images: Images) -> None:

@@ -6,7 +6,7 @@ The forecast's assumptions are printed with it; see pipeline/training/forecast.p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workflows import terminal
@@ -25,10 +25,20 @@ def add_options(run: argparse.ArgumentParser) -> None:
     )
     group = run.add_argument_group("what --dry-run assumes")
     group.add_argument("--gpu-type", metavar="GPU", help="h100 (default), h200, a100-80gb, ...")
-    group.add_argument("--gpu-price", type=float, help="price of a GPU-hour, in any currency")
-    group.add_argument("--hfu", type=float, help="share of the GPU's peak that is reached (0.4)")
     group.add_argument(
-        "--text-tokens", type=int, help="text tokens of an average conversation (200)"
+        "--gpu-price",
+        type=terminal.number(float, least=0),
+        help="price of a GPU-hour, in any currency",
+    )
+    group.add_argument(
+        "--hfu",
+        type=terminal.number(float, above=0, most=1),
+        help="share of the GPU's peak that is reached (0.4)",
+    )
+    group.add_argument(
+        "--text-tokens",
+        type=terminal.number(int, least=0),
+        help="text tokens of an average conversation (200)",
     )
 
 
@@ -59,7 +69,7 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     plans = [str(plan) for plan in training_plans(config)]
-    _show_costs(console, model, plans)
+    _show_costs(console, model, _named(config, plans))
     given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}
     assumed = Assumptions(
         workers=options.workers if isinstance(options.workers, int) else options.workers[1],
@@ -88,15 +98,20 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     return 1
 
 
-def _show_costs(console: Console, model: Any, plans: Sequence[str]) -> None:
+def _named(config: Any, plans: Sequence[str]) -> dict[str, str]:
+    """The plans of a compression: those of an elastic checkpoint, else of each training stage."""
+    stages = {f"train-{number}": plan for number, plan in enumerate(plans, 1)}
+    return {"dense": "", **(config.curriculum.elastic or stages)}
+
+
+def _show_costs(console: Console, model: Any, plans: Mapping[str, str]) -> None:
     import adsc
 
     table = terminal.table(
         "plan of", "plan", "tokens per layer", "average", "GFLOPs", "KV KiB",
         title="One picture with 101 text tokens",
     )  # fmt: skip
-    named = [("dense", ""), *((f"train-{number}", plan) for number, plan in enumerate(plans, 1))]
-    for name, plan in named:
+    for name, plan in plans.items():
         cost = adsc.estimate_cost(model, plan)
         table.add_row(
             name,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adsc import PruningPlan
+from adsc import PlanError, PruningPlan
 from pipeline.redact import redact
 
 COLUMNS = {
@@ -141,11 +141,19 @@ def _named_probe(card: Card) -> str:
 
 
 def _listed(card: Card) -> str:
-    default = PruningPlan.parse(card.plan)
+    default = _parsed(card.plan)
     return ", ".join(
-        f"`{name}`{' (the default)' if PruningPlan.parse(text) == default else ''}"
+        f"`{name}`{' (the default)' if default and _parsed(text) == default else ''}"
         for name, text in card.plans.items()
     )
+
+
+def _parsed(text: str) -> PruningPlan | None:
+    """The plan; None for another method's text."""
+    try:
+        return PruningPlan.parse(text)
+    except PlanError:
+        return None
 
 
 def _budgets(folder: Path, card: Card) -> str:
@@ -163,8 +171,8 @@ def _budgets(folder: Path, card: Card) -> str:
         row = [_cell(budget), f"`{text}`" if text else "none"]
         row += _shown(measured.get(budget, {}), names)
         if not names and sizes:
-            plan = PruningPlan.parse(text)
-            row.append(f"{plan.average_tokens(*sizes):.1f}")
+            plan = _parsed(text)
+            row.append(f"{plan.average_tokens(*sizes):.1f}" if plan else "-")
         rows.append(row)
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"\n## Budgets\n\n{table}\n"

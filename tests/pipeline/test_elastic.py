@@ -175,7 +175,7 @@ def test_a_copy_with_another_named_plan_is_not_the_checkpoint(
     copy = shutil.copytree(elastic.exported, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     plans = config["adsc_plans"]
-    plans["5"] = adsc.PruningPlan.parse("0:1/4,2:1/8").to_dict()
+    plans["5"] = adsc.PruningPlan.parse("0:1/4,2:1/4").to_dict()
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=r"the plan named '5' in config\.json is not the one"):
         compare_logits(copy)
@@ -192,7 +192,7 @@ def test_chat_takes_a_plan_by_its_name(
     words = ["chat", str(elastic.exported), picture, "is there a bag?", "--max-new-tokens", "3"]
     for plan in ("5", "dense", "1:1/2"):
         assert main([*words, "--plan", plan]) == 0
-    assert capsys.readouterr().err == ""
+    assert len(capsys.readouterr().out.splitlines()) == 3, "an answer each"
     assert main([*words, "--plan", "7"]) == 2
     assert "plan '7' is unknown: this model has 28, 13, 5 and dense" in capsys.readouterr().err
 
