@@ -60,10 +60,10 @@ def attach(
     if logits not in ("kept", "full"):
         raise PlanError(f"logits {logits!r} is unknown; choose one of kept, full")
     base = base_model(model)
+    family, inner = find_family(base)
     if isinstance(plan, str):
         plan = find_plan(plan, base.config)
     plan = plan if isinstance(plan, Method) else as_plan(plan)
-    family, inner = find_family(base)
     decoder = family.decoder(inner)
     check_decoder(decoder)
     if isinstance(plan, Method) and plan.reads_attention:
