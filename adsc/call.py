@@ -47,7 +47,8 @@ class Call:
         decoder: the text model: its config says how to build masks, its `rotary_emb` turns.
         rows: B.
         width: S.
-        segments: after each drop, the call's columns that are left; empty if it drops nothing.
+        segments: after each drop, the call's columns that are left; empty if it drops nothing. Of a
+            method, stand-ins of the same shapes until it has chosen.
         before: what the cache held before this call, None if nothing was ever dropped into it.
         after: what it holds after this call; None if that is no other than before.
         seen: (B, at least past + S) bool, columns that aren't padding; None if none is.
@@ -112,9 +113,10 @@ class Call:
             how: the other arguments of the layer.
         """
         assert self.choice is not None
-        hidden = self.choice.make(self._scene(drop - 1, number, layer, hidden, how), drop)
+        scene = self._scene(drop - 1, number, layer, hidden, how)
+        self.segments[drop] = self.choice.make(scene, drop, self.segments)
         self.after = self.choice.holds()
-        return hidden
+        return self.choice.merge(scene, drop)
 
     def watch(
         self, drop: int, number: int, layer: nn.Module, hidden: Tensor, how: dict[str, Any]
@@ -354,7 +356,7 @@ def begin(
             before = Held(0, (nothing,) * count, (False,) * count, first)
         if isinstance(plan, Method):
             holds = partial(_after, before, segments, seen, past, width, plan)
-            choice = Choice(plan, model, vision, new, inputs, samples, segments, holds)
+            choice = Choice(plan, model, vision, new, inputs, samples, holds)
     after = _after(before, segments, seen, past, width, plan) if segments else None
     return Call(
         plan=plan,

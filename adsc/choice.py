@@ -15,20 +15,18 @@ of them left, N images of the call, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from adsc.families import Image, Images
+from adsc.families import Family, Image, Images
 from adsc.held import Held
 from adsc.method import Method, Selection
+from adsc.plan import PruningPlan
 from adsc.schedule import Segment, substituted
-
-if TYPE_CHECKING:
-    from adsc.call import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +53,26 @@ class Spot:
         return len(self.columns)
 
 
+class Schedule(Protocol):
+    """What methods may ask of the call (adsc.call.Call)."""
+
+    @property
+    def plan(self) -> PruningPlan | Method: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def decoder(self) -> Any: ...
+    @property
+    def segments(self) -> Sequence[Segment]: ...
+    @property
+    def seen(self) -> Tensor | None: ...
+    @property
+    def square(self) -> Tensor | None: ...
+    @property
+    def samples(self) -> Tensor | None: ...
+    def keys(self, drop: int, layer: int, hidden: Tensor, cache: Any) -> Tensor | None: ...
+
+
 class Choice:
     """The choices of one call."""
 
@@ -66,10 +84,9 @@ class Choice:
         valid: Tensor | None,
         inputs: dict[str, Any],
         samples: Tensor | None,
-        segments: list[Segment],
         holds: Callable[[], Held],
     ):
-        self.method, self.model, self.segments, self.holds = method, model, segments, holds
+        self.method, self.model, self.holds = method, model, holds
         self.valid = valid
         self.image = torch.stack([columns for columns, _ in vision]).any(0)  # (B, S)
         self.ids = inputs.get("input_ids")
@@ -112,19 +129,30 @@ class Choice:
         if scene.number not in self.notes:
             self.notes[scene.number] = self.method.note(scene)
 
-    def make(self, scene: Scene, stage: int) -> Tensor:
-        """The choice at a drop; the hidden states with what it merges, nothing cut yet."""
-        if stage == len(self.chosen):
-            with torch.no_grad():
-                selections = self.method.choose(scene, stage)
-            self._substitute(selections, stage)
+    def make(self, scene: Scene, stage: int, segments: Sequence[Segment]) -> Segment:
+        """The choice at a drop: the segment that takes its stand-in's place. Asked again, as when
+        activations are computed again, it is the one that was made before.
+
+        Args:
+            segments: the call's, chosen ones up to this stage and stand-ins from there on.
+        """
+        if stage != len(self.chosen):
+            return segments[stage]
+        with torch.no_grad():
+            selections = self.method.choose(scene, stage)
+        return self._substitute(selections, segments[stage - 1] if stage else None, segments[stage])
+
+    def merge(self, scene: Scene, stage: int) -> Tensor:
+        """The hidden states with what the choice at a drop merges, nothing cut yet."""
         return self._merge(scene, self.chosen[stage], self.left(stage - 1))
 
     def left(self, stage: int) -> list[Tensor] | None:
         """For each image the numbers of its tokens after a stage; None before the first."""
         return None if stage < 0 else [selection.keep for selection in self.chosen[stage]]
 
-    def _substitute(self, selections: list[Selection], stage: int) -> None:
+    def _substitute(
+        self, selections: list[Selection], before: Segment | None, stand_in: Segment
+    ) -> Segment:
         keep = ~self.image
         device = keep.device
         rows = torch.cat([torch.full((len(s.keep),), p.row) for p, s in self._pairs(selections)])
@@ -134,14 +162,13 @@ class Choice:
         keep = keep.index_put((rows.to(device), columns), keep.new_ones(()))
         if self.valid is not None:
             keep = keep & self.valid
-        before = self.segments[stage - 1] if stage else None
-        segment = substituted(keep, before, self.segments[stage])
-        self.segments[stage] = segment
+        segment = substituted(keep, before, stand_in)
         slots = keep.cumsum(1) - 1
         if segment.valid is not None:
             slots = slots + segment.valid.int().argmax(1, keepdim=True)
         self.slots.append(slots.clamp(min=0))
         self.chosen.append(selections)
+        return segment
 
     def _pairs(self, selections: list[Selection]) -> list[tuple[Spot, Selection]]:
         return list(zip(self.spots, selections, strict=True))
@@ -184,7 +211,7 @@ class Scene:
     """
 
     choice: Choice
-    call: Call
+    call: Schedule
     number: int
     layer: nn.Module | None
     hidden: Tensor

@@ -23,7 +23,6 @@ from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_ente
 from adsc.tiles import Region
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
     from adsc.scoring_cost import Sizes
 
 KINDS: dict[str, type[Method]] = {}  # every method by its name
@@ -166,11 +165,12 @@ class Method:
         """Layers before which `note` is asked."""
         return frozenset()
 
-    def note(self, scene: Scene) -> Any:
+    # Scenes are adsc.choice.Scene, and that file knows methods: here they are of any type.
+    def note(self, scene: Any) -> Any:
         """What to remember of a watched layer's input; later `scene.notes[layer]`."""
         raise NotImplementedError
 
-    def choose(self, scene: Scene, stage: int) -> list[Selection]:
+    def choose(self, scene: Any, stage: int) -> list[Selection]:
         """What stage number `stage` leaves of each of `scene.spots`; must not need gradients."""
         raise NotImplementedError
 

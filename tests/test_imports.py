@@ -28,8 +28,6 @@ ONE_FILE = {
 
 PACKAGES = tuple(FORBIDDEN)
 """The lowest first."""
-TOGETHER = {"adsc.call", "adsc.choice", "adsc.method", "adsc.schedule"}
-"""Files that still import one another in a circle, which is to end."""
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -113,9 +111,7 @@ def circle(edges: Mapping) -> list[str]:
 def test_no_circle_between_files() -> None:
     edges = edges_of(files_of(ROOT))
     assert "pipeline.stage" in edges["pipeline.graph"]
-    assert not circle(
-        {name: others - TOGETHER if name in TOGETHER else others for name, others in edges.items()}
-    )
+    assert not circle(edges)
 
 
 def test_no_circle_between_folders() -> None:
