@@ -11,9 +11,9 @@ the batch, G groups of the batch, M members of the largest group, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,8 @@ if TYPE_CHECKING:
     from adsc.families import Image
     from adsc.schedule import Segment
 
-Table = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
-"""Anchors of an image's groups, and their members."""
 
-
-@dataclass(frozen=True, eq=False)
-class Pooling:
+class Pooling(NamedTuple):  # the compiler can't rebuild a frozen dataclass
     """The groups of one drop.
 
     Args:
@@ -56,10 +52,10 @@ class Pooling:
         return after.index_copy(0, self.slots.to(before.device), mean.to(after.dtype))
 
 
-def add_pooling(
+def with_pooling(
     segments: list[Segment], columns: Tensor, images: list[Image], plan: PruningPlan
-) -> None:
-    """Add the groups of one kind of vision token to the segments after each drop, in place.
+) -> list[Segment]:
+    """The segments after each drop with the groups of one kind of vision token.
 
     Args:
         columns: (B, S) bool, where they are.
@@ -72,21 +68,18 @@ def add_pooling(
     # What is no vision token goes to one place too many, cut off below; as in `_moved`.
     ordinal = torch.where(flat, flat.cumsum(0) - 1, total)
     column = every.new_zeros(total + 1).scatter_(0, ordinal, every)[:total]
-    slot = every
+    slot, pooled = every, []
     for segment, table in zip(segments, tables, strict=True):
         before, slot = slot, _slots(segment, rows, width)
-        if table is None:
-            continue
-        anchors, members, sizes, even = table
-        places = before[column[members.clamp(min=0)]]
-        segment.pooling.append(
-            Pooling(
-                members=places if even else places.masked_fill(members < 0, -1),
-                slots=slot[column[anchors]],
-                sizes=sizes,
-                even=even,
-            )
-        )
+        if table is not None:
+            anchors, members, sizes, even = table
+            places = before[column[members.clamp(min=0)]]
+            if not even:
+                places = places.masked_fill(members < 0, -1)
+            pooling = Pooling(places, slot[column[anchors]], sizes, even)
+            segment = replace(segment, pooling=(*segment.pooling, pooling))
+        pooled.append(segment)
+    return pooled
 
 
 def _slots(segment: Segment, rows: int, width: int) -> Tensor:

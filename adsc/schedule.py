@@ -11,7 +11,7 @@ drops); N vision tokens of the whole batch, row by row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from adsc.families import Image, Images, VisionTokenError
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from adsc.pooling import Pooling, add_pooling
+from adsc.pooling import Pooling, with_pooling
 from adsc.tiles import Region
 
 
@@ -40,7 +40,7 @@ class Segment:
     columns: Tensor
     take: Tensor
     valid: Tensor | None
-    pooling: list[Pooling] = field(default_factory=list)
+    pooling: tuple[Pooling, ...] = ()
 
 
 def survivors(
@@ -89,7 +89,7 @@ def survivors(
             if isinstance(images, Image):
                 total = sum(row[kind] for row in counts)
                 images = [images] * (total // images.tokens)
-            add_pooling(segments, columns, images, plan)
+            segments = with_pooling(segments, columns, images, plan)
     return segments
 
 
@@ -151,7 +151,7 @@ def _evenly(
     if isinstance(plan, PruningPlan) and plan.pool is not None:
         for columns, images in vision:
             assert not isinstance(images, Image)
-            add_pooling(segments, columns, images, plan)
+            segments = with_pooling(segments, columns, images, plan)
     return segments
 
 
