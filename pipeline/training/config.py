@@ -7,13 +7,15 @@ Fields marked OPERATIONAL decide how a stage is computed and not what: they are 
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from adsc.plan import PruningPlan
 from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan
+
+if TYPE_CHECKING:
+    from adsc.plan import PruningPlan
 
 DECODER_LINEARS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -31,6 +33,10 @@ MOMENTS = "moments.safetensors"
 
 def check_plans(plans: Mapping[str, str], weights: Mapping[str, float]) -> None:
     """Raise ValueError for plans or weights by name that can't be drawn from."""
+    if not plans and not weights:
+        return
+    from adsc.plan import PruningPlan
+
     for name, plan in plans.items():
         if not NAME.fullmatch(name) or name == DENSE:
             raise ValueError(
@@ -89,13 +95,17 @@ class DistillSettings(Config):
     @field_validator("teacher")
     @classmethod
     def _is_dense_or_a_plan(cls, teacher: str) -> str:
+        from adsc.plan import PruningPlan  # adsc loads torch
+
         if teacher != DENSE and not PruningPlan.parse(teacher).stages:
             raise ValueError("a teacher without a plan is written dense")
         return teacher
 
 
-def teacher_plan(distill: DistillSettings) -> PruningPlan:
+def teacher_plan(distill: DistillSettings) -> "PruningPlan":
     """The plan that a teacher runs with; empty where it is dense."""
+    from adsc.plan import PruningPlan
+
     return PruningPlan() if distill.teacher == DENSE else PruningPlan.parse(distill.teacher)
 
 
