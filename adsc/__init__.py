@@ -4,6 +4,7 @@ Torch, transformers and peft only: nothing here knows of Ray, MLflow or object s
 """
 
 from adsc import peers
+from adsc.adapters import PlanWarning, keep_plans
 from adsc.attach import attach, detach, name_plans, plan_of, plans_of
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
 from adsc.cost import Cost, estimate_cost
@@ -15,6 +16,7 @@ from adsc.plan import PlanError, PruningPlan
 from adsc.running import running, suspended
 from adsc.solve import solve_plans
 from adsc.static import static_cache
+from adsc.unserved import refuse_continuous_batching
 
 __all__ = [
     "CacheError",
@@ -22,6 +24,7 @@ __all__ = [
     "Cost",
     "CostError",
     "PlanError",
+    "PlanWarning",
     "PruningPlan",
     "UnsupportedModel",
     "VisionTokenError",
@@ -41,3 +44,5 @@ __all__ = [
 ]
 
 attach_on_loading()
+keep_plans()
+refuse_continuous_batching()

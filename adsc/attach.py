@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from adsc.decoders import bare, check_attention, check_decoder, gathered
 from adsc.drop import (
     EnterDecoder,
     EnterLayer,
@@ -30,7 +31,12 @@ _HOOKS = (EnterModel, EnterDecoder, EnterLayer, EnterVision, LeaveModel, LeaveVi
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, float]]) -> M:
+def attach(
+    model: M,
+    plan: PruningPlan | Method | str | Iterable[tuple[int, float]],
+    *,
+    logits: str = "kept",
+) -> M:
     """Make a model drop vision tokens by a plan or a method, in place.
 
     Attaching again replaces the plan; an empty plan installs no hook at all. The plan is saved with
@@ -40,6 +46,9 @@ def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, floa
         model: a multimodal transformers model, also inside PEFT, DDP or torch.compile.
         plan: a plan, its text form, pairs (layer, keep), a method from `adsc.peers.make`; or the
             name of one of the model's own plans (`plans_of`), or `dense`.
+        logits: `kept` computes logits of the tokens that are left; `full` hands out as many as
+            there are columns, for a caller that pairs them with columns from the front: a dropped
+            one has those of the last before it that was kept. Not saved with the model.
 
     Returns:
         The same model.
@@ -48,13 +57,18 @@ def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, floa
         UnsupportedModel: the architecture is not one of those that are known.
         PlanError: the plan does not fit the model, or the model has none of that name.
     """
+    if logits not in ("kept", "full"):
+        raise PlanError(f"logits {logits!r} is unknown; choose one of kept, full")
     base = base_model(model)
+    family, inner = find_family(base)
     if isinstance(plan, str):
         plan = find_plan(plan, base.config)
     plan = plan if isinstance(plan, Method) else as_plan(plan)
-    family, inner = find_family(base)
     decoder = family.decoder(inner)
-    layers = decoder.layers
+    check_decoder(decoder)
+    if isinstance(plan, Method) and plan.reads_attention:
+        check_attention(plan.name, decoder)
+    layers = [gathered(layer) for layer in decoder.layers]
     check_plan(base, plan)
     _remove_hooks(base)
     setattr(base.config, CONFIG_FIELD, plan.to_dict())
@@ -62,11 +76,12 @@ def attach(model: M, plan: PruningPlan | Method | str | Iterable[tuple[int, floa
         return model
     at = [layer for layer, _ in plan.stages]
     for module, path in {id(base): (base, "model"), id(inner): (inner, "")}.values():
-        names = tuple(inspect.signature(module.forward).parameters)
+        names = tuple(inspect.signature(bare(module).forward).parameters)
         path = "" if module is inner else path
-        enter = EnterModel(family, plan, path, names)
+        head = "none" if module is inner else _head_of(base)
+        enter = EnterModel(family, plan, path, names, head, logits == "full")
         module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(LeaveModel(), with_kwargs=True)
+        module.register_forward_hook(LeaveModel(module is inner), with_kwargs=True)
     for part in inner.children():
         if part is not decoder:
             part.register_forward_pre_hook(EnterVision(), with_kwargs=True)
@@ -86,6 +101,12 @@ def check_plan(model: nn.Module, plan: PruningPlan | Method) -> None:
     family, inner = find_family(base)
     plan.check_layers(len(family.decoder(inner).layers))
     _check_family(family, base.config, plan)
+
+
+def _head_of(base: Any) -> str:
+    """`lm` where the top model makes logits of its vocabulary, else `other`: a classifier, which
+    looks for the last token of its own input."""
+    return "lm" if base.get_output_embeddings() is not None else "other"
 
 
 def _check_family(family: Family, config: Any, plan: PruningPlan | Method) -> None:
@@ -168,7 +189,7 @@ def _check_named(base: Any, plans: Mapping[str, PruningPlan | Method]) -> None:
 def plan_of(model: nn.Module) -> PruningPlan | Method | None:
     """The plan or method that a model runs with; None if it has none."""
     base = base_model(model)
-    if (plan := attached(base)) is not None:
+    if (plan := attached_plan(base)) is not None:
         return plan
     data = getattr(base.config, CONFIG_FIELD, None)
     if data is not None and not from_dict(data).stages:
@@ -176,8 +197,8 @@ def plan_of(model: nn.Module) -> PruningPlan | Method | None:
     return None
 
 
-def attached(base: nn.Module) -> PruningPlan | Method | None:
-    """The plan or method whose hooks are on a transformers model; None without any."""
+def attached_plan(base: nn.Module) -> PruningPlan | Method | None:
+    """The plan or method whose hooks are on a model; its config may say something else."""
     hooks = base._forward_pre_hooks.values()
     return next((hook.plan for hook in hooks if isinstance(hook, EnterModel)), None)
 

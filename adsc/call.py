@@ -12,6 +12,7 @@ columns that a cache layer held before the call, D width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,7 @@ from transformers.masking_utils import (
 from adsc.choice import Choice, Scene
 from adsc.families import Family, VisionTokenError
 from adsc.held import CacheError, Held, held_by
+from adsc.layout import Layout
 from adsc.method import Method
 from adsc.plan import PruningPlan
 from adsc.schedule import Segment, is_captured, survivors
@@ -57,6 +59,7 @@ class Call:
         samples: (B, S) number of the packed sample of each column; None if nothing is packed.
         sliding: for each layer whether it attends to a sliding window.
         choice: what a method has chosen so far; None for a plan, or if the call drops nothing.
+        layout: where its last states are handed out; None leaves them as the last layer has them.
     """
 
     plan: PruningPlan | Method
@@ -73,6 +76,7 @@ class Call:
     samples: Tensor | None
     sliding: tuple[bool, ...]
     choice: Choice | None
+    layout: Layout | None = None
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -256,10 +260,15 @@ class Call:
         else:
             numbers = (keys.cumsum(1) - 1).clamp(min=0).to(hidden.device)[:, slots]
         numbers = numbers.expand(self.rows, -1)
-        if self.family.rotary_by_layer_type:
+        if self.family.rotary_by_layer_type or _by_kind(self.decoder.rotary_emb):
             kind = self.decoder.config.layer_types[layer]
             return self.decoder.rotary_emb(hidden, numbers, kind)
         return self.decoder.rotary_emb(hidden, numbers)
+
+
+def _by_kind(rotary: nn.Module) -> bool:
+    """Whether full and sliding layers turn differently."""
+    return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def _length(cache: Cache | None, layer: int) -> Any:

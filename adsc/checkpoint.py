@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from adsc import weight_files
 from adsc.attach import CONFIG_FIELD, attach, check_named_plans
 from adsc.method import Method, from_dict
 from adsc.plan import PruningPlan
@@ -40,9 +41,12 @@ def from_pretrained(
             `trust_remote_code=True` say so.
 
     Raises:
-        CheckpointError: weights are missing, unexpected or of another shape.
+        CheckpointError: weights are missing, unexpected or of another shape, or are no whole
+            safetensors in transformers' layout.
         PlanError: the plan does not fit the model, or the checkpoint has none of that name.
     """
+    if kwargs.get("use_safetensors", True) and (why := weight_files.problem(Path(path_or_id))):
+        raise CheckpointError(f"can't load {path_or_id}: {why}")
     auto: Any = AutoModelForImageTextToText
     wanted = SAFE | kwargs | {"output_loading_info": True}
     model, report = auto.from_pretrained(path_or_id, **wanted)

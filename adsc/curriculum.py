@@ -62,7 +62,7 @@ def pressures(order: str = "reverse", stages: int = 3, extreme: float = 1.5) -> 
         raise PlanError(f"curriculum {order!r} is unknown; choose one of {', '.join(ORDERS)}")
     if stages < 1:
         raise PlanError(f"a curriculum of {stages} stages trains nothing; use at least 1")
-    if extreme <= 1:
+    if not 1 < extreme < float("inf"):
         raise PlanError(f"extreme = {extreme} must be above 1; `fixed` trains at the target alone")
     first = {"reverse": extreme, "forward": 1 / extreme, "fixed": 1.0}[order]
     return [first + (1 - first) * i / (stages - 1) for i in range(stages - 1)] + [1.0]

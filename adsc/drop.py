@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from adsc.call import TYPES, Call, begin
-from adsc.families import GRID, SIZE, Family, VisionTokenError
+from adsc.decoders import check_rotary
+from adsc.families import GRID, SIZE, Family, UnsupportedModel, VisionTokenError
 from adsc.held import CacheError, held_by, keep_record
+from adsc.layout import Layout, all_columns, chosen_columns, moved, own_sides
 from adsc.method import Method
 from adsc.outputs import carry_kept
 from adsc.plan import PruningPlan
 from adsc.running import current
 from adsc.schedule import is_captured
+from adsc.unserved import check_call
 
 CALL = "adsc_call"  # the keyword under which a call travels from the top model to its layers
 OURS = (TYPES, "labels")  # what we read of a call even where its model does not
@@ -39,12 +42,30 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 
 
 class EnterModel:
-    """Pre-hook of the top and of the inner model: begin the call, and cut the labels to it."""
+    """Pre-hook of the top and of the inner model: begin the call, decide where its last states are
+    to stand, and lay the labels out alike.
+
+    Args:
+        family: of the model.
+        plan: what it drops by.
+        inner: attribute of the hooked module that holds the inner model; empty if it is that.
+        names: of the hooked module's positional arguments.
+        head: what becomes of the last states: logits of a language model, a head of another kind
+            (which indexes columns of its own input), or none.
+        full: hand out logits of all columns.
+    """
 
     def __init__(
-        self, family: Family, plan: PruningPlan | Method, inner: str, names: tuple[str, ...]
+        self,
+        family: Family,
+        plan: PruningPlan | Method,
+        inner: str,
+        names: tuple[str, ...],
+        head: str = "lm",
+        full: bool = False,
     ):
         self.family, self.plan, self.inner, self.names = family, plan, inner, names
+        self.head, self.full = head, full
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -55,6 +76,7 @@ class EnterModel:
         model = getattr(module, self.inner) if self.inner else module
         plan = current(module, self.plan)
         if plan.stages:
+            check_call(self.family.decoder(model))
             call = begin(model, self.family, plan, inputs)
             inputs = self.cut(model, inputs, call) | {CALL: call}
         for name in OURS:  # meant for us alone
@@ -63,47 +85,76 @@ class EnterModel:
         return (), inputs
 
     def cut(self, model: nn.Module, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
-        """The inputs with what speaks of columns cut to those that reach the end."""
+        """The inputs with what speaks of columns changed to what is handed out of them."""
         if call.segments:
-            if inputs.get("labels") is not None:
-                inputs["labels"] = _cut_labels(inputs, call, self.family, model)
             if inputs.get("shift_labels") is not None:
                 raise VisionTokenError(
                     "shift_labels were given: with a pruning plan labels are shifted after the "
                     "drop, so pass labels instead"
                 )
-            if isinstance(wanted := inputs.get("logits_to_keep"), Tensor):
-                inputs["logits_to_keep"] = _slots_of(wanted, call)
+            call.layout = self._layout(inputs, call)
+            if self.head == "lm" and inputs.get("labels") is not None:
+                inputs["labels"] = _cut_labels(inputs, call, self.family, model)
+            if "logits_to_keep" in inputs and not _flattens(inputs["logits_to_keep"]):
+                inputs["logits_to_keep"] = 0  # the layout brings exactly what is wanted
         return inputs
+
+    def _layout(self, inputs: dict[str, Any], call: Call) -> Layout | None:
+        """Where the call's last states are to stand; None leaves them as the last layer has them.
+
+        With labels the loss is taken inside, so a batch stays packed, unless rows are padded at
+        different ends: then somebody takes log-probabilities of the last columns.
+        """
+        device, wanted = call.segments[-1].columns.device, inputs.get("logits_to_keep")
+        # trl's fused head takes the states of the inner model, and labels of full length.
+        full = self.full or self.head == "other" or bool(inputs.get("fused_lm_head"))
+        if isinstance(wanted, Tensor):
+            if not _flattens(wanted):
+                return chosen_columns(wanted, call.width, device)
+        elif wanted:
+            if wanted == 1 and inputs.get("past_key_values") is not None:
+                _check_end(call)
+            return chosen_columns(wanted, call.width, device)
+        if full or _flattens(wanted):
+            return all_columns(call.width, device)
+        if call.seen is None or is_captured():
+            return None
+        seen = call.seen[:, -call.width :]
+        begins, ends = (~torch.stack([seen[:, 0], seen[:, -1]]).all(1)).tolist()
+        if ends and (begins or inputs.get("labels") is None):
+            return own_sides(call.segments[-1], seen)
+        return None
+
+
+def _check_end(call: Call) -> None:
+    """Refuse what `generate` does with rows that are padded on the right: it counts the positions
+    of what follows from 1, with and without a plan."""
+    if call.seen is not None and not is_captured() and not bool(call.seen[:, -1].all()):
+        raise CacheError(
+            "some rows end in padding, and what is generated behind it would have wrong positions; "
+            "pad prompts on the left: processor.tokenizer.padding_side = 'left'"
+        )
+
+
+def _flattens(wanted: Any) -> bool:
+    """Whether `logits_to_keep` is a mask (B, S), by which transformers flattens what is kept."""
+    return isinstance(wanted, Tensor) and wanted.dtype == torch.bool
 
 
 def _cut_labels(inputs: dict[str, Any], call: Call, family: Family, model: nn.Module) -> Tensor:
-    """(B, S) -> (B, Q): labels of the columns that reach the end; vision tokens have none."""
+    """(B, S) -> labels of the columns that are handed out; vision tokens have none."""
     given, last = inputs["labels"], call.segments[-1]
+    if given.shape[1] != call.width:  # of the columns that logits_to_keep asks for
+        return given
     labels = given
     for columns, _ in family.vision(model, inputs):
         labels = labels.masked_fill(columns.to(labels.device), IGNORED)
     if any(inputs.get(name) is not None for name in COUNTED) and not is_captured():
         _warn_of_counted(given, labels)
+    if call.layout is not None:
+        return call.layout.pair(labels, last)
     labels = labels.gather(1, last.columns.to(labels.device))
     return labels if last.valid is None else labels.masked_fill(~last.valid.to(labels.device), -100)
-
-
-def _slots_of(wanted: Tensor, call: Call) -> Tensor:
-    """(N,) columns whose logits are wanted -> (N,) their slots at the end of the decoder."""
-    last = call.segments[-1]
-    columns = last.columns if last.valid is None else last.columns.masked_fill(~last.valid, -1)
-    if call.choice is not None:  # which vision tokens stay is not known yet
-        columns = columns.masked_fill(call.choice.image.gather(1, last.columns), -1)
-    found = columns.unsqueeze(-1) == (wanted % call.width).to(columns.device)
-    slots = found.int().argmax(1)
-    if not bool((found.any(1) & (slots == slots[:1])).all()):
-        raise VisionTokenError(
-            f"logits_to_keep asks for columns {wanted.tolist()}, some of which are dropped vision "
-            "tokens, or stand in different places in different rows; ask for columns of text in "
-            "rows of equal layout, or for a number of last ones"
-        )
-    return slots[0]
 
 
 def _warn_of_counted(given: Tensor, labels: Tensor) -> None:
@@ -147,6 +198,7 @@ class EnterLayer:
             return args, kwargs
         kwargs.pop("hidden_states", None)
         if drops and call.segments:
+            call.made["entered", drop] = True
             if call.choice is not None and self.layer:
                 hidden = call.choose(drop, self.layer, module, hidden, kwargs)
                 if cache is not None:
@@ -154,6 +206,8 @@ class EnterLayer:
             hidden = call.take(drop, hidden)
         call.watch(drop, self.layer, module, hidden, kwargs)
         turn = kwargs.get("position_embeddings")
+        if turn is not None:
+            check_rotary(type(module).__name__, turn)
         kwargs["attention_mask"] = call.mask(drop, self.layer, hidden, cache)
         kwargs["position_embeddings"] = call.rotary(drop, self.layer, hidden, turn, cache)
         kwargs["position_ids"] = call.order(drop, hidden)
@@ -205,19 +259,50 @@ class LeaveVision:
 
 
 class LeaveModel:
-    """Forward hook of the top and of the inner model: tell which columns each layer saw.
+    """Forward hook of the top and of the inner model: lay the last states out as the call has it,
+    and tell which columns each layer saw.
 
     `output.kept_positions` has one tensor (B, Q) for each layer: the call's column in each slot, -1
     where a slot only pads. It goes with `attentions[l]` and `hidden_states[l + 1]`; the last one
-    with `logits`.
+    with `logits`. Where these were laid out for the caller, one more tensor tells their columns.
+
+    Args:
+        inner: whether this is the inner model, whose states can still be moved.
     """
+
+    def __init__(self, inner: bool):
+        self.inner = inner
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
         call: Call | None = kwargs.get(CALL)
-        if call is not None and call.segments and hasattr(output, "to_tuple"):
+        if call is None or not call.segments:
+            return None
+        if self.inner and any(
+            ("entered", drop) not in call.made for drop in range(len(call.segments))
+        ):
+            raise UnsupportedModel(
+                f"{type(module).__name__} doesn't hand the keyword arguments of a call on to its "
+                "decoder's layers, so the plan was not kept: detach it, and report the model"
+            )
+        if self.inner and call.layout is not None:
+            slots, _ = self._place(call)
+            if not hasattr(output, "to_tuple"):
+                output = (moved(output[0], slots), *output[1:])
+            else:
+                output.last_hidden_state = moved(output.last_hidden_state, slots)
+        if hasattr(output, "to_tuple"):
             carry_kept(output, call.once(("kept",), lambda: self.kept(call)))
+        return output
+
+    def _place(self, call: Call) -> tuple[Tensor, Tensor]:
+        layout = call.layout
+        assert layout is not None
+        place: tuple[Tensor, Tensor] = call.once(
+            ("layout",), lambda: layout.place(call.segments[-1])
+        )
+        return place
 
     def kept(self, call: Call) -> tuple[Tensor, ...]:
         """For each layer (B, Q): the call's column in each slot, -1 where a slot only pads."""
@@ -231,4 +316,5 @@ class LeaveModel:
             for one in call.segments
         ]
         drops = [call.place(layer)[0] for layer in range(len(call.sliding))]
-        return tuple(every if drop < 0 else left[drop] for drop in drops)
+        kept = tuple(every if drop < 0 else left[drop] for drop in drops)
+        return kept if call.layout is None else (*kept, self._place(call)[1])

@@ -183,6 +183,13 @@ def _pixels(inputs: Inputs) -> tuple[int, int, int]:
     return (len(output.pooler_output), *getattr(output, SIZE))
 
 
+def _rows(given: Any) -> list[Any]:
+    """Numbers of a call's images as lists, from a tensor, or from one for each image."""
+    if isinstance(given, Tensor):
+        return given.tolist()
+    return [one.tolist() if hasattr(one, "tolist") else one for one in given]
+
+
 def _side(config: Any) -> int:
     """Patches along a side of the vision tower's own square."""
     return config.vision_config.image_size // config.vision_config.patch_size
@@ -192,7 +199,7 @@ def _llava(config: Any, inputs: Inputs) -> Images:
     """A fixed patch grid; the tower's class token goes (`default`) or stays (`full`)."""
     patch = config.vision_config.patch_size
     if (sizes := inputs.get("image_sizes")) is not None:  # towers of native resolution (Pixtral)
-        grids = [(int(h) // patch, int(w) // patch) for h, w in torch.as_tensor(sizes).tolist()]
+        grids = [(int(h) // patch, int(w) // patch) for h, w in _rows(sizes)]
         return [Image(h * w, (h, w)) for h, w in grids]
     strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     has_class_token = "clip" in config.vision_config.model_type
@@ -212,7 +219,7 @@ def _llava_next(config: Any, inputs: Inputs) -> Images:
     """Any resolution: an overview, then crops without their padding, a newline after each row."""
     if inputs.get("pixel_values") is None:
         return _encoded_images(inputs)
-    sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+    sizes = _rows(inputs["image_sizes"])
     return [_anyres(config, size, None) for size in sizes]
 
 
@@ -220,11 +227,11 @@ def _llava_onevision(config: Any, inputs: Inputs) -> Images:
     """As LLaVA-NeXT, with a bound on crops; several images in a sample may come without crops."""
     if inputs.get("pixel_values") is None:
         return _encoded_images(inputs)
-    sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+    sizes = _rows(inputs["image_sizes"])
     numbers = inputs.get("batch_num_images")
     cropped = [True] * len(sizes)
     if numbers is not None:
-        cropped = [n == 1 for n in torch.as_tensor(numbers).tolist() for _ in range(n)]
+        cropped = [n == 1 for n in _rows(numbers) for _ in range(n)]
     # The forward passes no aspect ratio on, so the config's is what counts.
     bound = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     return [
@@ -300,7 +307,7 @@ def _qwen_grids(config: Any, inputs: Inputs, kind: str) -> Images:
     """Native resolution: t x h x w patches, merged by squares in space."""
     merge = config.vision_config.spatial_merge_size
     if (given := inputs.get(f"{kind}_grid_thw")) is not None:
-        grids = torch.as_tensor(given).tolist()
+        grids = _rows(given)
     else:
         # Encoded beforehand: the tower's output tells the grids, in the order of distinct features
         # (beams share theirs).

@@ -71,6 +71,8 @@ class Method:
     """The way out where an average is out of reach."""
     earliest: ClassVar[int] = 0
     """The first layer before which it can drop; 1 where it chooses by a layer's attention."""
+    reads_attention: ClassVar[bool] = False
+    """Whether it computes queries or keys of the decoder's layers itself."""
 
     stages: tuple[tuple[int, Fraction], ...] = ()
     positions: str = "keep"

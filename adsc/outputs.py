@@ -80,9 +80,20 @@ def full_length_logits(predictions: Any, labels: Tensor) -> Tensor:
             "with its kept_positions (trl's trainers hand on logits alone: use the metrics that "
             "they compute themselves, or transformers.Trainer)"
         )
+    if logits.shape[1] != kept.shape[1]:
+        raise VisionTokenError(
+            f"logits of {logits.shape[1]} columns beside kept_positions of {kept.shape[1]}: they "
+            "are of different calls, or logits were cut since; pass both as the model returned them"
+        )
+    slots = slots_of_columns(kept, width)
+    return logits.gather(1, slots.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+
+
+def slots_of_columns(kept: Tensor, width: int) -> Tensor:
+    """(B, Q) the column in each slot, -1 for none -> (B, S) for each column the slot of the last
+    one up to it that was kept; of a column before all of them, the slot of the first."""
     held = kept >= 0
     marks = torch.zeros(len(kept), width + 1, dtype=torch.long, device=kept.device)
-    marks.scatter_(1, torch.where(held, kept, width), 1)
+    marks = marks.scatter(1, torch.where(held, kept, width), 1)
     ordinal = (marks[:, :width].cumsum(1) - 1).clamp(min=0)
-    slots = held.int().argsort(dim=1, descending=True, stable=True).gather(1, ordinal)
-    return logits.gather(1, slots.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    return held.int().argsort(dim=1, descending=True, stable=True).gather(1, ordinal)

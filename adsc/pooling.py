@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from adsc.memo import remembered
 from adsc.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -136,10 +137,7 @@ def _make_tables(images: tuple[Image, ...], plan: PruningPlan, device: torch.dev
     return made
 
 
-@lru_cache(maxsize=256)  # saves the copy to the device, too
-def _known_tables(images: tuple[Image, ...], plan: PruningPlan, device: torch.device) -> Tables:
-    with torch.inference_mode(False):  # what an evaluation made first may serve in training
-        return _make_tables(images, plan, device)
+_known_tables = remembered(_make_tables, 256)  # saves the copy to the device, too
 
 
 @torch._dynamo.assume_constant_result

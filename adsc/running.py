@@ -8,6 +8,7 @@ that it ran under. This is not how a model is given its plan: `adsc.attach` does
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,11 @@ from adsc.method import Method
 from adsc.named import find_plan
 from adsc.plan import PlanError, PruningPlan, as_plan
 
+_open = 0
+"""Blocks that are open, of all threads. torch.compile can't trace context variables: while none is
+open it traces on without, guards on this number, and leaves calls within a block to be run eagerly
+(or refuses them, with `fullgraph=True`)."""
+_LOCK = threading.Lock()
 # The innermost block last: the modules at which calls of a model begin, and their plan.
 _BLOCKS: ContextVar[tuple[tuple[tuple[nn.Module, ...], PruningPlan | Method], ...]] = ContextVar(
     "adsc_running", default=()
@@ -41,7 +47,7 @@ def running(
     >>> with adsc.running(model, "2:1/9"):  # doctest: +SKIP
     ...     output = model(**inputs)
     """
-    from adsc.attach import attached, base_model, check_plan  # whose hooks import this file
+    from adsc.attach import attached_plan, base_model, check_plan  # whose hooks import this file
 
     base = base_model(model)
     if isinstance(plan, str):
@@ -49,7 +55,7 @@ def running(
     plan = plan if isinstance(plan, Method) else as_plan(plan)
     if plan.stages:
         check_plan(base, plan)
-        has = attached(base)
+        has = attached_plan(base)
         if has is None:
             raise PlanError(
                 f"plan {str(plan)!r} for a call of a model that has no plan: attach one first "
@@ -71,15 +77,25 @@ def suspended(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _block(modules: tuple[nn.Module, ...], plan: PruningPlan | Method) -> Iterator[None]:
+    _count(1)
     token = _BLOCKS.set((*_BLOCKS.get(), (modules, plan)))
     try:
         yield
     finally:
         _BLOCKS.reset(token)
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _open
+    with _LOCK:
+        _open += change
 
 
 def current(module: nn.Module, attached: PruningPlan | Method) -> PruningPlan | Method:
     """The plan under which a call that begins at `module` runs."""
+    if not _open:
+        return attached
     for modules, plan in reversed(_BLOCKS.get()):
         if any(module is one for one in modules):
             return plan

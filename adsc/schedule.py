@@ -12,12 +12,12 @@ drops); N vision tokens of the whole batch, row by row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from adsc.families import Image, Images, VisionTokenError
+from adsc.memo import remembered
 from adsc.method import Method
 from adsc.plan import PruningPlan
 from adsc.pooling import Pooling, with_pooling
@@ -262,7 +262,7 @@ def _flags(plan: PruningPlan | Method, image: Image) -> tuple[tuple[bool, ...], 
     return tuple(tuple(index in one for index in range(image.tokens)) for one in kept)
 
 
-_kept_table = lru_cache(maxsize=256)(_make_table)  # saves the copy to the device, too
+_kept_table = remembered(_make_table, 256)  # saves the copy to the device, too
 
 
 def _check_images(tokens: list[int], images: Images) -> None:

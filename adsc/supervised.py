@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adsc.attach import attached, base_model
+from adsc.attach import attached_plan, base_model
 from adsc.families import UnsupportedModel, find_family
 
 CAPPED = ("paligemma",)  # model types whose top model caps its logits softly
@@ -57,7 +57,7 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Hidden:
     base = base_model(model)
     _, inner = find_family(base)
     given = dict(inputs)
-    if attached(base) is None:
+    if attached_plan(base) is None:
         given.pop("labels", None)
     output = inner(**given)
     kept = getattr(output, "kept_positions", None)

@@ -12,12 +12,12 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline import failure
+from pipeline import completion, failure
 from pipeline import record as records
 from pipeline.identity import canonical
 from pipeline.lease import Holder, Lease, acquire
@@ -66,22 +66,29 @@ def execute(
     def finished() -> Record | None:
         return patiently(lambda: records.load(store, stage.name, fingerprint))
 
+    def settled() -> Record | None:
+        """Finished, with nothing left that this run is to make up for."""
+        found = finished()
+        return None if found and completion.is_due(stage, found, context) else found
+
     def waiting(holder: Holder, seconds: float) -> None:
         note = f"for {seconds:.0f} s: held by {holder.holder} since {holder.since}"
         progress.send(Report(state="waiting", note=note))
 
-    if found := finished():
+    if found := settled():
         return found
     attempt = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     lease = Lease(store, records.lease_key(stage.name, fingerprint), attempt, context.lease_seconds)
-    while not patiently(lambda: acquire(lease, lambda: finished() is not None, waiting)):
-        if found := finished():
+    while not patiently(lambda: acquire(lease, lambda: settled() is not None, waiting)):
+        if found := settled():
             return found
     try:
         # Whoever held the lease may have finished between our look and our turn.
-        if found := finished():
+        if found := settled():
             return found
         progress.send(Report(state="running"))
+        if found := finished():
+            return _complete(stage, fingerprint, context, progress, inputs, store, found)
         return _attempt(stage, fingerprint, context, progress, inputs, store, lease, patiently)
     finally:
         lease.release()
@@ -101,10 +108,7 @@ def _attempt(
     home = records.folder(stage.name, fingerprint)
     target = records.attempt_key(stage.name, fingerprint, lease.attempt)
     started, clock = datetime.now(UTC), time.monotonic()
-    tags = {"adsc.record": store.uri(records.record_key(stage.name, fingerprint))}
-    tags |= {"adsc.fingerprint": fingerprint, "adsc.attempt": lease.attempt}
-    tags |= {"adsc.workflow": context.workflow, "mlflow.note.content": stage.title}
-    tags |= {"adsc.commit": context.commit} if context.commit else {}
+    tags = _tags(stage, fingerprint, context, store, lease.attempt)
     try:
         with _folder(store, target) as out, _tracker(context, stage, store, tags) as track:
             track.params(stage.config.model_dump())
@@ -114,13 +118,7 @@ def _attempt(
                 name=stage.name,
                 fingerprint=fingerprint,
                 run=context,
-                inputs=Inputs(
-                    {
-                        name: Input(it, context.cache, context.cache_gib)
-                        for name, it in inputs.items()
-                        if name not in referred
-                    }
-                ),
+                inputs=_inputs(inputs, context, leaving=referred),
                 out=out,
                 train_storage=(store.uri(home), "run"),
                 track=track,
@@ -150,8 +148,8 @@ def _attempt(
             if store.local("") is None:
                 patiently(lambda: store.upload(out, target))
             track.flush()
-            if said := track.summary():
-                made = made.model_copy(update={"notes": (said,)})
+            if notes := _notes(track, completion.undone(made).values()):
+                made = made.model_copy(update={"notes": notes})
             if not patiently(lease.confirm):
                 lease.lost()
             record = patiently(lambda: records.publish(store, made))
@@ -161,6 +159,67 @@ def _attempt(
     # Other attempts can't be reached any more: of processes that died, or ours, if we came second.
     records.sweep(store, record)
     return record
+
+
+def _complete(
+    stage: Stage,
+    fingerprint: str,
+    context: RunContext,
+    progress: ProgressHandle,
+    inputs: Mapping[str, Record],
+    store: Store,
+    found: Record,
+) -> Record:
+    """Do what a finished stage left undone, under the lease."""
+    complete = stage.kind.complete
+    assert complete is not None
+    home = records.folder(stage.name, fingerprint)
+    tags = _tags(stage, fingerprint, context, store, found.attempt)
+    try:
+        with _tracker(context, stage, store, tags) as track:
+            body_context = StageContext(
+                name=stage.name,
+                fingerprint=fingerprint,
+                run=context,
+                inputs=_inputs(inputs, context),
+                out=Input(found, context.cache, context.cache_gib).folder,
+                train_storage=(store.uri(home), "run"),
+                track=track,
+                progress_handle=progress,
+            )
+            outputs = _outputs(stage, complete(body_context, stage.config, found))
+        return completion.publish(store, home, found, outputs)
+    # The boundary of a stage, as in `_attempt`.
+    except Exception as error:  # noqa: BLE001
+        raise failure.of_body(store, stage.name, fingerprint, found.attempt, error) from None
+
+
+def _tags(
+    stage: Stage, fingerprint: str, context: RunContext, store: Store, attempt: str
+) -> dict[str, str]:
+    tags = {"adsc.record": store.uri(records.record_key(stage.name, fingerprint))}
+    tags |= {"adsc.fingerprint": fingerprint, "adsc.attempt": attempt}
+    tags |= {"adsc.workflow": context.workflow, "mlflow.note.content": stage.title}
+    return tags | ({"adsc.commit": context.commit} if context.commit else {})
+
+
+def _inputs(
+    inputs: Mapping[str, Record], context: RunContext, leaving: Collection[str] = ()
+) -> Inputs:
+    """What a body works with; `leaving` are stages that its config only refers to."""
+    return Inputs(
+        {
+            name: Input(it, context.cache, context.cache_gib)
+            for name, it in inputs.items()
+            if name not in leaving
+        }
+    )
+
+
+def _notes(track: Tracker, known: Collection[str]) -> tuple[str, ...]:
+    """What people should know of tracking: an absence, and what was refused and is lost."""
+    lost = [it for it in track.problems if it not in known and not it.startswith("tracking waits")]
+    return tuple(filter(None, (track.summary(), *lost)))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+VARIABLE = "ADSC_CACHE"
+DEFAULT = "~/.cache/adsc"
 _ABANDONED = 24 * 3600.0  # seconds after which a half-made copy is one of a process that died
+
+
+def folder(given: str = "") -> Path:
+    """Where this machine keeps copies: as given, else $ADSC_CACHE, else ~/.cache/adsc.
+
+    Raises:
+        StoreError: that is below a home folder that is unknown.
+    """
+    from pipeline.store.places import expanded
+
+    try:
+        return expanded(given or os.environ.get(VARIABLE, "").strip() or DEFAULT).absolute()
+    except ValueError as error:
+        raise type(error)(f"{error}; {VARIABLE} names another folder for copies") from None
 
 
 class Use:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-# YAML 1.1 wants a dot and a sign in a float's exponent; people write 1e-4.
-_FLOAT = re.compile(r"[-+]?(\d+(_\d+)*)(\.\d*)?[eE][-+]?\d+")
+from pipeline.values import ValueSyntaxError, read_value
+
 _BOUNDS = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= ", "multiple_of": "a multiple of "}
 _LENGTHS = {"min_length": "at least {} long", "max_length": "at most {} long"}
 
@@ -36,7 +36,11 @@ class Config(BaseModel):
     """Base of all config sections. Every field has a docstring: unit, range, effect."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,  # neither has a literal that identifies a stage
     )
 
 
@@ -44,7 +48,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def edit(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
-    """The config with dotted keys changed; strings are read as YAML.
+    """The config with dotted keys changed; strings are read by `pipeline.values`.
 
     Args:
         config: what to start from; it stays as it is.
@@ -118,10 +122,15 @@ def _edit(
     if len(problems) > found:
         return node
     try:
-        return type(node).model_validate(known)
+        edited = type(node).model_validate(known)
     except ValidationError as error:
         problems.extend(_explain(error, ".".join(path), type(node).model_fields))
         return node
+    for name in known:
+        if not _truths_stay(known[name], getattr(edited, name)):
+            key = ".".join((*path, name))
+            problems.append(_no_number(key, known[name], type(node).model_fields[name]))
+    return edited
 
 
 def _split(changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -155,32 +164,51 @@ def _unknown(key: str, valid: tuple[str, ...]) -> str:
 def _value(node: Any, name: str, raw: Any, key: str, problems: list[str]) -> Any:
     """One value, checked alone so that all bad values are reported together."""
     if not isinstance(node, Config):
-        return _parse(raw)  # an item of a tuple or mapping: checked with its section
+        return _parse(raw, key, problems)  # an item: checked with its section
     field = type(node).model_fields[name]
     annotation: Any = Annotated[(field.annotation, *field.metadata, None)]
-    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    adapter = _adapter(annotation)
+    parsed = _parse(raw, key, problems)
     try:
-        return adapter.validate_python(_parse(raw))
+        found = adapter.validate_python(parsed)
     except ValidationError as error:
         try:
-            # A string field means "123", "no" and "8:30" as they were typed.
+            # A string field means "123", "true" and "null" as they were typed.
             return adapter.validate_python(raw)
         except ValidationError:
             problems.extend(_explain(error, key, {"": field}))
             return getattr(node, name)
+    if not _truths_stay(parsed, found):
+        problems.append(_no_number(key, parsed, field))
+        return getattr(node, name)
+    return found
 
 
-def _parse(raw: Any) -> Any:
-    import yaml
-
-    if not isinstance(raw, str):
-        return raw
-    if _FLOAT.fullmatch(raw.strip()):
-        return float(raw)
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
-        return yaml.safe_load(raw)
-    except yaml.YAMLError:
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+    except PydanticUserError:  # a section: it has a config of its own
+        return TypeAdapter(annotation)
+
+
+def _parse(raw: Any, key: str, problems: list[str]) -> Any:
+    try:
+        return read_value(raw) if isinstance(raw, str) else raw
+    except ValueSyntaxError as error:
+        problems.append(f"{key} = {raw!r} {error}")
         return raw
+
+
+def _no_number(key: str, value: Any, field: FieldInfo) -> str:
+    return f"{key} = {value!r}: true and false are not numbers ({allowed(field)})"
+
+
+def _truths_stay(given: Any, found: Any) -> bool:
+    """Whether no true or false of a value became a number, as pydantic would have it."""
+    if isinstance(given, bool):
+        return type(found) not in (int, float)
+    before, after = dict(_items(given)), dict(_fields(found))
+    return all(_truths_stay(before[name], after[name]) for name in before.keys() & after.keys())
 
 
 def _explain(error: ValidationError, prefix: str, fields: Mapping[str, FieldInfo]) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.cluster_address import ClusterError, check_head, check_socket_room, job_config
 from pipeline.progress import PLAIN
 from pipeline.redact import redact
 from pipeline.stage import RunContext, Stage
@@ -39,10 +40,6 @@ _ENVIRONMENT = {
 }
 
 
-class ClusterError(ValueError):
-    """Ray can't be started or reached; the message says why and what to do."""
-
-
 @contextlib.contextmanager
 def ray_for(context: RunContext) -> Iterator[None]:
     """Ray for the length of a `with`; where this process has a Ray already, that one, untouched."""
@@ -58,7 +55,10 @@ def ray_for(context: RunContext) -> Iterator[None]:
     setup: dict[str, Any] = {}
     if context.setup is not None:
         setup["runtime_env"] = {"worker_process_setup_hook": context.setup}
+    if not (address or "").startswith("ray://"):  # a client's workers start elsewhere
+        setup["job_config"] = job_config()
     if address:
+        check_head(address)
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **setup)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -69,6 +69,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
         with contextlib.closing(_Shutdown()):
             yield
         return
+    check_socket_room()
     port = free_port(context.dashboard_port)
     # With another Ray on this machine, Ray Train would ask all of them about its workers and fail.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
@@ -106,7 +107,8 @@ def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
 
     for left in reversed(range(tries)):
         try:
-            ray.init(**options)
+            with _safe_path():
+                ray.init(**options)
             return
         except Exception as error:  # Ray raises this very class
             if not re.search("timed out|failed to start", str(error), re.IGNORECASE):
@@ -123,6 +125,21 @@ def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
                 ) from error
 
 
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """For processes that are started meanwhile, Ray's daemons and what they start: Python doesn't
+    import from the folder where the user stands, whose `queue.py` would end them."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("PYTHONSAFEPATH", None)
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
 def set_auth_mode(own: bool = False) -> None:
     """Choose Ray's authentication before Ray is imported, unless the user has: by token where there
     is one. Left unset, Ray itself and its clients take different modes, and refuse each other.
@@ -132,7 +149,9 @@ def set_auth_mode(own: bool = False) -> None:
             since Ray's inner processes listen on every network of the machine.
     """
     token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    there = bool(token) or Path("~/.ray/auth_token").expanduser().is_file()
+    there = bool(token)
+    with contextlib.suppress(RuntimeError):  # a user id without an account, and no HOME
+        there = there or Path("~/.ray/auth_token").expanduser().is_file()
     if own and not there and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         there = True
@@ -156,7 +175,9 @@ def free_port(wanted: int | None) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted or 0))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OverflowError):
+                raise ClusterError(f"port {wanted} is none: ports go from 1 to 65535") from None
             raise ClusterError(
                 f"port {wanted} for Ray's dashboard is in use ({error.strerror}); choose another, "
                 "or none to take a free one"
@@ -196,7 +217,9 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
     )
     known = place / "servers"
     try:
-        uri = tracking.prepare(context.tracking_uri, context.experiment, artifacts)
+        uri = tracking.prepare(
+            context.tracking_uri, context.experiment, artifacts, lambda said: _tell(console, said)
+        )
         place.mkdir(parents=True, exist_ok=True)
         with known.open("a") as file:
             file.write(f"{redact(uri)}\n")

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeline import record as records
 from pipeline.attempt import execute
+from pipeline.completion import is_due, sentence, undone
 from pipeline.driver import cancelling, git_commit, ray_for, tracked
 from pipeline.failure import RunFailed, StageFailed, StageInterrupted, of_task
 from pipeline.identity import digest, fingerprint
@@ -23,7 +24,7 @@ from pipeline.lease import alive
 from pipeline.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.record import Record
 from pipeline.stage import Kind, RunContext, Stage
-from pipeline.store import Store, open_store
+from pipeline.store import Store, check_for_runs, open_store
 from pipeline.tracking import gauges
 
 
@@ -36,7 +37,8 @@ class State(NamedTuple):
 
     name: str
     state: str
-    """cached; running (elsewhere); waiting (for a stage that runs elsewhere); or to run"""
+    """cached; incomplete (cached, with something left undone); running (elsewhere); waiting (for a
+    stage that runs elsewhere); or to run"""
     path: str
 
 
@@ -111,7 +113,8 @@ def state(store: Store, stages: Sequence[Stage]) -> list[State]:
     for stage in ordered:
         path = store.uri(records.folder(stage.name, prints[stage.name]))
         if stage.name in found:
-            word, path = "cached", found[stage.name].uri
+            left = stage.kind.complete and undone(found[stage.name])
+            word, path = "incomplete" if left else "cached", found[stage.name].uri
         elif leases[stage.name] in fresh:
             word = "running"
         else:
@@ -125,7 +128,7 @@ def state(store: Store, stages: Sequence[Stage]) -> list[State]:
 def run(
     stages: Sequence[Stage], context: RunContext, console: Console | None = None
 ) -> dict[str, Record]:
-    """Run what isn't finished and return the record of every stage.
+    """Run what isn't finished, complete what was left undone, and return every stage's record.
 
     Args:
         console: where progress and the table at the end go; `Console(quiet=True)` for nowhere.
@@ -138,11 +141,16 @@ def run(
     ordered, prints = lint(stages), fingerprints(stages)
     store = open_store(context.root)
     found = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
-    todo = [stage for stage in ordered if stage.name not in found]
-    cached = set(found)
+    due = {s.name for s in ordered if s.name in found and is_due(s, found[s.name], context)}
+    todo = [stage for stage in ordered if stage.name not in found or stage.name in due]
+    cached = found.keys() - due
     if todo:
-        for word, group in (("cached", sorted(cached)), ("to run", [it.name for it in todo])):
+        fresh = [stage.name for stage in todo if stage.name not in due]
+        for word, group in (("cached", sorted(cached)), ("to run", fresh)):
             console.print(f"{word}: {', '.join(group) or 'nothing'}", **PLAIN)
+        if due:
+            console.print(f"to complete: {', '.join(sorted(due))}", **PLAIN)
+        check_for_runs(store.root)
         store.check_writable()
         context = replace(context, root=store.root, commit=git_commit())
         with tracked(context, ordered, console) as context, ray_for(context):
@@ -150,6 +158,9 @@ def run(
     result = {stage.name: found[stage.name] for stage in ordered}
     took = {n: "cached" if n in cached else f"{it.seconds:.0f} s" for n, it in result.items()}
     console.print(table([(n, took[n], it.uri) for n, it in result.items()]), **PLAIN)
+    for name, record in result.items():
+        if left := sentence(record):
+            console.print(f"{name}: {left}", **PLAIN)
     return result
 
 

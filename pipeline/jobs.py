@@ -92,9 +92,11 @@ def plan_submission(
     from pipeline import graph, preflight
     from pipeline.driver import git_commit
     from pipeline.identity import SHORT, digest
-    from pipeline.store import open_store
+    from pipeline.store import check_for_runs, open_store
+    from pipeline.tracking.address import explained
 
     store = open_store(root)
+    check_for_runs(store.root)
     if store.local("") is not None and not shared_root:
         raise JobError(
             f"--root {root} is a folder of this machine, which the cluster's nodes don't see; "
@@ -111,6 +113,8 @@ def plan_submission(
             f"--mlflow {mlflow} is a file of one machine, which the cluster's nodes don't share; "
             "add --mlflow http://HOST:5000, or --mlflow off"
         )
+    if mlflow and (reason := explained(mlflow)):
+        raise JobError(f"--mlflow {mlflow}: {reason}")
     prints = graph.fingerprints(workflow.stages())
     words = [f"--set={change}" for change in changes]
     words += [f"--root={store.root}", *([f"--mlflow={mlflow}"] if mlflow else []), *options]

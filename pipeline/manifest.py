@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 SUFFIXES = {".json", ".jinja", ".md", ".model", ".safetensors", ".txt"}
 """What a checkpoint may hold, besides LICENSE and NOTICE: nothing that loading could execute."""
+BOOKKEEPING = (".git", ".gitattributes", ".gitignore", ".cache", ".huggingface")
+"""What git and the hub's client leave in a folder: no part of a checkpoint, and never published."""
 MAX_BYTES = 64 << 20
 """Of a manifest; a longer one isn't parsed."""
 
@@ -46,13 +48,16 @@ def write_manifest(folder: Path, lineage: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def check_kinds(folder: Path) -> None:
-    """Raise an ExportError if a folder holds files of a kind that a checkpoint has no need of."""
-    names = [path.relative_to(folder).as_posix() for path in files_of(folder)]
+def check_kinds(folder: Path, left_out: Collection[str] = ()) -> None:
+    """Raise an ExportError if a folder holds files of a kind that a checkpoint has no need of, but
+    for those with a part of their path in `left_out`."""
+    inside = [path.relative_to(folder) for path in files_of(folder)]
+    names = [it.as_posix() for it in inside if not set(it.parts) & set(left_out)]
     if strange := [name for name in names if not _allowed(name)]:
         raise ExportError(
             f"{', '.join(strange)}: only {', '.join(sorted(SUFFIXES))}, LICENSE and NOTICE are "
-            "published; weights are to be safetensors"
+            "published, and weights are to be safetensors. Move the others out of the folder; "
+            "save_pretrained writes weights of other formats as safetensors"
         )
 
 

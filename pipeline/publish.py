@@ -33,7 +33,7 @@ from pipeline.manifest import (
 )
 from pipeline.record import File
 from pipeline.store import Altered, DiskFull, Entry, Store, StoreAway, StoreError
-from pipeline.store.base import PARALLEL, TEMPORARY, appearing, write
+from pipeline.store.base import PARALLEL, TEMPORARY, appearing, explain_os, write
 
 CLAIM = "unfinished.json"
 """The manifest of a checkpoint that is on its way; gone when it has arrived."""
@@ -191,7 +191,9 @@ def _is_published(store: Store, text: bytes) -> bool:
 @contextlib.contextmanager
 def _claimed(store: Store, text: bytes) -> Iterator[None]:
     """Nobody uploads other content there; after a failure the claim stays, and the same goes on."""
-    if _patiently(lambda: store.create(CLAIM, text)) is None:
+    if _patiently(lambda: store.create(CLAIM, text)) is not None:
+        _patiently(lambda: store.check_conditions(CLAIM, text))
+    else:
         found = _patiently(lambda: store.read(CLAIM))
         if found is not None and found != text:
             raise ExportError(
@@ -283,16 +285,34 @@ def _patiently(call: Callable[[], Result]) -> Result:
         except (StoreAway, Altered) as error:
             if tried == TRIES:
                 kind = type(error)
-                raise kind(f"{error} (tried {TRIES} times; what has arrived is kept)") from error
+                more = f"(tried {TRIES} times; files that arrived whole stay)"
+                raise kind(f"{error} {more}") from error
             time.sleep(min(30.0, random.random() * 2**tried))
     raise AssertionError("unreachable")
+
+
+def check_target(folder: Path) -> None:
+    """Whether a folder can be written there, before anything is computed or fetched for it.
+
+    Raises:
+        ExportError: it, or a part of its path, is a file, or this user may not write there.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ExportError(f"{there} is a file: name a folder, or one that is not there yet")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ExportError(f"{there} may not be written to by this user: name another folder")
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """The folder, made if need be, without what killed pulls left, and no second pull into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    check_target(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise explain_os(error, folder) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline import completion
 from pipeline.identity import SHORT
 from pipeline.redact import HIDDEN, names_secret, redact
 from pipeline.store import Store, StoreError, file_sha256, open_store
@@ -93,12 +94,14 @@ class Record(BaseModel):
 
     @property
     def summary(self) -> str:
-        """How long the attempt took, and its notes, in one line."""
-        return "; ".join((f"done in {self.seconds:.0f} s", *self.notes))
+        """How long the attempt took, its notes, and what is left, in one line."""
+        parts = (f"done in {self.seconds:.0f} s", *self.notes, completion.sentence(self))
+        return "; ".join(filter(None, parts))
 
 
 def load(store: Store, stage: str, fingerprint: str) -> Record | None:
-    """The record of a finished stage, None where it isn't finished.
+    """The record of a finished stage, with what was made up for since; None where it isn't
+    finished.
 
     Raises:
         StoreError: a file that is not a record, or one of a later schema.
@@ -113,9 +116,10 @@ def load(store: Store, stage: str, fingerprint: str) -> Record | None:
             f"{store.uri(key)} belongs to fingerprint {record.fingerprint}, not {fingerprint}: "
             "move that folder away and run again"
         )
-    return record.model_copy(
+    record = record.model_copy(
         update={"uri": store.uri(attempt_key(stage, fingerprint, record.attempt))}
     )
+    return completion.merged(store, folder(stage, fingerprint), record)
 
 
 def _parse(data: bytes, uri: str) -> Record:
@@ -169,14 +173,21 @@ def adopt(store: Store, stage: str, fingerprint: str) -> Record:
 
 
 def behind(record: Record) -> list[Record]:
-    """The records of a stage's inputs, as far as they are still where they were."""
+    """The records of a stage's inputs: in the store of the stage itself, which may have moved since
+    they were written down, or else as far as they are still where they were."""
     found = []
+    here = record.uri.rpartition("/attempts/")[0].rpartition("/")[0]
     for source in record.inputs.values():
-        home, attempts, _ = source.uri.partition("/attempts/")
-        with contextlib.suppress(StoreError):  # a store that has moved
-            data = open_store(home).read("record.json") if attempts else None
-            if data is not None:
-                found.append(_parse(data, home))
+        home, attempts, attempt = source.uri.rpartition("/attempts/")
+        if not attempts:
+            continue
+        stage = home.rpartition("/")[2]
+        for place in dict.fromkeys([f"{here}/{stage}" if here else home, home]):
+            with contextlib.suppress(StoreError):  # a store that has moved
+                if (data := open_store(place).read("record.json")) is not None:
+                    update = {"uri": f"{place}/attempts/{attempt}"}
+                    found.append(_parse(data, place).model_copy(update=update))
+                    break
     return found
 
 

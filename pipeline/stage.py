@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from pipeline import record as records
 from pipeline.cache import Use, fetch
+from pipeline.cache import folder as cache_folder
 from pipeline.config import Config
 from pipeline.identity import IdentityError, body_name, canonical
 from pipeline.progress import ProgressHandle
@@ -43,6 +44,9 @@ class Kind(Generic[ConfigT]):
     """A function at the top of a module: (context, config) to outputs, which are JSON."""
     config: type[ConfigT]
     """The class of its stages' configs."""
+    complete: Callable[[StageContext, ConfigT, Record], Mapping[str, Any]] | None = None
+    """Does what a finished stage could not do (pipeline/completion.py): (context, config, record)
+    to the outputs that change, `undone` among them while something is left."""
     referring_id: str = ""
     """The id of stages whose config has references, where stores know such stages by an id of
     their own; empty: the same id."""
@@ -173,8 +177,9 @@ class RunContext:
     """An existing Ray cluster; None starts Ray on this machine, unless RAY_ADDRESS is set."""
     dashboard_port: int | None = None
     """The port of the embedded Ray's dashboard; None takes a free one."""
-    cache: str = "~/.cache/adsc"
-    """Where inputs from a remote store are kept on each machine."""
+    cache: str = ""
+    """Where inputs from a remote store are kept on each machine; empty takes what ADSC_CACHE says
+    there, else ~/.cache/adsc."""
     cache_gib: float = 100
     """GiB that these copies may take; those that nobody uses go, least recently used first."""
     commit: str | None = None
@@ -195,9 +200,7 @@ class InputError(ValueError):
 class Input:
     """What an upstream stage made."""
 
-    def __init__(
-        self, record: Record, cache: str = "~/.cache/adsc", cache_gib: float = 100
-    ) -> None:
+    def __init__(self, record: Record, cache: str = "", cache_gib: float = 100) -> None:
         self.record, self._cache, self._cache_gib = record, cache, cache_gib
         self._use: Use | None = None
         self.uri: str = record.uri
@@ -223,7 +226,7 @@ class Input:
             records.verify(folder, self.record)
 
         limit = int(self._cache_gib * 2**30)
-        self._use = fetch(Path(self._cache).expanduser(), name, limit, get)
+        self._use = fetch(cache_folder(self._cache), name, limit, get)
         return self._use.folder
 
     def __getstate__(self) -> dict[str, Any]:

@@ -72,28 +72,22 @@ def _workers(text: str) -> int | tuple[int, int]:
 
 
 def _positive(kind: type) -> Callable[[str], Any]:
-    """An argparse type: a number above zero."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-        return value
-
-    return parse
+    """An argparse type: a finite number above zero."""
+    return terminal.number(kind, above=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    with terminal.streams():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    options = _parse(arguments)
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
-        print("adsc: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return terminal.interrupted()
     except _user_errors() as error:
         from pipeline.redact import redact
 
@@ -190,7 +184,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "--plan",
         help="a named plan of the checkpoint, dense, or a plan such as 2:1/4 (default: its own)",
     )
-    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
+    chat.add_argument(
+        "--max-new-tokens", type=_positive(int), default=64, help="longest answer in tokens"
+    )
     chat.set_defaults(run=_chat)
     export_cli.add_commands(commands)
     jobs_cli.add_commands(commands, _add_run_options)
@@ -214,7 +210,7 @@ def _add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> No
 def _add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
-        default=os.environ.get("ADSC_ROOT", DEFAULT_ROOT),
+        default=os.environ.get("ADSC_ROOT") or DEFAULT_ROOT,
         help="the store: a folder or s3://bucket/prefix (default: $ADSC_ROOT or runs)",
     )
 
@@ -227,7 +223,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
-    parser.add_argument("--dashboard-port", type=int, help="port of the embedded Ray's dashboard")
+    parser.add_argument(
+        "--dashboard-port",
+        type=terminal.number(int, above=0, most=65535),
+        help="port of the embedded Ray's dashboard",
+    )
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +242,9 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         help="workers that train, or answer questions; 2-8 takes as many as the cluster has",
     )
     parser.add_argument("--cpus", type=_positive(float), default=1, help="CPU cores of a worker")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
+    parser.add_argument(
+        "--gpus", type=terminal.number(float, least=0), default=0, help="GPUs of a worker"
+    )
     parser.add_argument(
         "--data-workers", type=_count, default=0, metavar="N",
         help="processes that make batches for each training worker (default: a thread of its own)",
@@ -255,10 +257,10 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 def _context(options: argparse.Namespace) -> RunContext:
     from pipeline.stage import RunContext
     from pipeline.store import open_store
-    from pipeline.tracking.tracker import default_uri
+    from pipeline.tracking.address import chosen, default_uri
 
     place = open_store(options.root).local("")
-    tracking = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
+    tracking = chosen(options.mlflow)
     return RunContext(
         root=options.root,
         workflow=options.workflow,
@@ -278,11 +280,12 @@ def _context(options: argparse.Namespace) -> RunContext:
 def _run(options: argparse.Namespace) -> int:
     from pipeline import graph
     from pipeline.driver import settle
-    from pipeline.store import open_store
+    from pipeline.store import check_for_runs, open_store
 
     workflow = load_workflow(options.workflow, options.changes)
     stages = workflow.stages()
     store = open_store(options.root)
+    check_for_runs(store.root)
     console = terminal.console()
     _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
     another = _former(workflow, options, store)
@@ -386,6 +389,7 @@ def _ls(options: argparse.Namespace) -> int:
     from pipeline.driver import settle
     from pipeline.stage import RunContext
     from pipeline.store import open_store
+    from pipeline.tracking.address import chosen
 
     console = terminal.console()
     if options.workflow is None:
@@ -408,7 +412,7 @@ def _ls(options: argparse.Namespace) -> int:
     for state in states:
         table.add_row(*state)
     console.print(table, soft_wrap=True)
-    told = settle(options.root, os.environ.get("MLFLOW_TRACKING_URI"), RunContext.cache)
+    told = settle(options.root, chosen(None), RunContext.cache)
     if told:
         console.print(told, markup=False)
     return 0
@@ -450,13 +454,22 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _read_file(path: str) -> bytes:
-    from pipeline.store import open_store
+    from pipeline.store import open_store, split
 
-    folder, _, name = path.rpartition("/")
-    data = open_store(folder or ".").read(name)
+    folder, name = split(path)
+    data = open_store(folder).read(name)
     if data is None:
         raise ValueError(f"there is no picture {path!r}")
     return data
+
+
+def _read_picture(path: str) -> bytes:
+    from pipeline.data.config import PrepareConfig
+    from pipeline.data.pictures import check_picture
+
+    picture = _read_file(path)
+    check_picture(picture, path, PrepareConfig(min_side=1).limits())
+    return picture
 
 
 @contextlib.contextmanager
@@ -492,7 +505,7 @@ def _chat(options: argparse.Namespace) -> int:
     from workflows import stamps_tower
 
     stamps_tower.register()
-    picture = _read_file(options.image)
+    picture = _read_picture(options.image)
     with _local_folder(options.checkpoint) as folder:
         model = adsc.from_pretrained(folder, plan=options.plan).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)

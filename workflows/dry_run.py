@@ -25,10 +25,20 @@ def add_options(run: argparse.ArgumentParser) -> None:
     )
     group = run.add_argument_group("what --dry-run assumes")
     group.add_argument("--gpu-type", metavar="GPU", help="h100 (default), h200, a100-80gb, ...")
-    group.add_argument("--gpu-price", type=float, help="price of a GPU-hour, in any currency")
-    group.add_argument("--hfu", type=float, help="share of the GPU's peak that is reached (0.4)")
     group.add_argument(
-        "--text-tokens", type=int, help="text tokens of an average conversation (200)"
+        "--gpu-price",
+        type=terminal.number(float, least=0),
+        help="price of a GPU-hour, in any currency",
+    )
+    group.add_argument(
+        "--hfu",
+        type=terminal.number(float, above=0, most=1),
+        help="share of the GPU's peak that is reached (0.4)",
+    )
+    group.add_argument(
+        "--text-tokens",
+        type=terminal.number(int, least=0),
+        help="text tokens of an average conversation (200)",
     )
 
 

@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   adsc eval CHECKPOINT --tasks questions.json --methods dense plan:2:1/4,4:1/4 fastv:22
   adsc eval CHECKPOINT --data runs/prepare-0123456789ab          (its split `test`)
   adsc eval ELASTIC --tasks questions.json --methods own:64 own:128 dense
+  adsc eval CHECKPOINT --data prepared               (a folder that `adsc prepare` wrote)
   adsc eval s3://bucket/model --tasks a.json b.json --json --out results
   adsc eval llava-hf/llava-1.5-7b-hf --tasks pope=data/pope gqa=data/gqa --limit 500 \
       --methods dense fastv:192 plan:2:1/4,16:1/2
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
         metavar="TASK",
         help="task files, or benchmarks as NAME=FOLDER; with --data, its splits",
     )
-    parser.add_argument("--data", help="the folder of a finished prepare stage, or s3://...")
+    parser.add_argument(
+        "--data", help="a finished prepare stage's folder, or `adsc prepare`'s, or s3://..."
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -75,9 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
 def run(options: argparse.Namespace, context: RunContext, console: Console) -> int:
     """Run the stages, print the table or the JSON, copy what was asked for."""
     from pipeline import graph
+    from pipeline.publish import check_target
     from pipeline.stage import Input
     from workflows.evaluation import evaluation_stages, setup_for
 
+    if options.out is not None:
+        check_target(options.out)
     stages = evaluation_stages(
         options.checkpoint,
         options.methods,

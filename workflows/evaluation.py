@@ -19,7 +19,9 @@ from transformers.utils.hub import extract_commit_hash
 import adsc
 from adsc.method import Method
 from adsc.named import DENSE, names_in, plan_named
+from adsc.weight_files import original_layout, original_name
 from pipeline.data.mixture import Source
+from pipeline.data.prepared import FLAT
 from pipeline.evaluation.benchmarks import (
     BENCHMARKS,
     CONVERT,
@@ -45,6 +47,7 @@ class TaskConfig(PrepareConfig):
     nothing is learnt from them."""
 
     unique: ClassVar[bool] = False
+    bounded: ClassVar[str] = "mend the task files: every question counts"
 
 
 def evaluation_stages(
@@ -74,6 +77,8 @@ def evaluation_stages(
         ValueError: what doesn't exist, or can't be told apart.
     """
     source = _checkpoint(checkpoint)
+    if other := original_name(checkpoint) or original_layout(_read_config(checkpoint) or {}):
+        raise ValueError(f"can't evaluate {checkpoint}: {other}")
     made, splits, benchmarks = _data(data, tasks, limit)
     arms = _arms(methods, checkpoint)
     config = EvaluateConfig(
@@ -165,7 +170,7 @@ def _data(
             place=place,
             digest=digest,
         )
-        return [made], list(tasks) or ["test"], []
+        return [made], _splits(prepared, tasks), []
     named = [task.partition("=") for task in tasks if not Path(task).is_file()]
     if not tasks:
         raise ValueError(
@@ -193,6 +198,29 @@ def _data(
         needs={"data": "files", "base": "base"},
     )
     return [made, stage], list(sources), list(sources) if named else []
+
+
+def _splits(prepared: str, wanted: Sequence[str]) -> list[str]:
+    """The splits of prepared data that are asked: those wanted, `test`, or its only one.
+
+    Raises:
+        ValueError: a split isn't there.
+    """
+    shards = [
+        entry.key for entry in open_store(prepared).list("") if entry.key.endswith(".parquet")
+    ]
+    there = sorted({key.rpartition("/")[0].rpartition("/")[2] or FLAT for key in shards})
+    if not there:
+        raise ValueError(f"{prepared} holds no prepared data: there is no Parquet shard in it")
+    asked = list(wanted) or (["test"] if "test" in there else there)
+    if missing := [split for split in asked if split not in there]:
+        raise ValueError(
+            f"{prepared} holds no {', '.join(missing)}, only {', '.join(there)}: name one with "
+            "--tasks, or leave --tasks out"
+        )
+    if len(asked) > 1 and not wanted:
+        raise ValueError(f"{prepared} holds {', '.join(there)}: name which with --tasks")
+    return asked
 
 
 def _files(files: Sequence[Path], limit: int | None) -> tuple[Stage, dict[str, Source]]:

@@ -1,9 +1,11 @@
 """The evidence on one machine without Ray: base, data, arms, tables.
 
 Stage bodies, training loop, scoring and tables are the pipeline's; here is only who does what when.
-Pictures are decoded once, before processes are forked that share them: on a small model the same
-work would else take longer than training. A training's result is one JSON file with the score of
-every question, named by a digest of what was computed, and is not made twice.
+Pictures are decoded once, and pass a frozen tower once, before processes are forked that share
+them: on a small model the same work would else take as long as training. What a training made is
+kept (trained/DIGEST), so that other questions can be asked of it later; an arm's result is one JSON
+file with the score of every question. Both are named by a digest of what was computed, and neither
+is made twice.
 """
 
 import json
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
 from pipeline.data.prepared import PreparedData
@@ -39,7 +42,6 @@ from pipeline.evaluation.generation import (
     to_device,
 )
 from pipeline.evaluation.methods import MethodConfig, build_method
-from pipeline.evaluation.scoring import exact_match
 from pipeline.evaluation.speed import measure_and_count
 from pipeline.identity import canonical, digest
 from pipeline.progress import ProgressHandle
@@ -54,18 +56,25 @@ from pipeline.stages.report import ReportConfig, report
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.adapters import merge_trained
 from pipeline.training.batches import StepBatch, StepLoader
-from pipeline.training.feed import from_processes, from_thread
+from pipeline.training.config import TrainConfig
+from pipeline.training.feed import from_processes
 from pipeline.training.loop import Sources, train
 from pipeline.training.torchrun import FolderContext
 from workflows.evidence import (
+    CONTROL,
     Arm,
     BudgetConfig,
     EvidenceConfig,
     arms,
+    control_of,
     controls,
     evaluated,
     trainings,
 )
+from workflows.evidence_adapt import AdaptedConfig
+from workflows.evidence_features import LOOKING, install, pack, remember, unpack
+from workflows.evidence_questions import Asking, load_asking, questions_of, score
+from workflows.evidence_retention import Answered, write_retention
 from workflows.evidence_summary import write_summary
 from workflows.fashion import write_grids
 from workflows.stamps_base import StampsBaseConfig, start_stamps
@@ -76,23 +85,19 @@ log = logging.getLogger(__name__)
 SPAWN = multiprocessing.get_context("spawn")
 
 
-class Asking(NamedTuple):
-    """A split's questions."""
-
-    questions: Questions
-    batches: list[tuple[list[int], dict[str, torch.Tensor]]]
-    """Question numbers and inputs."""
-
-
 class World(NamedTuple):
     """What all arms share; made before processes are forked, so that they share its memory."""
 
     out: Path
     config: EvidenceConfig
     streams: dict[tuple[int, int], list[StepBatch]]
-    """Batches of each training stage by its seed: they are the same for all arms."""
+    """Packed batches of each training stage by what they follow from: the same for all arms."""
     asked: dict[str, Asking]
     """By split."""
+    pictures: dict[bytes, torch.Tensor]
+    """What batches hold the keys of (evidence_features.unpack)."""
+    features: dict[bytes, torch.Tensor]
+    """Of all pictures, as the base's tower and projector make them (evidence_features)."""
 
 
 class Task(NamedTuple):
@@ -120,7 +125,7 @@ def run(
     Raises:
         ValueError: arms that there are not, or an `out` of other data or another base.
     """
-    todo = _tasks(config, out, only)
+    todo = tasks(config, out, only)
     _log()
     began = time.monotonic()
     (out / "arms").mkdir(parents=True, exist_ok=True)
@@ -132,7 +137,9 @@ def run(
     missing = [task for task in todo if not task.file.exists()]
     log.info("%d of %d arms are to be run", len(missing), len(todo))
     failed = _run_all(config, out, missing, processes, began + stop_after) if missing else 0
-    if not only:
+    if config.recipes:
+        _write_ladder(config, out)
+    elif not only:
         _write_results(config, out)
     return int(failed > 0)
 
@@ -172,8 +179,11 @@ def _make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[
         _once(out / "prepared", prepared)
         return
     made, first = config.made, "tower" if isinstance(config.made, TinyBaseConfig) else "start"
-    begin = _train_tower if isinstance(made, TinyBaseConfig) else _start_stamps
-    _once(out / first, lambda folder: _apart(begin, made, out, folder))
+    if isinstance(made, AdaptedConfig):
+        _once(out / first, lambda folder: shutil.copytree(resolve(made.source.source), folder))
+    else:
+        begin = _train_tower if isinstance(made, TinyBaseConfig) else _start_stamps
+        _once(out / first, lambda folder: _apart(begin, made, out, folder))
     _once(out / "prepared", lambda folder: prepared(folder, first))
     _once(out / "base", lambda folder: _apart(_train_base, config, out, folder))
 
@@ -265,9 +275,10 @@ def _input(place: Path, template: str = "") -> Input:
     return Input(record)
 
 
-def _tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list[Task]:
-    """Seed by seed, so that what is cut short has fewer seeds; untrained peers last: they are asked
-    more slowly than an arm is trained where they loop over pictures."""
+def tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list[Task]:
+    """Tier by tier, and within one seed by seed, so that what is cut short has fewer seeds of fewer
+    arms; untrained peers last: they are asked more slowly than an arm is trained where they loop
+    over pictures."""
     everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
     everything |= {arm.name: arm for arm in controls(config)}
     if unknown := set(only or ()) - everything.keys():
@@ -276,11 +287,32 @@ def _tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> lis
         )
     chosen = [arm for name, arm in everything.items() if only is None or name in only]
     untrained = [arm for arm in chosen if not arm.way]
-    tasks: list[tuple[Arm, int | None]]
-    tasks = [(arm, None) for arm in untrained if arm.method.method is None]
-    tasks += [(arm, seed) for seed in config.seeds for arm in chosen if arm.way]
-    tasks += [(arm, None) for arm in untrained if arm.method.method is not None]
-    return [Task(arm, seed, _file(config, out, arm, seed)) for arm, seed in tasks]
+    ordered: list[tuple[Arm, int | None]]
+    ordered = [(arm, None) for arm in untrained if arm.method.method is None]
+    ordered += [
+        (arm, seed)
+        for tier in sorted({arm.tier for arm in chosen})
+        for seed in config.seeds
+        for arm in chosen
+        if arm.way and arm.tier == tier
+    ]
+    ordered += [(arm, None) for arm in untrained if arm.method.method is not None]
+    return [Task(arm, seed, _file(config, out, arm, seed)) for arm, seed in ordered]
+
+
+def _jobs(config: EvidenceConfig, out: Path, missing: Sequence[Task]) -> list[list[Task]]:
+    """Tasks of one training together, so that no two processes train the same."""
+    jobs: dict[Path, list[Task]] = {}
+    for task in missing:
+        own = task.file if task.seed is None else _trained(config, out, task)
+        jobs.setdefault(own, []).append(task)
+    return list(jobs.values())
+
+
+def _trained(config: EvidenceConfig, out: Path, task: Task) -> Path:
+    """Where the weights of a task's training are kept."""
+    about: list[Any] = [config.data, config.prepare, config.base, config.made]
+    return out / "trained" / digest(about + trainings(config, task.arm, task.seed or 0))[:12]
 
 
 def _file(config: EvidenceConfig, out: Path, arm: Arm, seed: int | None) -> Path:
@@ -298,20 +330,22 @@ def _run_all(
 ) -> int:
     """Run the tasks on one device; how many failed or were not begun."""
     global _WORLD
+    torch.set_num_threads(1)  # a process that has begun threads can't be forked safely
     world = _load_world(config, out, tasks, processes)
+    jobs = _jobs(config, out, tasks)
     log.info("batches are loaded")
     _WORLD = world
     failed = done = 0
     with ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("fork"), initializer=_set_up
     ) as pool:
-        running = {pool.submit(_run_task, task, deadline): task for task in tasks}
+        running = {pool.submit(_run_job, job, deadline): job for job in jobs}
         for future in as_completed(running):
-            error = future.exception()
+            error, job = future.exception(), running[future]
             failed += error is not None
-            done += 1
+            done += len(job)
             if error is not None:
-                log.error("%s failed: %s: %s", running[future].file.stem, type(error), error)
+                log.error("%s failed: %s: %s", job[0].file.stem, type(error), error)
             else:
                 log.info("%d of %d: %s", done, len(tasks), future.result())
     _WORLD = None
@@ -320,40 +354,44 @@ def _run_all(
 
 def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], processes: int) -> World:
     base, train_folder = out / "base", out / "prepared" / "train"
-    streams = {}
-    trained = [task for task in tasks if task.seed is not None]
-    for stage in [one for task in trained for one in trainings(config, task.arm, task.seed or 0)]:
-        if (key := (stage.seed, stage.steps or 0)) not in streams:
+    stages = [
+        stage
+        for task in tasks
+        if task.seed is not None and not _trained(config, out, task).exists()
+        for stage in trainings(config, task.arm, task.seed)
+    ]
+    pictures: dict[bytes, torch.Tensor] = {}
+    streams: dict[tuple[int, int], list[StepBatch]] = {}
+    # The longest first: its batches are those of shorter ones of that seed, too.
+    for stage in sorted(stages, key=lambda stage: -(stage.steps or 0)):
+        if _stream_of(stage) not in streams:
             load = StepLoader(data=train_folder, processor=base, config=stage)
-            steps = range(load.steps)
-            streams[key] = [_owned(batch) for batch in from_processes(load, steps, processes)]
-    splits = {task.arm.split for task in tasks}
-    return World(
-        out, config, streams, {split: _load_asking(config, out, split) for split in splits}
-    )
+            made = from_processes(load, range(load.steps), processes)
+            streams[_stream_of(stage)] = [_packed(batch, pictures) for batch in made]
+    processor = _processor(config, base)
+    asked = {
+        split: load_asking(out / "prepared", split, processor, config.evaluate.batch_size, pictures)
+        for split in {task.arm.split for task in tasks}
+    }
+    features = remember(_load(base, None), pictures) if _is_frozen(config, base) else {}
+    return World(out, config, streams, asked, pictures, features)
 
 
-def _load_asking(config: EvidenceConfig, out: Path, split: str) -> Asking:
-    questions = Questions(out / "prepared" / split)
-    processor = _processor(config, out / "base")
-    numbers = questions.batches(
-        range(len(questions)), config.evaluate.batch_size, processor.tokenizer
-    )
-    ask = partial(_inputs_of, numbers=numbers, questions=questions, processor=processor)
-    inputs = from_thread(ask, range(len(numbers)))
-    return Asking(questions, list(zip(numbers, inputs, strict=True)))
+def _stream_of(stage: TrainConfig) -> tuple[int, int]:
+    """What its batches follow from: the seed, and where rows are sorted by length its steps."""
+    return stage.seed, (stage.steps or 0) if stage.group_by_length else 0
 
 
-def _owned(batch: StepBatch) -> StepBatch:
-    """In this process's memory: shared tensors hold a file descriptor each."""
-    micro = [{name: tensor.clone() for name, tensor in one.items()} for one in batch.micro]
-    return StepBatch(**vars(batch) | {"micro": micro})
+def _is_frozen(config: EvidenceConfig, base: Path) -> bool:
+    """Whether all arms have the base's own tower and projector, of a kind that can be remembered.
+
+    On a device of its own a tower takes less time than looking its features up."""
+    kind = json.loads((base / "config.json").read_text())["model_type"]
+    return kind == "llava" and not config.train.tune and not torch.cuda.is_available()
 
 
-def _inputs_of(
-    batch: int, numbers: Sequence[Sequence[int]], questions: Questions, processor: Any
-) -> dict[str, torch.Tensor]:
-    return build_inputs(questions.load(numbers[batch]), processor)
+def _packed(batch: StepBatch, pictures: dict[bytes, torch.Tensor]) -> StepBatch:
+    return replace(batch, micro=[pack(one, pictures) for one in batch.micro])
 
 
 def _processor(config: EvidenceConfig, base: Path) -> Any:
@@ -375,50 +413,108 @@ class SharedBatches(FolderContext):
 
     def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
         assert _WORLD is not None and isinstance(load, StepLoader)
-        batches = _WORLD.streams[load.config.seed, load.config.steps or 0]
-        return (batches[step] for step in steps)
+        world, batches = _WORLD, _WORLD.streams[_stream_of(load.config)]
+        return (
+            replace(
+                batches[step],
+                micro=[unpack(one, world.pictures) for one in batches[step].micro],
+            )
+            for step in steps
+        )
 
 
-def _run_task(task: Task, deadline: float) -> str:
-    """Train, if the arm is trained, and ask; the result into the task's file."""
+def _run_job(job: Sequence[Task], deadline: float) -> str:
+    """Train, if the arm is trained and nobody has yet, and ask; results into the tasks' files."""
     world = _WORLD
     assert world is not None
     if time.monotonic() > deadline:
-        return f"{task.file.stem} was not begun"
+        return f"{job[0].file.stem} was not begun"
     began = time.monotonic()
-    base = world.out / "base"
-    work = world.out / "training" / task.file.stem
+    trained = None if job[0].seed is None else _train(world, job[0])
+    took = time.monotonic() - began
+    found = [_answer(world, task, trained) for task in job]
+    seconds = time.monotonic() - began
+    right = ", ".join(
+        f"{task.file.stem}: {share:.1f} %" for task, share in zip(job, found, strict=True)
+    )
+    return f"{right} in {seconds:.0f} s ({took:.0f} s)"
+
+
+def _train(world: World, task: Task) -> Path:
+    """The folder of what the task's training made: trained/ and about.json."""
+    kept = _trained(world.config, world.out, task)
+    if kept.exists():
+        return kept
+    began = time.monotonic()
+    base, work = world.out / "base", world.out / "training" / kept.name
     start: Path | None = None
     losses: list[list[float]] = []
     stages = trainings(world.config, task.arm, task.seed or 0)
     for number, stage in enumerate(stages, 1):
-        sources = Sources(base=base, data=world.out / "prepared" / "train", start=start)
+        data = world.out / "prepared" / "train"
+        model = _begin(world, base, task)
+        sources = Sources(base=base, data=data, start=start, model=model)
         with closing(SharedBatches(work / str(number), keep=1)) as context:
             train(stage, sources, context)
         start = context.checkpoints()[-1] / "trained"
         losses.append(json.loads((start / "history.json").read_text()))
-    trained = time.monotonic() - began
-    model = _load(base, start)
+    about = {
+        "trainings": [stage.model_dump(mode="json") for stage in stages],
+        "losses": losses,
+        "training_seconds": time.monotonic() - began,
+        "commit": git_commit(),
+    }
+    scratch = kept.with_suffix(".making")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.parent.mkdir(exist_ok=True)
+    shutil.copytree(start, scratch / "trained")  # type: ignore[arg-type]
+    (scratch / "about.json").write_text(json.dumps(about))
+    scratch.rename(kept)
+    shutil.rmtree(work, ignore_errors=True)
+    return kept
+
+
+def _begin(world: World, base: Path, task: Task) -> Any:
+    """The base with remembered features; None where the loop is to load it."""
+    if not _remembers(world, task) or world.config.train.precision != "fp32":
+        return None
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        base, dtype=torch.float32, attn_implementation=world.config.train.attention
+    )
+    install(model, world.features)
+    return model
+
+
+def _remembers(world: World, task: Task) -> bool:
+    method = task.arm.method.method
+    return bool(world.features) and (method is None or method.name not in LOOKING)
+
+
+def _answer(world: World, task: Task, trained: Path | None) -> float:
+    """Ask, and write the task's file; the share that is right, in per cent."""
+    began = time.monotonic()
+    model = _load(world.out / "base", None if trained is None else trained / "trained")
+    if _remembers(world, task):
+        install(model, world.features)
     adsc.attach(model, build_method(task.arm.method, model))
     replies = _ask(world, task.arm.split, model)
+    made: dict[str, Any] = {"trainings": [], "losses": [], "training_seconds": 0.0}
+    if trained is not None:
+        made = json.loads((trained / "about.json").read_text())
     found = {
         "arm": task.arm.name,
         "seed": task.seed,
+        "split": task.arm.split,
         "method": task.arm.method.runs_with,
-        "trainings": [stage.model_dump(mode="json") for stage in stages],
-        "losses": losses,
-        "training_seconds": trained,
-        "asking_seconds": time.monotonic() - began - trained,
+        **made,
+        "asking_seconds": time.monotonic() - began,
         "commit": git_commit(),
         **replies._asdict(),
     }
     scratch = task.file.with_suffix(".writing")
     scratch.write_text(json.dumps(found))
     scratch.rename(task.file)
-    shutil.rmtree(work, ignore_errors=True)
-    seconds = time.monotonic() - began
-    right = 100 * np.mean(replies.scores)
-    return f"{task.file.stem}: {right:.1f} % in {seconds:.0f} s ({trained:.0f} s)"
+    return 100 * float(np.mean(replies.scores))
 
 
 def _load(base: Path, trained: Path | None) -> Any:
@@ -432,8 +528,8 @@ def _load(base: Path, trained: Path | None) -> Any:
 class Replies(NamedTuple):
     """What an arm said, by question."""
 
-    scores: list[int]
-    """1 or 0: exact matches of greedy answers."""
+    scores: list[float]
+    """1 or 0: exact matches of greedy answers; of lists, the share of right entries."""
     answers: list[str]
     generated_tokens: list[int]
     """The end token included."""
@@ -445,19 +541,56 @@ def _ask(world: World, split: str, model: Any) -> Replies:
     tokenizer = _processor(world.config, world.out / "base").tokenizer
     questions, batches = world.asked[split]
     many = len(questions)
-    replies = Replies([0] * many, [""] * many, [0] * many, [0.0] * many)
-    for numbers, inputs in batches:
+    replies = Replies([0.0] * many, [""] * many, [0] * many, [0.0] * many)
+    for numbers, packed in batches:
+        inputs = unpack(packed, world.pictures)
         began = time.perf_counter()
         new = generate_tokens(model, to_device(inputs, model), world.config.evaluate.max_new_tokens)
         answers = tokenizer.batch_decode(new, skip_special_tokens=True)
         seconds = (time.perf_counter() - began) / len(numbers)
         lengths, _ = count_tokens(new, model)
         for number, answer, length in zip(numbers, answers, lengths, strict=True):
-            replies.scores[number] = int(exact_match(answer, questions.asked[number].expected))
+            replies.scores[number] = score(answer, questions.asked[number])
             replies.answers[number] = answer.strip()
             replies.generated_tokens[number] = length
             replies.seconds[number] = seconds
     return replies
+
+
+def _write_ladder(config: EvidenceConfig, out: Path) -> None:
+    """The table of what has been run, on the questions that were asked (evidence_retention)."""
+    model = _load(out / "base", None)
+    found: list[Answered] = []
+    for budget in config.budgets:
+        for arm in arms(config, budget):
+            scores, seconds = {}, 0.0
+            for seed in config.seeds if arm.way else (None,):
+                file = _file(config, out, arm, seed)
+                if file.exists():
+                    said = json.loads(file.read_text())
+                    scores[seed], seconds = said["scores"], said["training_seconds"]
+            if scores:
+                found.append(
+                    Answered(
+                        name=arm.name.removesuffix(f"-{budget.name}"),
+                        label=arm.label,
+                        budget=budget.name,
+                        runs_with=arm.method.runs_with,
+                        tokens=_average(arm.method, model),
+                        control=control_of(config, arm) if arm.way else CONTROL,
+                        seconds=seconds,
+                        scores=scores,
+                    )
+                )
+    questions = questions_of(out / "prepared", config.questions)
+    kinds = [one.kind for one in questions.asked]
+    labels = {budget.name: budget.label for budget in config.budgets}
+    write_retention(found, kinds, questions.scenes(), out, config.questions, labels)
+
+
+def _average(method: MethodConfig, model: Any) -> float:
+    tokens, layers = model.config.image_seq_length, len(model.model.language_model.layers)
+    return float(build_method(method, model).average_tokens(tokens, layers))
 
 
 def _write_results(config: EvidenceConfig, out: Path) -> None:

@@ -1,7 +1,7 @@
 """What the evidence says, over all budgets: a table, the comparisons that were announced, a figure.
 
 Everything is computed from results.json and samples.parquet of each budget. Comparisons are paired
-by seed, since arms of one seed saw the same batches. What they mean is said in docs/evidence.md.
+by seed, since arms of one seed saw the same batches. docs/evidence-details.md says what they mean.
 """
 
 import io

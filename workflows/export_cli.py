@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,7 +64,7 @@ def add_commands(commands: Any) -> None:
     )
     export.add_argument(
         "--tolerance",
-        type=float,
+        type=terminal.number(float, least=0),
         metavar="SHARE",
         help="largest difference of a logit (default: 1e-4 of the largest)",
     )
@@ -95,9 +94,19 @@ def add_commands(commands: Any) -> None:
     promote.add_argument("--version", default="candidate", help="a number or an alias")
     promote.add_argument("--to", default="champion", metavar="ALIAS", help="default: champion")
     promote.add_argument(
-        "--min-retention", type=float, default=0.95, metavar="SHARE", help="default: 0.95"
+        "--min-retention",
+        type=terminal.number(float),
+        default=0.95,
+        metavar="SHARE",
+        help="default: 0.95",
     )
-    promote.add_argument("--max-cost", type=float, default=1.0, metavar="SHARE", help="default: 1")
+    promote.add_argument(
+        "--max-cost",
+        type=terminal.number(float),
+        default=1.0,
+        metavar="SHARE",
+        help="default: 1",
+    )
     promote.add_argument(
         "--plan", metavar="NAME", help="judge by this named plan (default: by the one it runs with)"
     )
@@ -110,16 +119,22 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
     from pipeline.publish import publish
     from pipeline.stages.export import ExportConfig, check_in_fresh_process
 
     tags = dict(_pair(text) for text in options.tag)
     name = options.name or options.address.rstrip("/").rpartition("/")[2]
     given = {} if options.tolerance is None else {"tolerance": options.tolerance}
-    config = ExportConfig(
-        name=name, base=options.base, licence=options.licence, to=options.address,
-        encryption=options.encryption, kms_key=options.kms_key, tags=tags, **given,
-    )  # fmt: skip
+    try:
+        config = ExportConfig(
+            name=name, base=options.base, licence=options.licence, to=options.address,
+            encryption=options.encryption, kms_key=options.kms_key, tags=tags, **given,
+        )  # fmt: skip
+    except ValidationError as error:
+        problems = [it["msg"].removeprefix("Value error, ") for it in error.errors()]
+        raise ValueError("; ".join(problems)) from None
     with _whole(options.checkpoint, config) as folder, _bar(options.json) as report:
         done = publish(
             folder, config.store(), lambda copy: check_in_fresh_process(copy, config), report
@@ -145,10 +160,11 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
+    from pipeline.tracking.address import chosen
     from pipeline.tracking.mlflow_registry import Gate, promote
 
-    uri = options.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
+    uri = chosen(options.mlflow)
+    if uri is None or uri == "off":
         raise ValueError("which MLflow? Give --mlflow URI, or set MLFLOW_TRACKING_URI")
     plan = f".{options.plan}" if options.plan else ""
     gates = (

@@ -4,7 +4,8 @@ asked about in eight turns each.
 The pictures of things are photographs (Fashion-MNIST, MIT licence); the grids and the questions
 are generated. What is written is LLaVA's own format, conversation JSON beside a folder of picture
 files, so that everything downstream reads what it would read from LLaVA-665K. Test grids are made
-of official test instances only.
+of official test instances only, validation grids of training instances that no training grid shows.
+Harder variants of the task (free places, photographs as ground, lists) are fashion_variants.py's.
 """
 
 import json
@@ -13,11 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import ADDED, Config
 from pipeline.stage import Kind, Stage, StageContext
@@ -33,6 +34,8 @@ KINDS = ("what", "where", "count", "any")
 ASSETS = Path(__file__).parent / "assets" / "fashion"
 THING = 28  # pixels: a thing's side as shipped
 TOP_COUNT = 4
+STREAMS = {"train": 0, "test": 1, "validation": 2}
+"""Each split's own stream of random numbers."""
 
 
 class FashionConfig(Config):
@@ -42,7 +45,7 @@ class FashionConfig(Config):
     """Grids for training."""
     test_pictures: int = Field(200, gt=0)
     """Grids for evaluation, from official test instances."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of composition and questions; train and test draw from separate streams."""
     grid: Literal[3, 4] = Field(3, json_schema_extra=ADDED)
     """Cells along a side."""
@@ -50,9 +53,38 @@ class FashionConfig(Config):
     """Side of a cell in pixels."""
     each: int = Field(2, gt=0, json_schema_extra=ADDED)
     """Questions of each of four kinds about a grid, as far as it offers them."""
+    validation_pictures: int = Field(0, ge=0, json_schema_extra=ADDED)
+    """Grids to choose plans and rates on, with things that neither other split shows; 0: none."""
+    layout: Literal["cells", "free"] = Field("cells", json_schema_extra=ADDED)
+    """`cells`: a thing a cell. `free`: up to seven things wherever there is room (3 x 3 only)."""
+    ground: Literal["black", "photographs"] = Field("black", json_schema_extra=ADDED)
+    """What is behind the things; photographs are others in each split."""
+    listed: float = Field(0.0, ge=0, lt=1, json_schema_extra=ADDED)
+    """Share of the training grids about which nothing is asked but what is where. Above 0 each
+    other split has a twin, SPLIT_list, with that question about each of its grids."""
+
+    @model_validator(mode="after")
+    def _free_places_have_no_cells(self) -> Self:
+        if self.layout == "free" and (self.grid != 3 or self.listed):
+            raise ValueError(
+                f"layout = free with grid = {self.grid} and listed = {self.listed:g}: things at "
+                "free places are asked about by ninths of the picture, and not listed by cells; "
+                "set grid to 3 and listed to 0"
+            )
+        return self
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pictures of each split that there is."""
+        counts = {
+            "train": self.train_pictures,
+            "validation": self.validation_pictures,
+            "test": self.test_pictures,
+        }
+        return {split: count for split, count in counts.items() if count}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def load_things(split: str) -> np.ndarray:
     """Things of a split, uint8 of shape (class, instance, 28, 28)."""
     with Image.open(ASSETS / f"{split}.png") as sheet:
@@ -140,14 +172,25 @@ def ask(
     for cell in rng.permutation([cell for cell in range(len(names)) if cell not in where])[:each]:
         answer = classes[contents[cell]] if contents[cell] >= 0 else "nothing"
         questions.append(("what", f"what is at the {names[cell]}?", answer))
-    others = [content for content in range(len(classes)) if content not in single]
+    return shuffle(rng, questions + ask_numbers(rng, counts, single, each, classes), each)
+
+
+def ask_numbers(
+    rng: np.random.Generator,
+    counts: Mapping[int, int],
+    single: Iterable[int],
+    each: int,
+    classes: Sequence[str] = CLASSES,
+) -> list[tuple[str, str, str]]:
+    """Questions of the kinds `count` and `any` about classes other than those in `single`."""
+    others = [content for content in range(len(classes)) if content not in set(single)]
     # Counts from zero up are asked equally often, as far as a picture offers them.
     by_count: dict[int, list[int]] = {}
     for content in others:
         by_count.setdefault(counts[content], []).append(content)
     offered = rng.permutation(sorted(by_count))
     asked = [int(rng.choice(by_count[int(offered[i % len(offered)])])) for i in range(each)]
-    questions += [
+    questions = [
         ("count", f"how many {plural(classes[content])} are there?", NUMBERS[counts[content]])
         for content in asked
     ]
@@ -161,13 +204,24 @@ def ask(
                 "yes" if counts[content] else "no",
             )
         )
+    return questions
+
+
+def shuffle(
+    rng: np.random.Generator, questions: Sequence[tuple[str, str, str]], each: int
+) -> list[tuple[str, str, str]]:
+    """In random order, and none twice."""
     questions = list(dict.fromkeys(questions)) if each > 2 else questions
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
 def make_record(index: int, split: str, config: FashionConfig) -> tuple[dict, Image.Image]:
     """One LLaVA record and its picture."""
-    rng = np.random.default_rng([config.seed, split == "test", index])
+    rng = np.random.default_rng([config.seed, STREAMS[split], index])
+    if config.layout != "cells" or config.ground != "black" or config.listed:
+        from workflows.fashion_variants import make_variant  # which is made of what is here
+
+        return make_variant(rng, index, split, config)
     contents = draw_contents(rng, config.grid**2)
     picture = compose(rng, contents, load_things(split), config.cell)
     name = f"{split}/{index:06d}"
@@ -194,7 +248,7 @@ def pictures(config: FashionConfig) -> Stage:
 
 
 def compose_fashion(ctx: StageContext, config: FashionConfig) -> dict:
-    """Stage: write train.json, test.json and images/ in LLaVA's layout."""
+    """Stage: write a JSON file of each split and images/ in LLaVA's layout."""
     write_grids(ctx.out, config, ctx.progress)
     return {"train_pictures": config.train_pictures, "test_pictures": config.test_pictures}
 
@@ -211,8 +265,11 @@ def write_grids(
     each: Callable[..., Iterable[dict]] = map,
 ) -> None:
     """The files below `out`; `each` is `map`, or a pool's."""
-    counts = {"train": config.train_pictures, "test": config.test_pictures}
-    write_splits(out, counts, partial(make_record, config=config), progress, each)
+    written = write_splits(out, config.counts, partial(make_record, config=config), progress, each)
+    if config.listed:
+        from workflows.fashion_variants import write_lists
+
+        write_lists(out, config, {split for split in written if split != "train"})
 
 
 def write_splits(

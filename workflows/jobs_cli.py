@@ -83,6 +83,7 @@ def add_commands(
 
 def _submit(options: argparse.Namespace) -> int:
     from pipeline.jobs import connected, plan_submission, start
+    from pipeline.tracking.address import chosen
     from workflows.registry import load_workflow
 
     workers = options.workers if isinstance(options.workers, tuple) else (options.workers,)
@@ -96,7 +97,7 @@ def _submit(options: argparse.Namespace) -> int:
         options.changes,
         options.root,
         shared_root=options.shared_root,
-        mlflow=options.mlflow or os.environ.get("MLFLOW_TRACKING_URI"),
+        mlflow=chosen(options.mlflow),
         options=[*words, f"--data-workers={options.data_workers}", f"--lease={options.lease}"],
         python=options.python,
         any_versions=options.any_versions,

@@ -67,7 +67,7 @@ class HoldOutConfig(Config):
     """Records in the file; only the forecast of a dry run uses it."""
     held_out: int = Field(2000, gt=0)
     """Conversations with short answers that are kept for the test."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Which ones."""
 
 

@@ -258,8 +258,15 @@ def _weights(text: str | None, count: int) -> Sequence[float | None]:
 
 def _model_folder(model: str) -> Path:
     """The checkpoint's folder; of a hub id, a copy of what is no weights."""
+    from adsc.weight_files import original_layout, original_name
+
+    if other := original_name(model):
+        raise ValueError(f"can't prepare for {model}: {other}")
     folder = Path(model).expanduser().absolute()
     if folder.is_dir():
+        config = folder / "config.json"
+        if config.is_file() and (other := original_layout(_read_json(config))):
+            raise ValueError(f"can't prepare for {model}: {other}")
         return folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ValueError(f"there is no checkpoint folder {model!r}")
@@ -273,6 +280,14 @@ def _model_folder(model: str) -> Path:
         raise ValueError(
             f"there is no checkpoint folder {model!r}, and the hub does not give one: {first}"
         ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _model_context(model: Path) -> int:

@@ -3,7 +3,7 @@
 The same questions as workflows/evidence/'s, on a base whose decoder and tower were trained by
 others: SmolLM2-135M-Instruct and EfficientNet-Lite0 (workflows/stamps_base.py), scenes of Tux
 Paint's stamps (workflows/stamps_scenes.py). Fewer arms, two budgets, and a control that asks about
-other pictures. The parts are optional and installed apart; docs/evidence.md has the commands:
+other pictures. The parts are optional and installed apart (docs/evidence-details.md):
 
     adsc run stamps --set data.stamps=FOLDER
     python -m workflows.evidence --out DIR --scale stamps --set data.stamps=FOLDER

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -59,7 +60,7 @@ class StampsStartConfig(Config):
     """Of the tower's weights."""
     random_decoder: bool = False
     """The decoder's architecture with random weights: a control, not a base."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Initial values of the projector, and of a random decoder."""
 
 

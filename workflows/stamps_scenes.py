@@ -49,7 +49,7 @@ class ScenesConfig(Config):
     """Scenes for training."""
     test_pictures: int = Field(60, gt=1)
     """Scenes for evaluation."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of composition and questions; train and test draw from separate streams."""
     grid: Literal[3, 4] = 3
     """Cells along a side."""

@@ -70,7 +70,7 @@ class TowerConfig(Config):
     """AdamW's decoupled weight decay."""
     test_grids: int = Field(500, gt=0)
     """Grids of official test instances on which the cells' accuracy is measured."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Initial weights and grids."""
     grid: Literal[3, 4] = Field(3, json_schema_extra=ADDED)
     """Cells along a grid's side."""
@@ -83,7 +83,7 @@ class TowerConfig(Config):
 class StartConfig(Config):
     """Fresh weights around the trained tower."""
 
-    seed: int = 1
+    seed: int = Field(1, ge=0, lt=2**64)
     """Initial weights of projector and decoder."""
 
 

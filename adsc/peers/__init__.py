@@ -20,12 +20,14 @@ from adsc.method import Budget, Method, as_fraction
 from adsc.peers import (
     dart,
     divprune,
+    downsample,
     fastv,
     pool,
     pyramiddrop,
     random,
     sparsevlm,
     stride,
+    tome,
     visionzip,
 )
 from adsc.plan import PlanError, PruningPlan
@@ -41,6 +43,8 @@ _FIT: dict[str, Callable[..., Method | PruningPlan]] = {
     "visionzip": visionzip.VisionZip.fit,
     "dart": dart.DART.fit,
     "divprune": divprune.DivPrune.fit,
+    "tome": tome.ToMe.fit,
+    "downsample": downsample.Downsample.fit,
 }
 NAMES = tuple(_FIT)
 

@@ -55,6 +55,13 @@ def keys(scene: Scene) -> Tensor:
         return _turned(attention, key, cos, sin)
 
 
+def content_keys(layer: Any, states: Tensor) -> Tensor:
+    """(T, d) keys that a layer makes of states (T, D), before they are turned: mean over heads."""
+    attention = layer.self_attn
+    with looking(states.device, attention.k_proj):
+        return _heads(layer.input_layernorm(states[None]), attention, "k")[0].mean(0)
+
+
 def probabilities(scene: Scene, rows: Tensor, slots: Tensor) -> Tensor:
     """(N, T, Q) attention of queries at `slots` (N, T) of `rows` (N,), mean over heads."""
     attention, (cos, sin) = _attention(scene), _rotary(scene)

@@ -33,6 +33,7 @@ class DART(Method):
     """
 
     name = "dart"
+    reads_attention = True
     earliest = 1
     image_pivots: int = 4
     text_pivots: int = 4

@@ -27,6 +27,7 @@ class FastV(Method):
     """Scores from layer K - 1, one drop before layer K = `stages[0][0]`."""
 
     name = "fastv"
+    reads_attention = True
     earliest = 1
     refuses = BOTH_WAYS
     why_refused = WHY

@@ -29,6 +29,7 @@ class PyramidDrop(Method):
     """Scores from the very layers before which tokens are dropped."""
 
     name = "pyramiddrop"
+    reads_attention = True
     earliest = 1
     refuses = BOTH_WAYS
     why_refused = WHY

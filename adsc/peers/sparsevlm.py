@@ -41,6 +41,7 @@ class SparseVLM(Method):
     """
 
     name = "sparsevlm"
+    reads_attention = True
     earliest = 1
     refuses = BOTH_WAYS
     why_refused = WHY

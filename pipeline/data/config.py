@@ -15,6 +15,9 @@ class PrepareConfig(Config):
     unique: ClassVar[bool] = True
     """Whether a record that was there before is set aside; nothing that a training can change."""
 
+    bounded: ClassVar[str] = "mend the data, or raise max_quarantined"
+    """What to do about too many bad records."""
+
     splits: dict[str, str | dict[str, Source]] = {"train": "train.json", "test": "test.json"}
     """Name of a split -> its records: a file, glob or folder (JSON list, JSON Lines, Parquet,
     `datasets`) in the data folder, or named sources to mix. A record of an earlier split is a leak

@@ -9,6 +9,7 @@ here knows of Ray, of files (sources.py), of pixels (pictures.py) or of tokens (
 import re
 from typing import Any
 
+from pipeline.data.layouts import lost_content, role_hint
 from pipeline.data.templates import MARKER, ROLES
 
 __all__ = ["IGNORED", "MARKER", "REASONS", "BadRecord", "parse_turns", "picture_sources"]
@@ -17,6 +18,7 @@ IGNORED = -100
 _SURROGATE = re.compile("[\ud800-\udfff]")
 REASONS = {
     "malformed": "the record is not an object with a list of turns of text",
+    "layout": "the record holds what LLaVA's layout has no place for, and would be lost",
     "encoding": "the text is not UTF-8, or holds half a character (a surrogate)",
     "roles": "turns must alternate human, gpt and end with gpt",
     "markers": "the number of <image> markers differs from the number of pictures",
@@ -24,6 +26,7 @@ REASONS = {
     "path": "the picture's path leads out of the image root",
     "missing_picture": "there is no such picture file",
     "broken_picture": "the picture can't be decoded",
+    "picture_mode": "the picture's values have no fixed meaning as colours",
     "picture_size": "the picture's side, area or file size is out of bounds",
     "too_long": "the rendered conversation does not fit the context",
     "duplicate": "an identical record came before",
@@ -57,7 +60,9 @@ def record_id(record: Any) -> str | None:
 
 
 def parse_turns(record: Any) -> list[tuple[str, str]]:
-    """The (role, text) turns of a record. Raises BadRecord: malformed, encoding, roles."""
+    """The (role, text) turns of a record. Raises BadRecord: malformed, layout, encoding, roles."""
+    if isinstance(record, dict) and (lost := lost_content(record)):
+        raise BadRecord("layout", lost)
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise BadRecord("malformed", f"{str(record)[:80]!r} has no list `conversations`")
     turns = []
@@ -68,7 +73,8 @@ def parse_turns(record: Any) -> list[tuple[str, str]]:
         _check_characters(text, f"turn {position}")
         if role != ROLES[position % 2]:
             raise BadRecord(
-                "roles", f"turn {position} is from {role!r}, not {ROLES[position % 2]!r}"
+                "roles",
+                f"turn {position} is from {role!r}, not {ROLES[position % 2]!r}{role_hint(role)}",
             )
         turns.append((role, text))
     if not turns or len(turns) % 2:
@@ -99,13 +105,16 @@ def picture_sources(record: dict[str, Any]) -> list[str | bytes]:
     """The record's pictures, each a path or its encoded bytes: none, one, or a list.
 
     `image` and `images` mean the same; null, "" and [] are no picture. A table may hold bytes, or
-    {bytes, path} as `datasets` writes it.
+    {bytes, path} as `datasets` writes it. Raises BadRecord: malformed, layout.
     """
-    image = record.get("image")
-    if image is None or image == "" or image == []:
-        image = record.get("images")
-    found = [] if image is None or image == "" else image if isinstance(image, list) else [image]
-    return [_picture_source(item) for item in found]
+    one, several = (_listed(record.get(key)) for key in ("image", "images"))
+    if one and several and one != several:
+        raise BadRecord("layout", f"{len(one)} `image` and {len(several)} `images` differ")
+    return [_picture_source(item) for item in one or several]
+
+
+def _listed(image: Any) -> list[Any]:
+    return [] if image is None or image == "" else image if isinstance(image, list) else [image]
 
 
 def _picture_source(item: Any) -> str | bytes:

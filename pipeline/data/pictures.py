@@ -5,6 +5,7 @@ name never leads out of its root: `..`, absolute paths and links to elsewhere ar
 files too. Tar files are indexed once and read by offset; the index holds 36 bytes a member.
 """
 
+import contextlib
 import hashlib
 import io
 import struct
@@ -22,6 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.data import remote
 from pipeline.data.conversations import BadRecord
+from pipeline.data.pixels import UnknownPixels, to_rgb
+from pipeline.data.stand_ins import describe
 from pipeline.store import Store, StoreError, open_store
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -112,7 +115,7 @@ class FolderPictures:
         except (ValueError, OSError, RuntimeError) as error:  # a NUL, a loop of links
             raise BadRecord("path", f"{name!r}: {error}") from None
         if not inside:
-            raise BadRecord("path", f"{name!r} leads out of the image root")
+            raise BadRecord("path", f"{name!r} {self._how_out(name)}")
         try:
             if not path.is_file():
                 what = "is not a file" if path.exists() else "does not exist"
@@ -121,6 +124,18 @@ class FolderPictures:
             return path.read_bytes()
         except OSError as error:
             raise BadRecord("missing_picture", f"{name!r}: {error.strerror}") from None
+
+    def _how_out(self, name: str) -> str:
+        """How a name leads out of the root, and what to do where a link does."""
+        parts = PurePosixPath(name).parts
+        places = [self.root.joinpath(*parts[: end + 1]) for end in range(len(parts))]
+        link = next((it for it in places if it.is_symlink()), None)
+        if PurePosixPath(name).is_absolute() or ".." in parts or link is None:
+            return "leads out of the image root"
+        return (
+            f"leads out of the image root by the symbolic link {link}, which is not followed: name "
+            f"{link.resolve()} as the root of a source of its own, or bind-mount or copy it here"
+        )
 
 
 @dataclass(frozen=True)
@@ -256,24 +271,25 @@ def _open(encoded: bytes) -> Image.Image:
 
 def decode_picture(encoded: bytes) -> Image.Image:
     """The picture in RGB as people see it: turned by its EXIF orientation, 16 bits scaled to 8, of
-    an animation the first frame. Transparency is dropped, as LLaVA does."""
+    an animation the first frame. Transparency is dropped, as LLaVA does.
+
+    Raises:
+        UnknownPixels: values without a known range, which no 8 bits stand for.
+    """
     with _open(encoded) as picture:
         picture.load()
-        try:
-            turned = ImageOps.exif_transpose(picture)
-        except _BROKEN:  # damaged metadata of a sound picture
-            turned = picture
-        if turned.mode.startswith("I"):  # 16-bit grey: converting would clip, not scale
-            values = np.asarray(turned)
-            turned = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
-        return turned.convert("RGB")
+        with contextlib.suppress(*_BROKEN):  # damaged metadata of a sound picture
+            ImageOps.exif_transpose(picture, in_place=True)
+        return to_rgb(picture)
 
 
 def check_picture(encoded: bytes, name: str, limits: PictureLimits) -> tuple[int, int]:
     """Decode a picture as training will; its (height, width).
 
-    Raises BadRecord: broken_picture, picture_size.
+    Raises BadRecord: broken_picture, picture_mode, picture_size.
     """
+    if not_a_picture := describe(encoded):
+        raise BadRecord("broken_picture", f"{name!r} {not_a_picture}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bombs are refused below, odd metadata is no matter
@@ -296,6 +312,8 @@ def check_picture(encoded: bytes, name: str, limits: PictureLimits) -> tuple[int
         raise
     except Image.DecompressionBombError as error:
         raise BadRecord("picture_size", f"{name!r}: {error}") from None
+    except UnknownPixels as error:
+        raise BadRecord("picture_mode", f"{name!r}: {error}") from None
     except UnidentifiedImageError:
         raise BadRecord("broken_picture", f"{name!r} is none of {', '.join(FORMATS)}") from None
     except _BROKEN as error:

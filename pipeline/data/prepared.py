@@ -24,6 +24,14 @@ WINDOW_BYTES = 512 * 2**20
 CACHE_WINDOWS = 2
 """Windows that a reader holds: a run of steps touches two where it crosses a border."""
 INDEX = ("length", "supervised", "vision_tokens")
+FLAT = "all"
+"""Name of the only split of a folder that holds its shards itself, as `adsc prepare` writes it."""
+
+
+def split_folder(folder: Path, split: str) -> Path:
+    """The folder of a split's shards in a folder of prepared data."""
+    own = folder / split
+    return folder if split == FLAT and not own.is_dir() else own
 
 
 class RowGroup(NamedTuple):

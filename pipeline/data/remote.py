@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote, unquote
 
 from pipeline.store import Store, StoreError, open_store
 
@@ -29,7 +30,7 @@ def find(place: str) -> list[str]:
     store = _store(root)
     if GLOB.intersection(name):
         inside = [entry.key for entry in store.list("") if "/" not in entry.key]
-        found = [f"{root}/{key}" for key in inside if fnmatchcase(key, name)]
+        found = [_joined(root, key) for key in inside if fnmatchcase(key, name)]
     else:
         found = [place] if store.size(name) is not None else []
     if not found:
@@ -96,8 +97,16 @@ class _Parts(io.RawIOBase):
         return len(data)
 
 
+def _joined(root: str, name: str) -> str:
+    """The address of a file in a folder: what `_split` takes apart."""
+    return f"{root}{quote(name)}" if root.lower().startswith("file:") else f"{root}/{name}"
+
+
 def _split(place: str) -> tuple[str, str]:
+    """A folder's address and a file's name in it, which may be a glob."""
     root, _, name = place.rpartition("/")
+    if place.lower().startswith("file:"):
+        return f"{root}/", unquote(name)
     return root, name
 
 

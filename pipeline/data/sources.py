@@ -17,14 +17,14 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.layouts import READ, may_hold_content, other_layout
 from pipeline.data.remote import GLOB, find, is_remote, open_file, read_part
+from pipeline.data.stand_ins import describe
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 4 << 20
 MAX_RECORD = 64 << 20
 """Bytes of one record's text; a longer one is taken for an unclosed bracket."""
-COLUMNS = ("id", "image", "images", "conversations", "kinds")
-"""Columns that are read from a table; others stay on disk."""
 _READ = 1 << 20
 _TABLE_ROWS = 64
 _BOM = b"\xef\xbb\xbf"
@@ -127,6 +127,8 @@ def index_file(place: str | Path) -> Iterator[Chunk]:
     try:
         with open_file(place) as file:
             head = file.read(_READ)
+            if head and (other := describe(head)):
+                raise SourceError(f"{name} {other}")
             if head[:4] == b"PAR1":
                 yield from _index_parquet(place)
             elif name.endswith(".arrow"):
@@ -319,9 +321,10 @@ def _open_arrow(place: str) -> Any:
 
 def _check_columns(name: str, names: Sequence[str]) -> None:
     if "conversations" not in names:
+        how = other_layout(list(names))
         raise SourceError(
-            f"{name} has no column `conversations`; it has {', '.join(names)}. Rename or convert "
-            "it: a list of {from, value}"
+            f"{name} has no column `conversations`; it has {', '.join(names)}. "
+            + (f"That is {how}" if how else "Rename or convert it: a list of {from, value}")
         )
 
 
@@ -397,7 +400,7 @@ def _batches(chunk: Chunk, place: str) -> Iterator[pa.RecordBatch]:
     if chunk.kind == "parquet":
         try:
             with open_file(place) as opened, pq.ParquetFile(opened) as file:
-                columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+                columns = _columns(file.schema_arrow)
                 yield from file.iter_batches(_TABLE_ROWS, row_groups=[chunk.start], columns=columns)
         except (OSError, pa.ArrowException) as error:  # a damaged page is an OSError
             raise SourceError(
@@ -408,8 +411,27 @@ def _batches(chunk: Chunk, place: str) -> Iterator[pa.RecordBatch]:
     with _open_arrow(place) as reader:
         for number, batch in enumerate(reader):
             if number == chunk.start:
-                yield batch.select([name for name in COLUMNS if name in batch.schema.names])
+                yield batch.select(_columns(batch.schema))
                 return
+
+
+def _columns(schema: pa.Schema) -> list[str]:
+    """Columns that are read: what a record has, and what may be content that it has no place for;
+    numbers and times stay on disk."""
+    return [
+        field.name
+        for field in schema
+        if field.name in READ or may_hold_content(field.name, _is_numeric(field.type))
+    ]
+
+
+def _is_numeric(kind: pa.DataType) -> bool:
+    """Numbers, truths and times, alone or in lists."""
+    while (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ):
+        kind = kind.value_type
+    return pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
 
 
 def _dicts(batch: pa.RecordBatch) -> list[Any]:

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoProcessor
 
 import adsc
+from pipeline.data.prepared import split_folder
 from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, to_device
 from pipeline.evaluation.methods import MethodConfig, build_method
 from pipeline.evaluation.scoring import RULES
@@ -111,7 +112,7 @@ class Worker:
         if job.chat_template is not None:
             self._processor.chat_template = job.chat_template
         self._questions = lru_cache(maxsize=None)(
-            lambda split: Questions(job.inputs["data"].folder / split)
+            lambda split: Questions(split_folder(job.inputs["data"].folder, split))
         )
         self._loaded: tuple[str, Any] | None = None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import Config
+from pipeline.data.stand_ins import describe
 from pipeline.data.templates import MARKER
 from pipeline.evaluation.scoring import COGNITION
 from pipeline.stage import Kind, StageContext
@@ -30,6 +31,7 @@ CIRCLE = 1_000_000
 """MMBench: the same question with its options in another order has this much more as its index."""
 LONGEST_INDEX = 64
 """Characters; MMBench: more is a picture, less the index of the row that has it."""
+_HEAD = 1024  # bytes by which a file of another kind is known
 MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
     "artwork", "OCR",
@@ -156,7 +158,7 @@ def _mme(files: Files) -> Iterator[Item]:
                 raise BenchmarkError(f"mme: {text} has no picture of that name in {pictures}")
             place = named[text.stem].relative_to(files.folder)
             for row in _rows(text):
-                question, answer = row.split("\t")
+                question, answer = _cells(text, row)
                 question = question.replace(" Please answer yes or no.", "").strip()
                 asked = f"{question}\n{SHORT}"
                 yield Item(str(place), asked, _yes_or_no(answer), folder.name)
@@ -177,7 +179,7 @@ def _mmbench(prompt: str) -> Callable[[Files], Iterator[Item]]:
     def read(files: Files) -> Iterator[Item]:
         csv.field_size_limit(MAX_FIELD)
         with files.found[0].open(encoding="utf-8-sig", newline="") as lines:
-            for row in csv.DictReader(lines, delimiter="\t"):
+            for row in csv.DictReader(_decoded(files.found[0], lines), delimiter="\t"):
                 record = int(row["index"]) % CIRCLE
                 own = len(row["image"]) > LONGEST_INDEX
                 made = files.made / f"{record if own else int(row['image']) % CIRCLE}.jpg"
@@ -203,12 +205,48 @@ def _is_there(cell: str) -> bool:
     return cell.strip().lower() not in ("", "nan", "none")
 
 
+def _decoded(file: Path, lines: Iterator[str]) -> Iterator[str]:
+    with file.open("rb") as start:
+        _check_kind(file, start.read(_HEAD))
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(
+            f"{file} is not UTF-8 ({error.reason}): fetch it again, or convert it"
+        ) from None
+
+
+def _check_kind(file: Path, head: bytes) -> None:
+    if other := describe(head):
+        raise BenchmarkError(f"{file} {other}")
+
+
+def _cells(file: Path, row: str) -> tuple[str, str]:
+    """A question and its answer."""
+    question, tab, answer = row.partition("\t")
+    if not tab or "\t" in answer:
+        raise BenchmarkError(f"{file}: {row[:80]!r} is not a question, a tab and an answer")
+    return question, answer
+
+
 def _json(file: Path) -> Any:
-    return json.loads(_text(file))
+    try:
+        return json.loads(_text(file))
+    except ValueError as error:
+        if isinstance(error, BenchmarkError):
+            raise
+        raise BenchmarkError(f"{file} is not JSON ({error}): unpack or fetch it again") from None
 
 
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8-sig")
+    data = file.read_bytes()
+    _check_kind(file, data[:_HEAD])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(
+            f"{file} is not UTF-8 (byte {error.start}): fetch it again, or convert it"
+        ) from None
 
 
 def _rows(file: Path) -> list[str]:
@@ -377,8 +415,9 @@ def convert_one(name: str, folder: Path, out: Path) -> int:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         raise BenchmarkError(
-            f"{name}: the files in {folder} are not as they are published: after {count} "
-            f"questions, {type(error).__name__}: {str(error)[:200]}"
+            f"{name}: {', '.join(map(str, found[:3]))} {'and more ' if found[3:] else ''}are not "
+            f"as they are published: after {count} questions, {type(error).__name__}: "
+            f"{str(error)[:200]}"
         ) from error
     if not count:
         raise BenchmarkError(f"{name}: there is no question in {folder}")

@@ -3,6 +3,7 @@
 The methods themselves are adsc's. A peer is fitted to the model that it is attached to.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
@@ -11,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.config import Config
 from pipeline.reference import Reference
+from pipeline.values import ValueSyntaxError, read_value
 
 PLAN = "plan:"
 OWN = "own"
@@ -117,8 +119,6 @@ def parse_method(text: str) -> MethodConfig:
     >>> parse_method("plan:2:1/4").plan
     '2:1/4'
     """
-    import yaml
-
     import adsc  # a process that only names methods loads no torch
 
     text = text.strip()
@@ -136,16 +136,21 @@ def parse_method(text: str) -> MethodConfig:
         budget = float(average)
     except ValueError:
         budget = 0.0
-    if not colon or not name or not budget > 0 or any("=" not in option for option in options):
+    if (
+        not colon
+        or not name
+        or not 0 < budget < math.inf
+        or any("=" not in option for option in options)
+    ):
         raise MethodError(
             f"{text!r} is not a method: write dense, plan:2:1/4,4:1/4 (layer:share), or a peer "
             "with its layer average and options, fastv:22 or fastv:22,layer=3"
         )
     try:
         pairs = (option.partition("=") for option in options)
-        named = {key: yaml.safe_load(value) for key, _, value in pairs}
+        named = {key: read_value(value) for key, _, value in pairs}
         return MethodConfig(method=PeerConfig(name=name, average=budget, options=named))
-    except (yaml.YAMLError, ValidationError):
+    except (ValueSyntaxError, ValidationError):
         raise MethodError(
             f"the options of {text!r} can't be read: write them as in fastv:22,layer=3 or "
             "pyramiddrop:22,layers=[1,2,4]"

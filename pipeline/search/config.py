@@ -87,7 +87,7 @@ class SearchConfig(Config):
     """Conversations in a validation batch, and in the prefill that is timed."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer in tokens, for `accuracy`."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of draws, of the sampler, and of which conversations are taken out."""
     workers_per_trial: int = Field(1, gt=0, json_schema_extra=OPERATIONAL)
     """Above 1 a trial trains by Ray Train on so many workers."""

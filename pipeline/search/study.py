@@ -136,7 +136,7 @@ class Study:
         if len(anchors) > 1:
             space["anchor"] = CategoricalDistribution(anchors)
         sampler = optuna.samplers.TPESampler(
-            seed=1_000_003 * self.config.seed + number,
+            seed=(1_000_003 * self.config.seed + number) % 2**32,  # of 32 bits in numpy
             n_startup_trials=0,
             multivariate=True,
             constant_liar=True,

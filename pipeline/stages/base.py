@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 
 import adsc
 from adsc.geometries import HUB_IDS, geometry
+from adsc.weight_files import original_layout, original_name
 from pipeline.config import ADDED, Config
 from pipeline.packaged import resolve
 from pipeline.record import manifest
@@ -56,13 +57,21 @@ def pin_digest(config: BaseConfig) -> BaseConfig:
 
 def num_decoder_layers(source: str) -> int | None:
     """Decoder layers of a known hub id, or by the checkpoint's config.json; None where that isn't
-    at hand."""
+    at hand.
+
+    Raises:
+        BaseError: it is a checkpoint of LLaVA's own code.
+    """
+    if other := original_name(source):
+        raise BaseError(f"can't compress {source}: {other}")
     if source in HUB_IDS:
         return int(geometry(source).get_text_config().num_hidden_layers)
     file = resolve(source) / "config.json"
     if not file.is_file():
         return None
     config = json.loads(file.read_text())
+    if other := original_layout(config):
+        raise BaseError(f"can't compress {source}: {other}")
     return int((config.get("text_config") or config)["num_hidden_layers"])
 
 

@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from pipeline.config import ADDED, Config
 from pipeline.data.pictures import decode_picture
-from pipeline.data.prepared import PreparedData
+from pipeline.data.prepared import PreparedData, split_folder
 from pipeline.data.templates import find_template
 from pipeline.evaluation.answers import (
     Job,
@@ -101,7 +101,7 @@ class EvaluateConfig(Config):
     """Timed generations of each method."""
     sample_pictures: int = Field(4, ge=0)
     """Pictures shown in the report with every arm's answers."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the bootstrap; a compression puts its training's seed here."""
 
     @field_validator("benchmarks")
@@ -168,7 +168,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         AnswersFailed: questions that could not be answered, by id.
     """
     data = ctx.inputs["data"]
-    splits = {split: Questions(data.folder / split) for split in config.splits}
+    splits = {split: Questions(split_folder(data.folder, split)) for split in config.splits}
     asked = _labelled(splits)
     scenes = [scene for questions in splits.values() for scene in questions.scenes()]
     job = _job(ctx, config)

@@ -19,14 +19,16 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adsc import PruningPlan
 from adsc.named import names_in
+from pipeline.completion import UNDONE
 from pipeline.config import Config
 from pipeline.manifest import (
+    BOOKKEEPING,
     MANIFEST,
     ExportError,
     check_kinds,
@@ -41,6 +43,11 @@ from pipeline.record import behind
 from pipeline.stage import Input, Kind, StageContext
 from pipeline.stages.card import Card, write_card
 from pipeline.store import Store, open_store
+from pipeline.store.readonly import ReadOnlyStore
+from pipeline.tracking.names import check_name, check_tags, model_name
+
+if TYPE_CHECKING:
+    from pipeline.record import Record
 
 PROBE = "probe.safetensors"
 EVALUATION = "evaluation.json"
@@ -55,7 +62,8 @@ class ExportConfig(Config):
     """What is published beside the weights, where to, and how exactly a copy must compute."""
 
     name: str = "compressed"
-    """The model's name, on its card and in MLflow."""
+    """The model's name, on its card and in MLflow, where `-` stands for characters that it refuses:
+    llava-1.5-7b is registered as llava-1-5-7b."""
     base: str = ""
     """What the base is called, for card and adapter: a hub id or a few words."""
     licence: str = ""
@@ -77,6 +85,15 @@ class ExportConfig(Config):
     log_model: bool = True
     """Also log it as an MLflow model, which copies all files to MLflow's artifact store, and
     register that under `name`, with the alias `candidate`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """What would fail after hours of training fails here."""
+        check_name(self.name)
+        check_tags(self.tags)
+        if self.to and isinstance(self.store(), ReadOnlyStore):
+            raise ValueError(f"export.to = {self.to!r}: publish to a folder or s3://bucket/prefix")
+        return self
 
     def store(self) -> Store:
         """Where `to` is."""
@@ -125,9 +142,33 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
         )
     ctx.progress(4, 5, "logging")
     name = digest((ctx.out / MANIFEST).read_bytes())
+    logged = _register(ctx, config, name, card.plan, measured)
+    ctx.progress(5, 5, "done")
+    sizes = [path.stat().st_size for path in files_of(ctx.out)]
+    return {
+        "files": len(sizes),
+        "bytes": sum(sizes),
+        "probe": found,
+        "manifest": name,
+        "published": config.to or None,
+        **logged,
+    }
+
+
+def register_again(ctx: StageContext, config: ExportConfig, record: Record) -> dict[str, Any]:
+    """Register the checkpoint of an export that could not (`Kind.complete`)."""
+    plan = ctx.inputs["merge"].outputs.get("plan", "")
+    measured = evaluation(ctx.inputs["evaluate"], plan)
+    return _register(ctx, config, record.outputs["manifest"], plan, measured)
+
+
+def _register(
+    ctx: StageContext, config: ExportConfig, manifest: str, plan: str, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """Have MLflow know the checkpoint in `ctx.out`: the outputs that say whether it does."""
     facts = _tags(measured) | {
-        "adsc.manifest": name,
-        "adsc.plan": card.plan or "none",
+        "adsc.manifest": manifest,
+        "adsc.plan": plan or "none",
         "adsc.workflow": ctx.run.workflow,
         "adsc.commit": ctx.run.commit or "unknown",
         "adsc.fingerprint": ctx.fingerprint,
@@ -137,23 +178,23 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
     facts |= {f"adsc.run.{stage}": run for stage, run in runs_behind(ctx.inputs).items()}
     for key in ("adsc.manifest", "adsc.plan", "adsc.address"):
         ctx.track.tag(key, facts[key])
-    logged = None
-    if config.log_model:
-        logged = ctx.track.model(ctx.out, config.name, {k: v for k, v in facts.items() if v})
-    ctx.progress(5, 5, "done")
-    sizes = [path.stat().st_size for path in files_of(ctx.out)]
-    return {
-        "files": len(sizes),
-        "bytes": sum(sizes),
-        "probe": found,
-        "manifest": name,
-        "published": config.to or None,
-        "mlflow_model": logged and logged[0],
-        "mlflow_version": logged and logged[1],
-    }
+    if not config.log_model or ctx.track.handle.nowhere:
+        return {"mlflow_model": None, "mlflow_version": None, UNDONE: {}}
+    logged = ctx.track.model(ctx.out, config.name, {k: v for k, v in facts.items() if v})
+    if logged is None:
+        why = ctx.track.problems[-1] if ctx.track.problems else "MLflow does not say why"
+        undone = {f"register the model in MLflow as {model_name(config.name)}": why}
+        return {"mlflow_model": None, "mlflow_version": None, UNDONE: undone}
+    return {"mlflow_model": logged[0], "mlflow_version": logged[1], UNDONE: {}}
 
 
-EXPORT = Kind(id="pipeline.stages.export.export", version=2, body=export, config=ExportConfig)
+EXPORT = Kind(
+    id="pipeline.stages.export.export",
+    version=2,
+    body=export,
+    config=ExportConfig,
+    complete=register_again,
+)
 
 
 def assemble(source: Path, out: Path, card: Card, described: Mapping[str, bytes]) -> None:
@@ -184,7 +225,7 @@ def complete(source: Path, out: Path, config: ExportConfig) -> None:
     """
     if not (source / "config.json").is_file():
         raise ExportError(f"{source} is no checkpoint: there is no config.json")
-    check_kinds(source)  # before anything is loaded
+    check_kinds(source, BOOKKEEPING)  # before anything is loaded
     card = Card(
         name=config.name,
         base=config.base,
@@ -198,7 +239,8 @@ def complete(source: Path, out: Path, config: ExportConfig) -> None:
         data_digest=None,
         lineage={},
     )
-    shutil.copytree(source, out, dirs_exist_ok=True)
+    ignore = shutil.ignore_patterns(*BOOKKEEPING)
+    shutil.copytree(source, out, dirs_exist_ok=True, ignore=ignore)
     if not (out / PROBE).is_file():
         _write_probe(out)
     assemble(out, out, card, {})
@@ -362,10 +404,11 @@ def compare_logits(folder: Path) -> dict[str, float]:
 
 def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, float]:
     """Nothing that this process holds in memory or on its path of imports can help the loading."""
-    command = [sys.executable, "-m", "pipeline.stages.export", str(folder)]
+    # -P: what lies in the folder where the user stands is not imported.
+    command = [sys.executable, "-P", "-m", "pipeline.stages.export", str(folder.absolute())]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "TQDM_DISABLE": "1",
     }
     try:

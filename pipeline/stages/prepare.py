@@ -154,7 +154,7 @@ def _judge(manifest: dict[str, Any], config: PrepareConfig, quarantine: Path) ->
         f"aside ({reasons}); mend the data"
         if empty
         else f"{bad} of {total} records had to be set aside ({reasons}), more than the allowed "
-        f"share of {config.max_quarantined:g}; mend the data, or raise max_quarantined"
+        f"share of {config.max_quarantined:g}; {config.bounded}"
     )
     shown = {key: manifest[key] for key in ("in", "out", "quarantined")}
     raise TooManyBadRecords(f"{problem}. The first: {first}", shown)

@@ -7,9 +7,6 @@ locks for callers. Whatever else fsspec reaches can be read, not written.
 
 from __future__ import annotations
 
-from pathlib import Path
-from urllib.parse import urlsplit
-
 from pipeline.store.base import (
     Altered,
     DiskFull,
@@ -21,6 +18,7 @@ from pipeline.store.base import (
     file_sha256,
 )
 from pipeline.store.local import LocalStore
+from pipeline.store.places import check_for_runs, parse, split
 
 __all__ = [
     "Altered",
@@ -31,8 +29,10 @@ __all__ = [
     "Store",
     "StoreAway",
     "StoreError",
+    "check_for_runs",
     "file_sha256",
     "open_store",
+    "split",
 ]
 
 
@@ -40,7 +40,7 @@ def open_store(
     root: str, encryption: str = "", kms_key: str = "", tags: tuple[tuple[str, str], ...] = ()
 ) -> Store:
     """The store at `runs`, `/data/runs`, `file:///data/runs` or `s3://bucket/prefix`; to read from,
-    any address that fsspec knows.
+    any address that fsspec knows. pipeline/store/places.py says how each is read.
 
     Nothing is read or written yet. Credentials, region, `AWS_ENDPOINT_URL` and `AWS_CA_BUNDLE` come
     from the environment, never from the address.
@@ -51,25 +51,15 @@ def open_store(
         kms_key: the key for `aws:kms`; empty takes the account's own.
         tags: of every object that is written from a file.
     """
-    parts = urlsplit(root)
-    if "://" in root and ("@" in parts.netloc or (parts.scheme == "s3" and parts.query)):
-        raise StoreError(
-            f"the address {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} carries "
-            "credentials or options: put them into the environment (AWS_ACCESS_KEY_ID, "
-            "AWS_ENDPOINT_URL)"
-        )
-    if parts.scheme == "s3":
-        if not parts.netloc:
-            raise StoreError(f"{root} names no bucket; write s3://bucket/prefix")
+    place = parse(root)
+    if place.scheme == "s3":
         from pipeline.store.s3 import S3Store
 
-        return S3Store(parts.netloc, parts.path.strip("/"), encryption, kms_key, tags)
+        return S3Store(place.bucket, place.prefix, encryption, kms_key, tags)
     if encryption or kms_key or tags:
         raise StoreError(f"{root} is not on S3: it takes neither encryption nor tags")
-    if parts.scheme == "file":
-        return LocalStore(Path(parts.path))
-    if parts.scheme and "://" in root:
-        from pipeline.store.readonly import ReadOnlyStore
+    if place.path is not None:
+        return LocalStore(place.path)
+    from pipeline.store.readonly import ReadOnlyStore
 
-        return ReadOnlyStore(root)
-    return LocalStore(Path(root).expanduser().absolute())
+    return ReadOnlyStore(root)

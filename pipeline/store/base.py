@@ -31,7 +31,7 @@ class StoreAway(StoreError):
 
 
 class Altered(StoreError):
-    """What arrived is not what was sent, or not what was promised: nothing of it is kept."""
+    """What arrived is not what was sent, or not what was promised: that object is not kept."""
 
 
 class DiskFull(StoreAway):
@@ -118,10 +118,33 @@ class Store(ABC):
         return data
 
     def check_writable(self) -> None:
-        """Raise a StoreError now rather than an hour into a run."""
+        """Raise a StoreError now rather than an hour into a run: nothing can be written there, or
+        what is there is written over where it must not be, which would mix two runs' results."""
         key = f".writable-{uuid.uuid4().hex}"
-        self.create(key, b"")
-        self.delete(key)
+        self.create(key, b"1")
+        try:
+            self.check_conditions(key, b"1")
+        finally:
+            self.delete(key)
+
+    def check_conditions(self, key: str, data: bytes) -> None:
+        """Raise a StoreError unless the object, which is there, is neither created nor replaced.
+
+        Args:
+            data: its content, which it keeps in any case.
+        """
+        ignored = []
+        if self.create(key, data) is not None:
+            ignored.append("If-None-Match")
+        if self.replace(key, data, '"0123456789abcdef0123456789abcdef"') is not None:
+            ignored.append("If-Match")
+        if ignored:
+            raise StoreError(
+                f"{self.root} writes over objects although the request forbids it "
+                f"({' and '.join(ignored)} ignored by the server, or removed by a proxy on the "
+                "way): two runs could take each other's results; choose a server with conditional "
+                "writes, such as AWS S3 or a current MinIO or Ceph, or a folder"
+            )
 
     def upload(self, folder: Path, prefix: str) -> None:
         """Copy a folder's files to keys below `prefix`, in parallel, and check what arrived.
@@ -183,7 +206,8 @@ class Store(ABC):
                 )
             if sha256 and file_sha256(temporary) != sha256:
                 raise Altered(
-                    f"{self.uri(entry.key)} was altered (its checksum differs): nothing was kept"
+                    f"{self.uri(entry.key)} was altered (its checksum differs): this file was not "
+                    "kept"
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -15,12 +16,16 @@ from pipeline.store.base import (
     Entry,
     Progress,
     Store,
+    StoreError,
     appearing,
     checked,
     explain_os,
     file_sha256,
     write,
 )
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What `link` answers on FAT, exFAT, and some FUSE and SMB mounts."""
 
 
 class LocalStore(Store):
@@ -61,6 +66,13 @@ class LocalStore(Store):
                 os.link(temporary, path)
             except FileExistsError:
                 return None
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StoreError(
+                    f"the file system of {self.folder} has no hard links, by which results appear "
+                    "once and whole; choose a folder on another one (ext4, xfs, NFS), or S3"
+                ) from error
         return _version(data)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:

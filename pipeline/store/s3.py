@@ -11,11 +11,12 @@ import base64
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from pipeline.redact import redact
 from pipeline.store.base import (
@@ -223,13 +224,14 @@ class S3Store(Store):
                 if code in _BROKEN_OFF and broken < ATTEMPTS and not method.endswith("_file"):
                     time.sleep(random.random() * 2**broken / 4)
                     continue
-                raise self._explain(code, str(cause or error)) from error
+                raise self._explain(code, str(cause or error), method, arguments) from error
 
     def _connected(self) -> Any:
         if self._client is None:
             import boto3
             from botocore.config import Config as ClientConfig
 
+            self._check_endpoint()
             # A session of its own: the default one is shared, and not made for threads.
             self._client = boto3.Session().client(
                 "s3",
@@ -256,9 +258,27 @@ class S3Store(Store):
             self._transfers = S3Transfer(manager=create_transfer_manager(self._connected(), config))
         return self._transfers
 
-    def _explain(self, code: str, text: str) -> StoreError:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    def _check_endpoint(self) -> None:
+        """Raise a StoreError where the variable that names the server is no address."""
+        name, endpoint = _endpoint()
+        parts = urlsplit(endpoint)
+        if endpoint and (parts.scheme not in ("http", "https") or not parts.hostname):
+            bare = endpoint.rpartition("://")[2]
+            raise StoreError(
+                f"{name}={redact(endpoint)} is no server's address; write http://{bare}, or "
+                f"https://{bare} where it has a certificate"
+            )
+
+    def _explain(self, code: str, text: str, method: str, arguments: dict[str, Any]) -> StoreError:
+        name, endpoint = _endpoint()
         place = self.root + (f" at {endpoint}" if endpoint else "")
+        other = endpoint.partition("://")[2]
+        trust = "its certificate isn't trusted; name your authority's in AWS_CA_BUNDLE"
+        if re.search(r"wrong.version.number|record.layer.failure|http.request", text, re.I):
+            trust = f"the server there doesn't speak HTTPS; set {name}=http://{other}"
+        plain = endpoint.startswith("http:")
+        hint = f", or, if the server speaks HTTPS, set {name}=https://{other}" if plain else ""
+        lacking = f"the server doesn't know {_feature(method, arguments)}; choose another one"
         reasons = {
             "NoSuchBucket": f"there is no bucket {self.bucket}; make it, or choose another root",
             "NoCredentialsError": "there are no credentials; set AWS_ACCESS_KEY_ID and "
@@ -269,11 +289,14 @@ class S3Store(Store):
             "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
             "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
             "ExpiredToken": _RENEW,
-            "400": f"the request is refused without a reason; perhaps {_RENEW}",
+            "400": f"the request is refused without a reason; perhaps {_RENEW}{hint}",
+            **dict.fromkeys(("NotImplemented", "501", "MethodNotAllowed", "405"), lacking),
             "AccessDenied": _DENIED,
             "403": _DENIED,
             "404": "there is no such object (or bucket)",
-            "SSLError": "its certificate isn't trusted; name your authority's in AWS_CA_BUNDLE",
+            "SSLError": trust,
+            "ConnectionClosedError": "the server hangs up without an answer; check the network and "
+            f"the server{hint}",
             "EndpointConnectionError": _SILENT,
             "ConnectTimeoutError": _SILENT,
             "ReadTimeoutError": f"no byte in {READ_SECONDS:g} s; check the network and the server",
@@ -288,6 +311,30 @@ class S3Store(Store):
         }
         kind = StoreAway if code in _AWAY else StoreError
         return kind(redact(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}"))
+
+
+def _endpoint() -> tuple[str, str]:
+    """The variable that names the server, and its value; empty for AWS's own."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if value := os.environ.get(name, "").strip():
+            return name, value
+    return "AWS_ENDPOINT_URL", ""
+
+
+def _feature(method: str, arguments: dict[str, Any]) -> str:
+    """What a request asks of a server beyond plain reading and writing."""
+    extra = arguments.get("extra_args") or arguments
+    known = {
+        "IfNoneMatch": "conditional writes (If-None-Match)",
+        "IfMatch": "conditional deletes (If-Match)"
+        if method == "delete_object"
+        else "conditional writes (If-Match)",
+        "Tagging": "tags (x-amz-tagging)",
+        "ServerSideEncryption": "encryption (x-amz-server-side-encryption)",
+        "Range": "parts of objects (Range)",
+        "ChecksumAlgorithm": "checksums (x-amz-checksum-sha256) or uploads in parts",
+    }
+    return next((text for key, text in known.items() if key in extra), f"{method} requests")
 
 
 def _sha256_by_parts(path: Path) -> str:

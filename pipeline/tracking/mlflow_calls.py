@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.redact import redact
+from pipeline.tracking import moved
+from pipeline.tracking.address import TrackingError, check_path, database_of, explained
 from pipeline.tracking.handle import RunHandle
 from pipeline.tracking.spool import Away, Item
 
@@ -29,15 +31,16 @@ TOKEN = "token:"
 """Begins a parent's id that is not known yet: the parent's token follows."""
 
 
-class TrackingError(ValueError):
-    """The tracking address can't be used; the message says why and what to write instead."""
-
-
 class NoAnswer(TrackingError):
     """The tracking address may be right, but nobody answers there now."""
 
 
-def prepare(tracking_uri: str, experiment: str, artifacts: str | None = None) -> str:
+def prepare(
+    tracking_uri: str,
+    experiment: str,
+    artifacts: str | None = None,
+    report: Callable[[str], object] = lambda text: None,
+) -> str:
     """Create database and experiment, once and before any stage runs; return the address that
     stages are to use.
 
@@ -46,32 +49,46 @@ def prepare(tracking_uri: str, experiment: str, artifacts: str | None = None) ->
         experiment: name of the experiment; made if it isn't there.
         artifacts: where a new experiment puts artifacts, a folder or s3://. A server knows by
             itself; SQLite's default is a folder beside the database; any other database needs it.
+        report: is called with what people should know, such as that a database had moved.
 
     Raises:
         TrackingError: no server there, an unwritable folder, a deleted experiment, an address that
             isn't MLflow's.
     """
     scheme = urlsplit(tracking_uri).scheme
+    if reason := explained(tracking_uri):
+        raise TrackingError(f"can't track at {redact(tracking_uri)}: {reason}")
     if scheme in ("", "file"):
         raise _unusable(tracking_uri, "that is a folder, which MLflow 3 no longer accepts")
     try:
         if scheme in ("http", "https"):
             _create_experiment(tracking_uri, experiment, artifacts)
         elif scheme == "sqlite":
-            database = Path(tracking_uri.removeprefix("sqlite:///")).absolute()
-            tracking_uri = f"sqlite:///{database}"
+            database = database_of(tracking_uri)
+            if database is None:
+                raise _unusable(tracking_uri, "an SQLite address has three slashes before the path")
+            check_path(str(database))
+            options = tracking_uri.partition("?")
+            tracking_uri = f"sqlite:///{database}{options[1]}{options[2]}"
             database.parent.mkdir(parents=True, exist_ok=True)
             # Two processes that make the tables of a fresh database at once break it.
             with database.with_name(database.name + ".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                beside = (database.parent / "mlflow-artifacts").as_uri()
+                if said := moved.heal(database):
+                    report(said)
+                beside = (database.parent / moved.ARTIFACTS).as_uri()
                 _create_experiment(tracking_uri, experiment, artifacts or beside)
         elif not re.match("postgresql|mysql|mssql", scheme):
             raise _unusable(tracking_uri, f"{scheme!r} is neither a web address nor a database")
         elif not artifacts:
             raise _unusable(tracking_uri, "a database shared by machines needs `artifacts` as well")
         else:
-            _create_experiment(tracking_uri, experiment, artifacts)
+            there = _create_experiment(tracking_uri, experiment, artifacts)
+            if there.rstrip("/") != artifacts.rstrip("/"):
+                report(
+                    f"MLflow keeps the artifacts of experiment {experiment!r} at {redact(there)}, "
+                    f"where it was made, and not at {artifacts}"
+                )
     except TrackingError:
         raise
     except failures() as error:
@@ -251,7 +268,8 @@ def _unusable(tracking_uri: str, reason: str) -> TrackingError:
     )
 
 
-def _create_experiment(tracking_uri: str, experiment: str, artifacts: str | None) -> None:
+def _create_experiment(tracking_uri: str, experiment: str, artifacts: str | None) -> str:
+    """Where the experiment, made if need be, keeps its artifacts."""
     from mlflow.exceptions import MlflowException
 
     client = client_of(tracking_uri)
@@ -262,11 +280,13 @@ def _create_experiment(tracking_uri: str, experiment: str, artifacts: str | None
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
                 raise
-    elif found.lifecycle_stage != "active":
+        return artifacts or ""
+    if found.lifecycle_stage != "active":
         raise TrackingError(
             f"experiment {experiment!r} at {redact(tracking_uri)} was deleted; choose another "
             f"name, or restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
         )
+    return str(found.artifact_location)
 
 
 def brief(error: Exception) -> str:

@@ -6,7 +6,6 @@ Nothing here waits for a server that is away: the checkpoint itself is in the st
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.redact import redact
 from pipeline.tracking.mlflow_calls import TrackingError, brief, client_of, failures
+from pipeline.tracking.names import model_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -149,11 +149,6 @@ def promote(
         values=values,
         refused=refused,
     )
-
-
-def model_name(name: str) -> str:
-    """A name that the registry accepts, and that can stand in a search."""
-    return re.sub(r"[/:'\"]", "-", name)
 
 
 def _version_of(client: MlflowClient, name: str, manifest: str) -> ModelVersion | None:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.cache import folder as cache_folder
+
 Item = dict[str, Any]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries while nobody answers
@@ -61,7 +63,7 @@ class Journal:
         """A dead process's journal, now ours; None where its process lives, or it is gone."""
         try:
             file = path.open("rb+")
-        except FileNotFoundError:
+        except OSError:  # gone, or in a store that may only be read: its owner sends it
             return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,7 +151,7 @@ def folder(store_root: str, local: Path | None, cache: str) -> Path:
     if local is not None:
         return local
     name = hashlib.sha256(store_root.encode()).hexdigest()[:12]
-    return Path(cache).expanduser() / ".tracking" / name
+    return cache_folder(cache) / ".tracking" / name
 
 
 def abandoned(folder: Path) -> Iterator[Journal]:

@@ -23,17 +23,19 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.redact import HIDDEN, flatten, leaves, redact
+from pipeline.tracking import moved
+from pipeline.tracking.address import TrackingError, default_uri
 from pipeline.tracking.handle import RunHandle
 from pipeline.tracking.mlflow_calls import (
     TOKEN,
     NoAnswer,
     Run,
-    TrackingError,
     brief,
     client_of,
     failures,
@@ -62,11 +64,6 @@ WAIT_SECONDS = 15.0
 """How long the start and the end of a run wait for a server that hangs."""
 MAX_VALUE = 6000
 """Characters that MLflow keeps of a parameter; of a tag it keeps 8000."""
-
-
-def default_uri(folder: Path | str) -> str:
-    """An SQLite database in `folder`; `prepare` puts artifacts beside it."""
-    return f"sqlite:///{Path(folder).absolute() / 'mlflow.db'}"
 
 
 def start_workflow(
@@ -292,13 +289,14 @@ def reconcile(spool: Path | str, tracking_uri: str, token: str | None = None) ->
     # The journal that makes a run comes before those that only write into it.
     for journal in sorted(abandoned(Path(spool)), key=lambda it: not it.header["owner"]):
         header, drained = journal.header, False
-        uri = tracking_uri if redact(tracking_uri) == header["uri"] else header["uri"]
+        uri = moved.current(header["uri"], Path(spool))
+        uri = tracking_uri if redact(tracking_uri) == uri else uri
         if HIDDEN in uri or token not in (None, header["token"]):
             journal.close(delete=False)
             continue
         handle = RunHandle(uri, header["run_id"], header["experiment"], header["token"])
         run = Run(handle, log.warning, replay=True)
-        run.kept = journal.kept
+        run.kept = partial(_kept, journal, header["uri"], uri)
         ended = journal.mentions('"kind": "end"')
         try:
             while (items := journal.unsent()) and time.monotonic() < deadline:
@@ -317,6 +315,12 @@ def reconcile(spool: Path | str, tracking_uri: str, token: str | None = None) ->
         return None
     rest = f"; {left} journals wait in {spool}" if left else ""
     return f"MLflow: {sent} items of earlier processes sent{rest}"
+
+
+def _kept(journal: Journal, old_uri: str, new_uri: str, path: Path) -> Path:
+    """Where a file is that is no longer where it was tracked."""
+    now = moved.moved_path(path, old_uri, new_uri)
+    return now if now.exists() else journal.kept(path)
 
 
 def _open_run(

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.training.config import LoraSettings
+from pipeline.training.config import DECODER_LINEARS, LoraSettings
 
 BASE = "base_model.model."
 """What PEFT puts before the names of a model's parameters."""
@@ -70,8 +70,16 @@ def _peft_config(lora: LoraSettings) -> LoraConfig:
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=decoder_targets(lora.targets),
     )
+
+
+def decoder_targets(targets: str) -> str:
+    """The expression that PEFT gets: the default also finds SmolVLM's and Idefics3's decoder, which
+    is called `text_model`. In configs it stays as it is, since it identifies finished stages."""
+    if targets != DECODER_LINEARS:
+        return targets
+    return targets.replace("language_model", "(language_model|text_model)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +140,10 @@ def read_trained(
         found |= {prefix + name: tensor for name, tensor in load_file(folder / TUNED).items()}
     if (folder / ADAPTER).exists():
         stored = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-        there = (stored["r"], stored["lora_alpha"], stored["target_modules"])
-        here = lora and (lora.rank, lora.alpha, lora.targets)
+        targets = stored["target_modules"]
+        targets = decoder_targets(targets) if isinstance(targets, str) else targets
+        there = (stored["r"], stored["lora_alpha"], targets)
+        here = lora and (lora.rank, lora.alpha, decoder_targets(lora.targets))
         if here is not None and there != here:
             raise ValueError(
                 f"train.lora has (rank, alpha, targets) = {here}, the adapter to go on with has "

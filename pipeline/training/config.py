@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan
@@ -58,6 +58,18 @@ def check_plans(plans: Mapping[str, str], weights: Mapping[str, float]) -> None:
         raise ValueError(f"weights {dict(weights)} without plans: name the plans too")
 
 
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Expression = Annotated[str, AfterValidator(_expression)]
+
+
 class LoraSettings(Config):
     """The adapter; the defaults are LLaVA-1.5's published recipe (r 128, alpha 256)."""
 
@@ -67,7 +79,7 @@ class LoraSettings(Config):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    targets: str = DECODER_LINEARS
+    targets: Expression = DECODER_LINEARS
     """Regular expression that a module's full name must match; the default is the decoder alone."""
 
 
@@ -153,20 +165,20 @@ class TrainConfig(MethodConfig):
     """Share of the steps in which the rate rises to its peak; it then falls as a half cosine."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the gradient's first and second moment."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient; above it the gradient is scaled down."""
     lora: LoraSettings | None = LoraSettings()
     """The adapter; null trains none."""
-    tune: tuple[str, ...] = ()
+    tune: tuple[Expression, ...] = ()
     """Regular expressions of parameters that are tuned in full, such as the projector's."""
     carry_optimizer: bool = False
     """Start with the optimizer's moments of the stage before, and leave this stage's to the next.
     Both stages need it; the schedule starts anew in any case."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 holds the frozen base in bf16 and computes under autocast; trained weights stay fp32."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**53)
     """Order of the data, the adapter's initial values and dropout."""
 
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(

@@ -283,7 +283,8 @@ class _Run:
         leaving."""
         config, context, strategy = self.config, self.context, self.strategy
         # Dropout follows from (seed, step, rank), so that a checkpoint needs no generator's state.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + context.rank)
+        # torch takes seeds of 64 bits.
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 4096 + context.rank) % 2**64)
         if batch.supervised == 0:
             raise ValueError(
                 f"step {step + 1}: none of its {config.batch_size} conversations has a supervised "

@@ -53,7 +53,7 @@ PEAKS = {
     "L4": 121e12,
     "A10G": 70e12,
 }
-_LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:language_model|text_model)\.(?:model\.)?layers\.(\d+)\.")
 
 
 def peak_flops(device: torch.device) -> float | None:

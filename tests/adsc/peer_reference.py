@@ -245,6 +245,60 @@ def pool(state: State, image: int, m: int, stage: int) -> dict[int, Tensor]:
     return stays
 
 
+def tome(layer: int) -> Any:
+    """Bipartite soft matching, round by round: even tokens look for odd ones, the most alike pairs
+    become means weighted by size."""
+
+    def rule(state: State, image: int, m: int, stage: int) -> dict[int, Tensor]:
+        module = state.model.model.language_model.layers[layer]
+        heads = state.model.config.text_config.num_key_value_heads
+        states = {c: state.hidden[c] for c in state.left[image]}
+        sizes = dict.fromkeys(states, 1)
+        while len(states) > m:
+            columns = sorted(states)
+            keys = {}
+            for c in columns:
+                key = module.self_attn.k_proj(module.input_layernorm(states[c]))
+                keys[c] = key.unflatten(-1, (heads, -1)).mean(0)
+            alike, goes = {}, {}
+            for a in columns[0::2]:
+                near = {b: float(cosine_similarity(keys[a], keys[b], dim=0)) for b in columns[1::2]}
+                goes[a] = best(near, 1)[0]
+                alike[a] = near[goes[a]]
+            together = best(alike, min(len(columns) // 2, len(columns) - m))
+            total = {b: states[b] * sizes[b] for b in columns[1::2]}
+            for a in together:
+                total[goes[a]] = total[goes[a]] + states[a] * sizes[a]
+                sizes[goes[a]] += sizes[a]
+            for b in columns[1::2]:
+                states[b] = total[b] / sizes[b]
+            for a in together:
+                del states[a]
+        return states
+
+    return rule
+
+
+def low_resolution(pictures: Tensor, m: int) -> Tensor:
+    """Pictures (N, 3, 48, 48) with as many pixels as m of 36 patches have, at their old size: means
+    over boxes of whole pixels, then linear interpolation between the boxes' middles."""
+    side = pictures.shape[-1]
+    small = round(side * (m / TOKENS) ** 0.5)
+    down, up = torch.zeros(small, side), torch.zeros(side, small)
+    for i in range(small):
+        first, end = i * side // small, -(-(i + 1) * side // small)
+        for pixel in range(first, end):
+            down[i, pixel] = 1 / (end - first)
+    for pixel in range(side):
+        place = min(max((pixel + 0.5) * small / side - 0.5, 0), small - 1)
+        below = int(place)
+        above = min(below + 1, small - 1)
+        up[pixel, below] += 1 - (place - below)
+        up[pixel, above] += place - below
+    whole = up @ down
+    return whole @ pictures @ whole.T
+
+
 def fastv(layer: int) -> Any:
     """Keep what the query attends to most in layer K - 1, mean over heads."""
 

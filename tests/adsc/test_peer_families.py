@@ -15,16 +15,21 @@ from tests.adsc.tiny import kept_of
 from tests.adsc.zoo import CASES, IMAGE, VIDEO, units_of
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
-EVERY = [(name, family) for family in ("llava_next", "qwen2_5_vl") for name in peers.NAMES]
+EVERY = [
+    (name, family)
+    for family in ("llava_next", "qwen2_5_vl")
+    for name in peers.NAMES
+    if (name, family) != ("downsample", "qwen2_5_vl")  # refused by name
+]
 OTHERS = {
     "llava sliding": ("fastv", "sparsevlm", "dart"),
-    "llava_onevision": ("pool", "fastv", "divprune"),
+    "llava_onevision": ("pool", "fastv", "divprune", "tome"),
     "qwen2_vl": ("pyramiddrop", "random"),
-    "qwen3_vl": ("fastv", "pyramiddrop", "dart"),
+    "qwen3_vl": ("fastv", "pyramiddrop", "dart", "tome"),
     "internvl": ("fastv", "pool", "sparsevlm"),
     "smolvlm": ("fastv", "dart", "divprune"),
     "idefics3": ("pyramiddrop",),
-    "gemma3": ("pool", "dart", "divprune"),
+    "gemma3": ("pool", "dart", "divprune", "tome"),
     "paligemma": ("random", "dart", "divprune"),
 }
 PAIRS = EVERY + [(name, family) for family, names in OTHERS.items() for name in names]
@@ -204,6 +209,12 @@ def test_a_packed_sample_is_as_if_alone():
                 single = model(**one, use_cache=False)
                 torch.testing.assert_close(output.logits[0, mine], single.logits[0], **CLOSE)
                 start += width
+
+
+def test_downsample_names_the_families_that_it_serves():
+    model = CASES["qwen2_5_vl"].model()
+    with pytest.raises(adsc.UnsupportedModel, match=r"serves LLaVA-1\.5 and LLaVA-NeXT"):
+        peers.make("downsample", model, 13, num_vision_tokens=20, tolerance=0.2)
 
 
 def test_stride_is_a_plan():

@@ -27,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "visionzip": {"average": 10},
     "dart": {"average": 20},
     "divprune": {"average": 9},
+    "tome": {"average": 10},
+    "downsample": {"average": 10},
 }
 
 
@@ -58,6 +60,8 @@ def rule_of(name: str, method: Any) -> Any:
         "visionzip": lambda: paper.visionzip(2),
         "dart": lambda: paper.dart(layers[0]),
         "divprune": lambda: paper.divprune,
+        "tome": lambda: paper.tome(layers[0]),
+        "downsample": lambda: paper.pool,
     }[name]()
 
 
@@ -70,6 +74,9 @@ def expected(name: str, model: Any, inputs: Any, query: int | None = None) -> An
     """The reference of one row by an eager model of the same weights."""
     method = made(name, model)
     rule, counts = rule_of(name, method), stage_counts(method)
+    if name == "downsample" and "pixel_values" in inputs:
+        pictures = paper.low_resolution(inputs["pixel_values"], counts[0][1])
+        inputs = inputs | {"pixel_values": pictures}
     return paper.reference(model, inputs, rule, counts, method.positions, query)
 
 
@@ -241,3 +248,36 @@ def test_flash_inputs_give_the_same(name):
         torch.testing.assert_close(
             got.logits[index][kept >= 0], wanted.logits[index][kept >= 0], **CLOSE
         )
+
+
+@torch.no_grad()
+def test_tokens_merge_before_a_later_layer_by_its_keys():
+    """The default is layer 0; LLaVA-like models are merged inside the decoder, too."""
+    model = llava()
+    method = peers.make("tome", model, 20, layer=2)
+    adsc.attach(model, method)
+    inputs = batch([row(3, 0, 5)])
+    output = model(**inputs)
+    counts = stage_counts(method)
+    wanted, columns = paper.reference(
+        llava(attention="eager"), inputs, paper.tome(2), counts, method.positions
+    )
+    assert output.kept_positions[-1][0].tolist() == columns
+    torch.testing.assert_close(output.logits[0], wanted, **CLOSE)
+
+
+def test_merging_three_rounds_down_to_one_token_is_the_mean_of_all():
+    model = llava()
+    method = peers.make("tome", model, 1)
+    adsc.attach(model, method)
+    inputs = batch([row(3, 0, 5)])
+    entered = {}
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: entered.update(hidden=args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        features = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output)
+        kept = model(**inputs).kept_positions[0][0].tolist()
+    (place,) = [slot for slot, column in enumerate(kept) if 3 <= column < 3 + TOKENS]
+    torch.testing.assert_close(entered["hidden"][0, place], features.mean(0), rtol=0, atol=1e-5)

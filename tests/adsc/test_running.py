@@ -134,6 +134,19 @@ def test_generation_and_caches_keep_to_the_plan_that_they_began_with():
             model(**more, past_key_values=cache)
 
 
+def test_a_compiled_model_obeys_blocks_too():
+    """Torch can't trace them, so a call within one runs eagerly; calls outside stay one graph."""
+    torch._dynamo.reset()
+    inputs = batch(MIXED)
+    model, plain = adsc.attach(llava(), PLAN), llava()
+    compiled = torch.compile(model, backend="eager")
+    own = logits(model, inputs)
+    torch.testing.assert_close(logits(compiled, inputs), own)
+    with adsc.suspended(compiled):
+        torch.testing.assert_close(logits(compiled, inputs), logits(plain, inputs))
+    torch.testing.assert_close(logits(compiled, inputs), own)
+
+
 def test_what_can_not_run_is_refused():
     with pytest.raises(adsc.PlanError, match="has no plan: attach one first"):
         adsc.running(llava(), PLAN)
@@ -143,4 +156,4 @@ def test_what_can_not_run_is_refused():
     with pytest.raises(adsc.PlanError, match=r"layer 9, but the decoder has layers 0\.\.5"):
         adsc.running(model, "9:1/2")
     with pytest.raises(adsc.PlanError, match="a method installs hooks of its own"):
-        adsc.running(model, peers.make("fastv", model, average=9))
+        adsc.running(model, peers.make("fastv", model, average=9, tolerance=0.1))

@@ -59,6 +59,8 @@ class Proxy:
         self.refused: set[str] = set()
         self.refusals = 0
         self.faults: list[Fault] = []
+        self.stripped: set[str] = set()
+        """Lower-case headers that requests lose on their way."""
         self.requests: list[tuple[str, str]] = []
         self.closing = threading.Event()
         proxy = self
@@ -94,7 +96,7 @@ class Proxy:
                     self._refuse(400, "BadDigest")
                     return
                 onward = http.client.HTTPConnection(host, timeout=60)
-                left = ("expect", "transfer-encoding", "content-length")
+                left = {"expect", "transfer-encoding", "content-length", *proxy.stripped}
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in left}
                 onward.request(self.command, self.path, body, headers)
                 answer = onward.getresponse()
@@ -119,7 +121,7 @@ class Proxy:
             def _break_off(self, stall: bool) -> None:
                 self.wfile.flush()
                 if stall:
-                    proxy.closing.wait(30)
+                    proxy.closing.wait(600)
                 # No orderly end: a reset.
                 self.connection.setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
@@ -159,6 +161,7 @@ class Proxy:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
+            request_queue_size = 128  # a client gives up a connection after 5 s
 
             def handle_error(self, request: object, client_address: object) -> None:
                 pass  # peers that give up are what is tested

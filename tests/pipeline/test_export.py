@@ -494,6 +494,10 @@ def test_any_saved_model_can_be_exported(
     assert command(words) == 2
     assert "modeling.py: only" in capsys.readouterr().err
     (source / "modeling.py").unlink()
+    # What a snapshot of the hub has beside it is left out.
+    (source / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (source / ".cache" / "huggingface").mkdir(parents=True)
+    (source / ".cache" / "huggingface" / "config.json.metadata").write_text("1")
     assert command(words) == 0
     assert command(words) == 0
     assert "nothing was done" in capsys.readouterr().out
@@ -502,6 +506,7 @@ def test_any_saved_model_can_be_exported(
     card = (tmp_path / "copy" / "README.md").read_text()
     assert "# mine" in card and "before layer 1, 1/2 of the vision tokens stay" in card
     assert not (source / "README.md").exists() and not (source / "manifest.json").exists()
+    assert not list((tmp_path / "copy").glob(".*"))
 
 
 def test_the_stage_publishes_where_it_is_told(

@@ -41,7 +41,7 @@ FOLDER = Path(os.environ.get("ADSC_STAMPS", STAMPS))
 def parts() -> None:
     """Skip where the optional parts are not installed."""
     if lacking := stamps_parts.missing(FOLDER):
-        pytest.skip(f"not installed: {', '.join(lacking)} (docs/evidence.md has the commands)")
+        pytest.skip(f"not installed: {', '.join(lacking)} (docs/evidence-details.md says how)")
 
 
 def drawn(folder: Path, number: int = 12) -> Path:

@@ -1,7 +1,7 @@
 """The evidence: ADSC's choices and its peers at three budgets, trained by one recipe, three seeds.
 
-Hypotheses, results and commands stand in docs/evidence.md. Through Ray, on the demo's base (stages
-resume by themselves; hours on two cores):
+Hypotheses, results and commands stand in docs/evidence-details.md. Through Ray, on the demo's base
+(stages resume by themselves; hours on two cores):
 
     adsc run evidence
 
@@ -11,18 +11,19 @@ larger base with 576 vision tokens first, for a GPU:
     python -m workflows.evidence --out DIR --scale 576 --processes 8
 
 Both share arms, training loop, scoring and the form of the results. The command without Ray is in
-workflows/evidence/command.py, what it does in workflows/evidence_here.py.
+workflows/evidence/command.py, what it does in workflows/evidence_here.py. `--scale ladder` is the
+comparison that docs/evidence.md begins with; workflows/evidence_ladder.py has its arms.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
 
 from adsc.curriculum import curriculum
-from pipeline.config import ADDED, Config, ConfigError
+from pipeline.config import ADDED, Config, ConfigError, edit
 from pipeline.evaluation.methods import MethodConfig, PeerConfig
 from pipeline.recipe import base_and_prepare, train_and_merge
 from pipeline.stage import Stage
@@ -34,6 +35,7 @@ from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
 from workflows.demo import BASE
+from workflows.evidence_adapt import AdaptedConfig
 from workflows.evidence_summary import REINDEXED, SUMMARISE
 from workflows.fashion import FashionConfig, pictures
 from workflows.stamps_base import StampsBaseConfig, make_base
@@ -72,12 +74,33 @@ class BudgetConfig(Config):
     """Every peer that reaches it, with the options by which it does."""
 
 
+class Recipe(Config):
+    """An arm of a ladder at one budget: what it is asked with, and how it is trained."""
+
+    name: str
+    """In the arm's name, NAME-BUDGET; the same at every budget."""
+    label: str
+    """For people."""
+    budget: str
+    """Name of the budget that it meets."""
+    plan: str = ""
+    """The plan that it is asked with."""
+    method: PeerConfig | None = None
+    """A peer instead of a plan."""
+    stages: tuple[str, ...] = ()
+    """Plans of its training stages; none: one stage with what it is asked with."""
+    train: dict[str, Any] = {}
+    """What differs from the evidence's `train` in each of its stages."""
+    tier: int = Field(1, ge=0)
+    """Arms of smaller tier run first, with all their seeds."""
+
+
 class EvidenceConfig(Config):
     """All that decides what is compared."""
 
     base: BaseConfig
     """The checkpoint that all arms start from."""
-    made: TinyBaseConfig | StampsBaseConfig | None = None
+    made: TinyBaseConfig | StampsBaseConfig | AdaptedConfig | None = None
     """How that checkpoint is trained, where it does not ship; from nothing on one machine only."""
     data: FashionConfig | ScenesConfig
     """Pictures and questions."""
@@ -91,6 +114,10 @@ class EvidenceConfig(Config):
     """Which of VARIANTS are asked untrained, too."""
     trained_peers: tuple[str, ...] = Field(TRAINED_PEERS, json_schema_extra=ADDED)
     """Which of the budgets' peers are trained, too."""
+    recipes: tuple[Recipe, ...] = Field((), json_schema_extra=ADDED)
+    """Arms instead of variants, anchors and trained peers."""
+    questions: str = Field("test", json_schema_extra=ADDED)
+    """The split whose questions are asked; SPLIT_turns asks each after the turn before it."""
     control_splits: tuple[str, ...] = Field((), json_schema_extra=ADDED)
     """Splits besides `test` that only the dense base is asked: what it knows without looking."""
     train: TrainConfig
@@ -118,17 +145,68 @@ class Arm:
     """What each of its training stages runs with; none: it is the base."""
     split: str = "test"
     """Whose questions it is asked."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the evidence's training."""
+    tier: int = 0
+    """When it is run."""
 
 
 def arms(config: EvidenceConfig, budget: BudgetConfig) -> list[Arm]:
-    """Dense, the dense control, everything untrained, everything trained."""
-    return [*_dense(config), *_untrained(config, budget), *_trained(config, budget)]
+    """Dense, the dense controls, everything untrained, everything trained."""
+    if config.recipes:
+        made = [*_dense(config), *_controls_of_steps(config), *_recipes(config, budget)]
+    else:
+        made = [*_dense(config), *_untrained(config, budget), *_trained(config, budget)]
+    return [replace(arm, split=config.questions) for arm in made]
 
 
 def _dense(config: EvidenceConfig) -> Iterator[Arm]:
     dense = MethodConfig()
     yield Arm(name="dense", label="dense base", method=dense)
     yield Arm(name=CONTROL, label="dense + LoRA", method=dense, way=(dense,) * config.stages)
+
+
+def _controls_of_steps(config: EvidenceConfig) -> Iterator[Arm]:
+    """The dense model trained for as many steps as any recipe, but for those of CONTROL."""
+    tiers: dict[str, int] = {}
+    each = {budget.name: list(_recipes(config, budget)) for budget in config.budgets}
+    for arm in (arm for own in each.values() for arm in own if arm.way):
+        name = control_of(config, arm)
+        tiers[name] = min(arm.tier, tiers.get(name, arm.tier))
+    dense = MethodConfig()
+    for name, tier in sorted(tiers.items()):
+        if name != CONTROL:
+            steps = int(name.removeprefix(f"{CONTROL}_"))
+            yield Arm(
+                name=name,
+                label=f"dense + LoRA, {steps} steps",
+                method=dense,
+                way=(dense,),
+                train={"steps": steps},
+                tier=tier,
+            )
+
+
+def control_of(config: EvidenceConfig, arm: Arm) -> str:
+    """Name of the dense arm that was trained for as many steps."""
+    steps = sum(stage.steps or 0 for stage in trainings(config, arm, 0))
+    usual = config.stages * (config.train.steps or 0)
+    return CONTROL if steps == usual else f"{CONTROL}_{steps}"
+
+
+def _recipes(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
+    for recipe in config.recipes:
+        if recipe.budget == budget.name:
+            method = MethodConfig(plan=recipe.plan, method=recipe.method)
+            way = tuple(MethodConfig(plan=plan) for plan in recipe.stages) or (method,)
+            yield Arm(
+                name=f"{recipe.name}-{budget.name}",
+                label=recipe.label,
+                method=method,
+                way=way,
+                train=recipe.train,
+                tier=recipe.tier,
+            )
 
 
 def controls(config: EvidenceConfig) -> list[Arm]:
@@ -187,9 +265,11 @@ def _names(peer: PeerConfig) -> tuple[str, str]:
 
 
 def trainings(config: EvidenceConfig, arm: Arm, seed: int) -> list[TrainConfig]:
-    """The arm's training stages: the same steps, batches and rates as every other arm's."""
+    """The arm's training stages: but for what the arm says, the same steps, batches and rates as
+    every other arm's."""
+    each = edit(config.train, arm.train) if arm.train else config.train
     return [
-        config.train.model_copy(
+        each.model_copy(
             update={"plan": way.plan, "method": way.method, "seed": 1000 * seed + number}
         )
         for number, way in enumerate(arm.way, 1)
@@ -220,6 +300,7 @@ def evaluated(config: EvidenceConfig, budget: BudgetConfig) -> EvaluateConfig:
             "title": f"{config.evaluate.title}, {budget.label}",
             "arms": tuple(asked),
             "control": CONTROL,
+            "splits": (config.questions,),
         }
     )
 
@@ -401,7 +482,7 @@ def build(config: EvidenceConfig) -> list[Stage]:
 
 def _world(config: EvidenceConfig) -> list[Stage]:
     """The stages that make the data and the base, up to `base` and `prepare`."""
-    if isinstance(config.made, TinyBaseConfig):
+    if isinstance(config.made, TinyBaseConfig | AdaptedConfig):
         raise ConfigError(
             "this evidence makes its own base, which is done on one machine: "
             "python -m workflows.evidence --out DIR --scale 576"

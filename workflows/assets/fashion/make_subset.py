@@ -4,9 +4,10 @@ licence).
     apt-get install dataset-fashion-mnist
     python workflows/assets/fashion/make_subset.py /usr/share/datasets/fashion-mnist
 
-Writes train.png and test.png beside this file: contact sheets of 28 x 28 pixel pictures, one row
-of sheet cells for each class in the order of `CLASSES` of workflows/fashion.py. test.png holds
-instances of the official test split only.
+Writes train.png, validation.png and test.png beside this file: contact sheets of 28 x 28 pixel
+pictures, one row of sheet cells for each class in the order of `CLASSES` of workflows/fashion.py.
+test.png holds instances of the official test split only, validation.png such of the official
+training split as train.png does not.
 """
 
 import argparse
@@ -29,7 +30,12 @@ LABELS = {
     "bag": 8,
     "boot": 9,
 }
-COUNTS = {"train": 750, "test": 150}
+SHEETS = {
+    "train": ("train", slice(0, 750)),
+    "validation": ("train", slice(750, 900)),
+    "test": ("t10k", slice(0, 150)),
+}
+"""Official split and instances of each class."""
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -44,11 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="folder with Debian's idx3-ubyte.gz files")
     source = parser.parse_args().source
-    for split, prefix in (("train", "train"), ("test", "t10k")):
+    for split, (prefix, chosen) in SHEETS.items():
         pictures = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
-        rows = [pictures[labels == label][: COUNTS[split]] for label in LABELS.values()]
-        sheet = np.stack(rows).transpose(0, 2, 1, 3).reshape(len(rows) * 28, COUNTS[split] * 28)
+        rows = np.stack([pictures[labels == label][chosen] for label in LABELS.values()])
+        classes, instances = rows.shape[:2]
+        sheet = rows.transpose(0, 2, 1, 3).reshape(classes * 28, instances * 28)
         Image.fromarray(sheet).save(Path(__file__).with_name(f"{split}.png"), optimize=True)
 
 

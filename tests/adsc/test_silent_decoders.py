@@ -1,0 +1,245 @@
+"""Every decoder that LLaVA can hold: a plan equals plain transformers on the tokens that are left,
+or the part that doesn't fit is named. Methods that score by attention likewise."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import adsc
+from adsc.peers.attention import keys
+from tests.adsc.tiny import IMAGE, batch, row
+from tests.adsc.zoo import VISION
+
+CLOSE = {"rtol": 0, "atol": 2e-4}
+PLAN, KEPT = "0:1/4", [3, 7, 11, 15]  # of an image's 16 tokens the last of each group
+LAYERS = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+# Sizes that a family names otherwise, small enough for a test.
+MORE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        "q_lora_rank": None,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "first_k_dense_replace": LAYERS,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    },
+    "phi3": {"num_key_value_heads": 2},
+    "gpt_neox": {"rotary_pct": 0.5},
+}
+MORE["deepseek_v3"] = MORE["deepseek_v2"] | {"qk_head_dim": 8}
+
+WORK = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "olmo",
+    "olmo2",
+    "phi",
+    "stablelm",
+    "granite",
+    "cohere",
+    "starcoder2",
+    "glm",
+    "glm4",
+    "nemotron",
+    "ministral",
+    "smollm3",
+    "arcee",
+    "helium",
+    "seed_oss",
+    "exaone4",
+    "deepseek_v3",
+    "mixtral",
+    "olmoe",
+)
+REFUSED = {
+    "gpt_neox": "layer_past",
+    "deepseek_v2": "complex numbers",
+    "lfm2": "layers of kind conv",
+    "gpt2": "no list of decoder layers",
+    "opt": "no list of decoder layers",
+    "bloom": "no list of decoder layers",
+    "mamba": "no `rotary_emb`",
+    "qwen3_next": "layers of kind linear_attention",
+}
+
+
+def llava_with(kind: str) -> Any:
+    """LLaVA around a tiny random decoder of this model type."""
+    torch.manual_seed(0)
+    known = inspect.signature(type(hf.AutoConfig.for_model(kind)).__init__).parameters
+    sizes = {k: v for k, v in SIZES.items() if k in known or "kwargs" in known}
+    text = hf.AutoConfig.for_model(kind, **sizes | MORE.get(kind, {}))
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        pad_token_id=0,
+    )
+    model = hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")
+    return model.eval()
+
+
+@torch.no_grad()
+def plain(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
+    """Logits of plain transformers that is given the columns that are left, at their positions."""
+    states: dict[str, Tensor] = {}
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        states["embeds"] = kwargs["inputs_embeds"]
+
+    handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    model(**inputs, use_cache=False)
+    handle.remove()
+    places = (inputs["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
+    gone = {column for i, column in enumerate(places) if i % 16 not in KEPT}
+    columns = [c for c in range(inputs["input_ids"].shape[1]) if c not in gone]
+    hidden = model.model.language_model(
+        inputs_embeds=states["embeds"][:, columns],
+        position_ids=torch.tensor([columns]),
+        attention_mask=torch.ones(1, len(columns), dtype=torch.long),
+        use_cache=False,
+    ).last_hidden_state
+    return model.lm_head(hidden)[0], columns
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_a_plan_equals_plain_transformers_on_what_is_left(kind):
+    model, single = llava_with(kind), batch([row(3, 0, 5, 0, 2)])
+    wanted, columns = plain(model, single)
+    adsc.attach(model, PLAN)
+    with torch.no_grad():
+        got = model(**single, use_cache=False)
+        assert got.kept_positions[-1][0].tolist() == columns
+        torch.testing.assert_close(got.logits[0], wanted, **CLOSE)
+        # Padded in a batch, at a later drop, and decoded on a cache: all equal.
+        adsc.attach(model, "0:1/2,2:1/2")
+        inputs = batch([row(3, 0, 5, 0, 2), row(4, 0, 1)])
+        whole = model(**inputs, use_cache=False)
+        alone = model(**batch([row(4, 0, 1)]) | {"pixel_values": inputs["pixel_values"][2:]})
+        torch.testing.assert_close(
+            whole.logits[1, -alone.logits.shape[1] :], alone.logits[0], **CLOSE
+        )
+        prompt = {k: v[:, :-1] if k != "pixel_values" else v for k, v in inputs.items()}
+        cache = model(**prompt, use_cache=True).past_key_values
+        last = model(
+            input_ids=inputs["input_ids"][:, -1:],
+            attention_mask=inputs["attention_mask"],
+            position_ids=(inputs["attention_mask"].cumsum(1) - 1)[:, -1:],
+            past_key_values=cache,
+        )
+        ids = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        whole = model(**inputs, position_ids=ids, use_cache=False)
+        torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_decoder_that_does_not_fit_is_named(kind):
+    model = llava_with(kind)
+    with pytest.raises(adsc.UnsupportedModel, match=REFUSED[kind]):
+        adsc.attach(model, PLAN)
+        model(**batch([row(3, 0, 5)]))
+
+
+FITTING = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "olmo",
+    "granite",
+    "cohere",
+    "ministral",
+    "seed_oss",
+    "arcee",
+    "mixtral",
+)
+FOREIGN = {
+    "phi3": "qkv_proj",
+    "olmo2": "post-norm",
+    "phi": "partial rotary",
+    "stablelm": "partial rotary",
+    "olmoe": "over all heads",
+    "deepseek_v3": "latent",
+    "smollm3": "don't turn positions",
+}
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_methods_compute_the_keys_that_the_layer_itself_computes(kind):
+    model, inputs = llava_with(kind), batch([row(3, 0, 5)])
+    adsc.attach(model, adsc.peers.make("fastv", model, average=8, layer=2))
+    seen: list[Tensor] = []
+    note = adsc.peers.fastv.FastV.note
+
+    def look(self: Any, scene: Any) -> Any:
+        seen.append(keys(scene))
+        return note(self, scene)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(adsc.peers.fastv.FastV, "note", look)
+        cache = model(**inputs, use_cache=True).past_key_values
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], cache.layers[1].keys, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "dart"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_methods_refuse_layers_that_they_would_misread(kind, name):
+    method = adsc.peers.make(name, llava_with("llama"), average=8)
+    with pytest.raises(adsc.UnsupportedModel, match=FOREIGN[kind]):
+        adsc.attach(llava_with(kind), method)
+
+
+@pytest.mark.slow
+def test_no_decoder_of_transformers_is_taken_on_trust():
+    """All causal model types: built small and run dense; those that do are served or refused."""
+    wrong, served, refused = {}, [], []
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            model, single = llava_with(kind), batch([row(3, 0, 5)])
+            wanted, _ = plain(model, single)
+        except Exception:  # noqa: BLE001 - not to be had this small, or not without extra packages
+            continue
+        try:
+            with torch.no_grad():
+                got = adsc.attach(model, PLAN)(**single, use_cache=False).logits[0]
+            torch.testing.assert_close(got, wanted, **CLOSE)
+            served.append(kind)
+        except adsc.UnsupportedModel:
+            refused.append(kind)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+            wrong[kind] = f"{type(error).__name__}: {str(error)[:200]}"
+    assert not wrong
+    assert len(served) > 30 and len(refused) > 5

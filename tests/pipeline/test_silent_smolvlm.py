@@ -1,0 +1,38 @@
+"""Decoders under another name get the adapter that the default means, and its FLOPs are counted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from adsc import PruningPlan
+from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
+from pipeline.training.config import LoraSettings
+from pipeline.training.throughput import RowShape, TrainingCost
+from tests.adsc.zoo import CASES, LAYERS
+
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "llava"])
+def test_the_default_adapter_is_on_every_layer_and_counted(name, tmp_path):
+    made = prepare_trainable(CASES[name].model(), LORA, ())
+    trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
+    decoder = re.compile(r"(language_model|text_model)\.layers\.(\d+)\.(self_attn|mlp)\.")
+    assert all(decoder.search(one) for one in trained)
+    assert len(trained) == LAYERS * 7 * 2
+
+    rows = [RowShape(20, 0, 0)]
+    config = made.get_base_model().config
+    plan = PruningPlan.parse("")
+    whole = TrainingCost(made, config, plan).step(rows).model
+    for parameter in trained.values():
+        parameter.requires_grad_(False)
+    sizes = sum(p.numel() for p in trained.values())
+    # Forward, and both gradients: three times 2 FLOPs for each weight and token.
+    assert whole - TrainingCost(made, config, plan).step(rows).model >= 3 * 2 * sizes * 20
+
+    weights = {n: p.detach() for n, p in trained.items()}
+    trained_parts(weights, LORA).write(tmp_path)
+    assert read_trained(tmp_path, set(weights), LORA, whole=True).keys() == weights.keys()
