@@ -18,9 +18,9 @@ from adsc.geometries import geometry
 from adsc.method import Budget, from_dict
 from adsc.peers.dart import DART
 from adsc.peers.fastv import FastV
-from adsc.peers.pool import cells_of
 from adsc.peers.pyramiddrop import PyramidDrop
 from adsc.peers.sparsevlm import SparseVLM
+from adsc.tiles import Region, cut, ragged_counts
 from tests.adsc.counting import counted
 from tests.adsc.peer_reference import LAYERS, TOKENS, llava
 from tests.adsc.test_cost_families import CASES, ids, types
@@ -135,6 +135,12 @@ def test_families_that_a_method_can_not_serve_are_refused_by_name():
     pool = peers.make("pool", model, 4, num_vision_tokens=8)
     with pytest.raises(adsc.PlanError, match="first layer for a drop is 2"):
         adsc.attach(model, pool)
+
+
+def cells_of(lattice: tuple[int, int], m: int) -> list[list[int]]:
+    """The tokens of each of the m cells that `pool` averages."""
+    sheet = Region(*lattice, 0, lattice[1]).sheet()
+    return [list(cell) for band in cut(sheet, ragged_counts(sheet, m)) for cell in band]
 
 
 def test_pooling_cells_partition_every_lattice_evenly():
