@@ -8,8 +8,9 @@ import pytest
 
 from adsc import PruningPlan
 from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
+from pipeline.training.batches import RowShape
 from pipeline.training.config import LoraSettings
-from pipeline.training.throughput import RowShape, TrainingCost
+from pipeline.training.throughput import TrainingCost
 from tests.adsc.zoo import CASES, LAYERS
 
 LORA = LoraSettings(rank=4, alpha=8)
