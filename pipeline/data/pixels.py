@@ -7,7 +7,9 @@ Pillow converts every mode somehow, and clips what is out of range: floating-poi
 import numpy as np
 from PIL import Image
 
-CONVERTED = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"))
+CONVERTED = frozenset(
+    ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB")
+)
 """Modes of 8 bits a channel and a known colour space, for which Pillow's conversion is right."""
 GREY_16 = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))
 _WIDE = {"PNG", "PPM"}
@@ -16,7 +18,6 @@ _NAMES = {
     "F": "floating-point numbers",
     "I": "32-bit or signed integers",
     "La": "grey multiplied with its alpha",
-    "LAB": "in the LAB space",
 }
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
@@ -31,7 +32,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     gives its colours; CMYK is converted without a colour profile.
 
     Raises:
-        UnknownPixels: floating-point, 32-bit or signed values, LAB, and any mode that isn't known.
+        UnknownPixels: floating-point, 32-bit or signed values, and any mode that isn't known.
     """
     tags = getattr(picture, "tag_v2", {})  # of a TIFF
     mode = picture.mode
@@ -43,7 +44,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
             "have no fixed meaning as colours: convert it to 8 bits a channel, and prepare it again"
         )
     if not wide:
-        return picture.convert("RGB")
+        return picture.convert("RGB")  # LAB since Pillow 13; older ones raise ValueError
     (bits,) = tags.get(_BITS, (16,))
     grey = (np.asarray(picture) >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow leaves to us, of 16 bits
