@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adsc.memo import remembered
 from adsc.plan import PruningPlan
+from adsc.tiles import Region
 
 if TYPE_CHECKING:
     from adsc.families import Image
@@ -158,5 +159,6 @@ def _groups(
     lattice: tuple[int, int] | None,
     regions: tuple[tuple[int, int, int, int], ...],
 ) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]:
-    stages = PruningPlan.parse(plan).groups(tokens, lattice, regions)
-    return tuple(tuple(tuple(group) for group in groups) for groups in stages)
+    found = tuple(Region(*region) for region in regions)
+    stages = PruningPlan.parse(plan).groups(tokens, lattice, found)
+    return tuple(tuple((anchor, members) for anchor, members in groups) for groups in stages)

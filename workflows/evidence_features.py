@@ -24,7 +24,7 @@ BATCH = 32
 def key_of(picture: Tensor) -> bytes:
     """Of one picture (3, H, W) as the tower gets it."""
     return hashlib.blake2b(
-        picture.detach().cpu().contiguous().view(torch.uint8).numpy(), digest_size=16
+        picture.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16
     ).digest()
 
 
@@ -80,8 +80,8 @@ class Remembered:
         found = [self._features.get(key_of(picture)) for picture in pixel_values]
         if any(one is None for one in found):
             return self._make(pixel_values=pixel_values, **more)
-        output = BaseModelOutputWithPooling(
-            pooler_output=tuple(one.to(pixel_values.device) for one in found if one is not None)
-        )
+        # LLaVA's own towers return one tensor per picture here, too.
+        features: Any = tuple(one.to(pixel_values.device) for one in found if one is not None)
+        output = BaseModelOutputWithPooling(pooler_output=features)
         setattr(output, SIZE, tuple(pixel_values.shape[-2:]))
         return output

@@ -132,7 +132,8 @@ class StepLoader:
             batch = put(found, self._processor)
             positions += batch["input_ids"].numel()
             micro.append(batch)
-        vision, text = (sum(shape[i] for shape in shapes) for i in (1, 0))
+        text = sum(shape.text_tokens for shape in shapes)
+        vision = sum(shape.vision_tokens for shape in shapes)
         return StepBatch(
             micro=micro,
             supervised=int(data.supervised[rows].sum()),

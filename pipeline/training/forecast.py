@@ -144,7 +144,7 @@ def forecast(
         row = [RowShape(assumed.text_tokens, dense, 1)]
         # Of a conversation in the mean over steps: FLOPs of training, of the GPU, of the teacher.
         each = [(np.array(cost.under(plan).step(row)), share) for plan, share in plans.shares()]
-        needed, computed, taught = sum(flops * share for flops, share in each)
+        needed, computed, taught = np.sum([flops * share for flops, share in each], axis=0)
         conversations = config.batch_size * steps
         seconds = computed * conversations / (hardware.peak_flops * assumed.hfu)
         rows.append(
