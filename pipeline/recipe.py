@@ -5,14 +5,14 @@ that is the same for the small demo and for a 7B model. Nothing here runs anythi
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from adsc.curriculum import pressures
 from adsc.named import DENSE
 from adsc.plan import PlanError, PruningPlan
-from pipeline.config import Config
+from pipeline.config import ADDED, Config, edit
 from pipeline.data.templates import NAMES
 from pipeline.evaluation.methods import FoundPlan, Plan
 from pipeline.search.config import SearchConfig
@@ -32,6 +32,33 @@ from pipeline.stages.search import (
 from pipeline.stages.train import TRAIN
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
+
+RESERVED = ("train", "control", "merge", "plan", "dense", "base")
+"""Names that no compared recipe can have: those of other arms and stages."""
+Compared = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,30}$")]
+"""Name of a compared recipe: its arm has it, and its stages' names begin with it."""
+
+
+class ComparedConfig(Config):
+    """Another recipe, trained on the same data and asked the same questions as the own one."""
+
+    label: str
+    """Name of its row in the table."""
+    plan: str
+    """Its target plan."""
+    curriculum: CurriculumConfig = CurriculumConfig(order="fixed", stages=1)
+    """Its way there; any but `elastic`."""
+    train: dict[str, Any] = {}
+    """Changes of the own `train`, such as `{steps: 100, distill: null}`."""
+
+    @model_validator(mode="after")
+    def _trains_one_plan(self) -> Self:
+        if self.curriculum.order == "elastic":
+            raise ValueError(
+                "a compared recipe has one plan, so its curriculum can't be elastic; choose "
+                "reverse, forward, fixed, grow or explicit"
+            )
+        return self
 
 
 class CompressConfig(Config):
@@ -57,6 +84,8 @@ class CompressConfig(Config):
     """The page and the figure."""
     search: SearchConfig = SearchConfig()
     """For `plan = search`: the space, the budget and the study."""
+    compare: dict[Compared, ComparedConfig] = Field({}, json_schema_extra=ADDED)
+    """Other recipes by name, each an arm beside the own one; `{}` trains none of them."""
 
     @model_validator(mode="after")
     def _leave_what_is_filled_in(self) -> Self:
@@ -72,6 +101,8 @@ class CompressConfig(Config):
         given = [name for name, value in filled.items() if value]
         if given:
             raise ValueError(f"{', '.join(given)} follow from `plan` and `curriculum`: set those")
+        if taken := [name for name in self.compare if name in RESERVED]:
+            raise ValueError(f"compare.{taken[0]}: that name is taken; choose one such as paper")
         if isinstance(self.plan, FoundPlan) and self.plan != FoundPlan():
             raise ValueError(
                 f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
@@ -93,14 +124,16 @@ class CompressConfig(Config):
 def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     """The stages of a compression; `data` is a stage that writes records and pictures.
 
-    Besides the target plan a dense control is trained: same data, same steps, no drop.
+    Besides the target plan a dense control is trained: same data, same steps, no drop; and the
+    recipes in `compare`.
 
     Raises:
         PlanError: a plan that is malformed or that names a layer which the base does not have.
     """
     layers = num_decoder_layers(config.base.source)
     if layers is not None and not isinstance(config.plan, FoundPlan):
-        for plan in (config.plan, *config.curriculum.elastic.values()):
+        compared = (other.plan for other in config.compare.values())
+        for plan in (config.plan, *config.curriculum.elastic.values(), *compared):
             PruningPlan.parse(plan).check_layers(layers)
     if config.prepare.template not in NAMES:
         raise ValueError(
@@ -109,17 +142,13 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     if config.train.lora is None and not config.train.tune:
         raise ValueError("nothing to train: set train.lora or train.tune")
     stages = [data, *base_and_prepare(data, config.base, config.prepare), *_search(config)]
-    plans = training_plans(config)
-    for prefix, merged, each in (
-        ("train", "merge", plans),
-        ("control", "merge-control", [""] * len(plans)),
-    ):
-        named = dict(config.curriculum.elastic) if each[-1] else {}
-        merging = config.merge.model_copy(update={"plan": each[-1], "plans": named})
-        stages += train_and_merge(prefix, merged, training_configs(config, each), merging)
+    for name, trainings in branches(config).items():
+        named = dict(config.curriculum.elastic) if name == "train" else {}
+        merging = config.merge.model_copy(update={"plan": trainings[-1].plan, "plans": named})
+        stages += train_and_merge(name, _merged(name), trainings, merging)
     arms = _arms(config)
     trained = {s.name: s.name for s in stages if s.kind == TRAIN}
-    checkpoints = {name: name for name in ("base", "merge", "merge-control")}
+    checkpoints = {name: name for name in ("base", *map(_merged, branches(config)))}
     stages += [
         EVALUATE.stage(
             name="evaluate",
@@ -143,6 +172,30 @@ def compress(config: CompressConfig, data: Stage) -> list[Stage]:
     return stages
 
 
+def branches(config: CompressConfig) -> dict[str, list[TrainConfig]]:
+    """The trainings of each checkpoint that is made, by the prefix of their stages: the own recipe,
+    its dense control (as many steps, no drop), and the recipes that are compared.
+
+    Raises:
+        PlanError: a curriculum that doesn't fit its plan.
+        ConfigError: changes of `train` that it can't take.
+    """
+    plans = training_plans(config)
+    made = {
+        "train": training_configs(config, plans),
+        "control": training_configs(config, [""] * len(plans)),
+    }
+    for name, other in config.compare.items():
+        train = edit(config.train, other.train)
+        made[name] = configs_of(other.curriculum, train, plans_of(other.curriculum, other.plan))
+    return made
+
+
+def _merged(branch: str) -> str:
+    """The stage that folds in what a branch has trained."""
+    return "merge" if branch == "train" else f"merge-{branch}"
+
+
 def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:
     """What is compared: the base, the control, the plan untrained and trained; of an elastic
     checkpoint every plan that it names, and dense."""
@@ -161,6 +214,16 @@ def _arms(config: CompressConfig) -> tuple[ArmConfig, ...]:
             checkpoint="base",
             plan=config.plan,
             trained=False,
+        ),
+        *(
+            ArmConfig(
+                name=name,
+                label=other.label,
+                checkpoint=_merged(name),
+                plan=other.plan,
+                trained=True,
+            )
+            for name, other in config.compare.items()
         ),
         *_trained_arms(config),
     )

@@ -14,6 +14,7 @@ from workflows import terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeline.training.config import TrainConfig
     from pipeline.training.forecast import Assumptions, StageForecast
 
 
@@ -44,7 +45,7 @@ def add_options(run: argparse.ArgumentParser) -> None:
 
 def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     """Print both tables; 1 where a training stage can't fit into a GPU's memory."""
-    from pipeline.recipe import CompressConfig, training_configs, training_plans
+    from pipeline.recipe import CompressConfig, branches
     from pipeline.training.forecast import USABLE, Assumptions, forecast, model_config
 
     if not isinstance(config, CompressConfig):
@@ -68,8 +69,12 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
             markup=False,
             soft_wrap=True,
         )
-    plans = [str(plan) for plan in training_plans(config)]
-    _show_costs(console, model, _named(config, plans))
+    trainings = {
+        f"{branch}-{number}": train
+        for branch, each in branches(config).items()
+        for number, train in enumerate(each, 1)
+    }
+    _show_costs(console, model, _named(config, trainings))
     given = {"gpu": options.gpu_type, "hfu": options.hfu, "text_tokens": options.text_tokens}
     assumed = Assumptions(
         workers=options.workers if isinstance(options.workers, int) else options.workers[1],
@@ -77,12 +82,7 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
     )
     records = getattr(getattr(config, "data", None), "size", None)
-    stages = [
-        (f"{branch}-{number}", train)
-        for branch, of_branch in (("train", plans), ("control", [""] * len(plans)))
-        for number, train in enumerate(training_configs(config, of_branch), 1)
-    ]
-    rows = forecast(model, stages, records, assumed)
+    rows = forecast(model, list(trainings.items()), records, assumed)
     _show_forecast(console, rows, records, assumed)
     most = max(rows, key=lambda row: row.memory_gib)
     room = USABLE * assumed.hardware.memory_gib
@@ -98,10 +98,14 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     return 1
 
 
-def _named(config: Any, plans: Sequence[str]) -> dict[str, str]:
-    """The plans of a compression: those of an elastic checkpoint, else of each training stage."""
-    stages = {f"train-{number}": plan for number, plan in enumerate(plans, 1)}
-    return {"dense": "", **(config.curriculum.elastic or stages)}
+def _named(config: Any, trainings: Mapping[str, TrainConfig]) -> dict[str, str]:
+    """The plans of a compression: those of an elastic checkpoint, else of each training stage; and
+    of compared recipes."""
+    stages = {name: train.runs_with for name, train in trainings.items() if train.runs_with}
+    if config.curriculum.elastic:
+        own = config.curriculum.elastic
+        stages = own | {n: plan for n, plan in stages.items() if not n.startswith("train-")}
+    return {"dense": "", **stages}
 
 
 def _show_costs(console: Console, model: Any, plans: Mapping[str, str]) -> None:

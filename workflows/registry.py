@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 WORKFLOWS = {
     "demo": "workflows.demo",
+    "demo_paper": "workflows.demo",
     "tiny_base": "workflows.tiny_base",
     "evidence": "workflows.evidence",
     "stamps": "workflows.stamps",
