@@ -36,12 +36,12 @@ PAPER = ("2:1/4,4:1/4", CurriculumConfig(order="reverse", stages=3, extreme=1.5)
 def demo() -> Workflow:
     plan, way = PAPER
     paper = ComparedConfig(
-        label="the paper's recipe", plan=plan, curriculum=way, train={"steps": 150, "distill": None}
+        label="the paper's recipe", plan=plan, curriculum=way, train={"steps": 50, "distill": None}
     )
     config = DemoConfig(
         plan="1:1/4;pool=tiles",
         curriculum=CurriculumConfig(order="fixed", stages=1),
-        train=_train(steps=450, distill=DistillSettings()),
+        train=_train(steps=150, distill=DistillSettings()),
         compare={"paper": paper},
         **_SHARED,
     )

@@ -77,7 +77,7 @@ class Kill:
 def command(root: Path, lease: float) -> list[str]:
     changes = [f"--set={change}" for change in SIZE]
     place = ["--root", str(root), f"--lease={lease}"]
-    return [sys.executable, "-m", "workflows.cli", "run", "demo", *place, *changes]
+    return [sys.executable, "-m", "workflows.cli", "run", "demo_paper", *place, *changes]
 
 
 def start(root: Path, lease: float) -> subprocess.Popen[bytes]:
@@ -90,7 +90,7 @@ def start(root: Path, lease: float) -> subprocess.Popen[bytes]:
 def made(root: Path) -> dict[str, Record]:
     """Records of all finished stages."""
     store = open_store(str(root))
-    prints = fingerprints(load_workflow("demo", SIZE).stages())
+    prints = fingerprints(load_workflow("demo_paper", SIZE).stages())
     found = {name: records.load(store, name, print_) for name, print_ in prints.items()}
     return {name: record for name, record in found.items() if record is not None}
 

@@ -10,7 +10,7 @@ from pipeline.stage import Stage
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.merge import MergeConfig
 from pipeline.training.config import TrainConfig
-from workflows.demo import demo
+from workflows.demo import demo_paper as demo
 
 TARGET = "2:1/4,4:1/4"
 

@@ -46,7 +46,7 @@ from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
 from tests.pipeline.contexts import stage_context
 from tests.small import Small
-from workflows.demo import demo
+from workflows.demo import demo_paper as demo
 
 LLAVA = "llava-1.5-7b"
 DATA = {"template": "vicuna_short", "digest": "0" * 64}

@@ -20,7 +20,7 @@ from pipeline.stage import Kind, Stage
 from pipeline.workflow import Workflow
 from tests.benchmark_files import WRITERS
 from workflows.cli import WORKFLOWS, load_workflow
-from workflows.demo import demo
+from workflows.demo import demo_paper as demo
 from workflows.evaluation import evaluation_stages
 from workflows.evidence import evidence
 
