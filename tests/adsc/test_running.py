@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import adsc
 from adsc import peers
+from adsc.peers.visionzip import _PASSES
 from adsc.supervised import head, hidden_states
 from tests.adsc import peer_reference as larger
 from tests.adsc.test_families import rows_for
@@ -157,3 +158,28 @@ def test_what_can_not_run_is_refused():
         adsc.running(model, "9:1/2")
     with pytest.raises(adsc.PlanError, match="a method installs hooks of its own"):
         adsc.running(model, peers.make("fastv", model, average=9, tolerance=0.1))
+
+
+def test_losses_are_the_same_where_a_model_hands_out_all_columns():
+    """Also of a label right before an image, whose column stands there again."""
+    inputs = batch([row(3, 0, 5), row(2, 0, 3, 0, 4)], "right")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    given = inputs | {"labels": labels}
+    with torch.no_grad():
+        kept = hidden_states(adsc.attach(llava(), OTHER), given)
+        full = hidden_states(adsc.attach(llava(), OTHER, logits="full"), given)
+    width = labels.shape[1]
+    assert full.states.shape[1] == width > kept.states.shape[1]
+    places = (kept.before(width) >= 0) & inputs["attention_mask"].bool()
+    assert torch.equal(places, (full.before(width) >= 0) & inputs["attention_mask"].bool())
+    torch.testing.assert_close(
+        full.at(full.before(width)[places]), kept.at(kept.before(width)[places])
+    )
+
+
+def test_a_suspended_peer_leaves_nothing_of_its_pictures_to_the_next_call():
+    model = attached("visionzip")
+    inputs = larger.batch([larger.row(3, 0, 7)])
+    with adsc.suspended(model):
+        logits(model, inputs)
+    assert not _PASSES.get()
