@@ -18,7 +18,7 @@ from tests.adsc import peer_reference as larger
 from tests.adsc.test_families import rows_for
 from tests.adsc.test_generation import GREEDY, MIXED
 from tests.adsc.test_peers import attached
-from tests.adsc.tiny import batch, llava, row
+from tests.adsc.tiny import TOKENS, batch, llava, row
 from tests.adsc.zoo import CASES, IMAGE, VIDEO
 
 PLAN, OTHER = "2:2/3,4:1/2", "1:1/2"
@@ -175,6 +175,16 @@ def test_losses_are_the_same_where_a_model_hands_out_all_columns():
     torch.testing.assert_close(
         full.at(full.before(width)[places]), kept.at(kept.before(width)[places])
     )
+
+
+def test_a_static_cache_is_made_for_the_plan_of_its_block():
+    model, inputs = adsc.attach(llava(), "2:1/4"), batch([row(3, 0, 5)])
+    length, how = inputs["input_ids"].shape[1] + 4, GREEDY | {"max_new_tokens": 4}
+    with torch.no_grad(), adsc.running(model, "2:1/2"):
+        cache = adsc.static_cache(model, length, [TOKENS])
+        got = model.generate(**inputs, past_key_values=cache, disable_compile=True, **how)
+        assert torch.equal(got, model.generate(**inputs, **how))
+    assert [layer.max_cache_len for layer in cache.layers] == [length] * 2 + [length - 8] * 4
 
 
 def test_a_suspended_peer_leaves_nothing_of_its_pictures_to_the_next_call():
