@@ -21,7 +21,7 @@ from adsc.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.families import first_legal_layer
 from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
-from adsc.method import Method
+from adsc.method import Method, from_dict
 from adsc.named import find_plan
 from adsc.plan import POOLS, PlanError, PruningPlan
 from adsc.solve import ANY_KEEP, solve_plans
@@ -295,7 +295,7 @@ def _chosen_plan(text: str | None, config: Any) -> PruningPlan | Method:
     carried = getattr(config, CONFIG_FIELD, None)
     if text is not None or carried is None:
         return find_plan(text or "", config)
-    return PruningPlan.from_dict(carried)
+    return from_dict(carried)
 
 
 def _pair(dense: int, plan: int, reduction: float) -> dict[str, float]:

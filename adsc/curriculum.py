@@ -27,8 +27,9 @@ def scale_plan(plan: PruningPlan, pressure: float) -> PruningPlan:
     stages = []
     for layer, keep in plan.stages:
         scaled = Fraction(float(keep) ** pressure).limit_denominator(64)
-        # An exit, which keeps nothing, stays one.
-        stages.append((layer, max(scaled, Fraction(1, 64)) if keep else keep))
+        # Below 1/64 heavier goes no further; but never milder than the plan itself. An exit, which
+        # keeps nothing, stays one.
+        stages.append((layer, max(scaled, min(keep, Fraction(1, 64))) if keep else keep))
     return replace(plan, stages=tuple(stages))
 
 

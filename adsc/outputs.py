@@ -91,9 +91,15 @@ def full_length_logits(predictions: Any, labels: Tensor) -> Tensor:
 
 def slots_of_columns(kept: Tensor, width: int) -> Tensor:
     """(B, Q) the column in each slot, -1 for none -> (B, S) for each column the slot of the last
-    one up to it that was kept; of a column before all of them, the slot of the first."""
-    held = kept >= 0
-    marks = torch.zeros(len(kept), width + 1, dtype=torch.long, device=kept.device)
-    marks = marks.scatter(1, torch.where(held, kept, width), 1)
-    ordinal = (marks[:, :width].cumsum(1) - 1).clamp(min=0)
-    return held.int().argsort(dim=1, descending=True, stable=True).gather(1, ordinal)
+    one up to it that was kept; of a column before all of them, the slot of the first.
+
+    Where outputs were laid out for a caller, several slots hold a column: any of them is right.
+    """
+    slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    place = torch.where(kept >= 0, kept, width)
+    slot = slots.new_full((len(kept), width + 1), -1).scatter(1, place, slots)[:, :width]
+    there = slot >= 0
+    columns = torch.arange(width, device=kept.device)
+    first = there.int().argmax(1, keepdim=True)
+    nearest = torch.where(there, columns, -1).cummax(1).values
+    return slot.gather(1, torch.where(nearest < 0, first, nearest)).clamp(min=0)

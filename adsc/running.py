@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from torch import nn
 
 from adsc.families import find_family
-from adsc.method import Method
+from adsc.method import Method, MethodHook
 from adsc.named import find_plan
 from adsc.plan import PlanError, PruningPlan, as_plan
 
@@ -67,12 +67,25 @@ def running(
                 "installs hooks of its own, so attach it (adsc.attach)"
             )
     _, inner = find_family(base)
-    return _block((base, inner), plan)
+    return _block((base, inner, *_hooked(base)), plan)
 
 
 def suspended(model: nn.Module) -> AbstractContextManager[None]:
     """A block in which calls of `model` run dense, whatever plan it has."""
     return running(model, PruningPlan())
+
+
+def _hooked(base: nn.Module) -> list[nn.Module]:
+    """The modules on which the attached method has hooks of its own."""
+    from adsc.attach import attached_plan
+
+    if not isinstance(attached_plan(base), Method):
+        return []
+    return [
+        module
+        for module in base.modules()
+        if any(isinstance(hook, MethodHook) for hook in module._forward_pre_hooks.values())
+    ]
 
 
 @contextmanager
@@ -100,3 +113,14 @@ def current(module: nn.Module, attached: PruningPlan | Method) -> PruningPlan | 
         if any(module is one for one in modules):
             return plan
     return attached
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the hooks of the attached method on `module` have no say, because a block runs its
+    model under another plan."""
+    if not _open:
+        return False
+    for modules, plan in reversed(_BLOCKS.get()):
+        if any(module is one for one in modules):
+            return not isinstance(plan, Method)
+    return False

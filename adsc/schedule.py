@@ -94,8 +94,11 @@ def survivors(
 
 
 def _check_left(lengths: list[int], plan: PruningPlan | Method) -> None:
-    """Raise VisionTokenError if a row has nothing left. lengths: columns that each row keeps."""
-    if 0 in lengths:
+    """Raise VisionTokenError if an exit leaves a row nothing. lengths: columns that each row keeps.
+
+    Without an exit only a row that is all padding has none, and that harms nothing.
+    """
+    if 0 in lengths and plan.stages[-1][1] == 0:
         raise VisionTokenError(
             f"row {lengths.index(0)} holds vision tokens alone, and plan {str(plan)!r} leaves none "
             "of them: pass images together with the text after them, or take out the exit (keep 0)"

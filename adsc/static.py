@@ -15,6 +15,7 @@ from adsc.attach import base_model, plan_of
 from adsc.call import first_full_layer
 from adsc.families import find_family
 from adsc.held import CacheError
+from adsc.running import current
 
 
 def static_cache(model: nn.Module, max_cache_len: int, vision_tokens: Sequence[int]) -> StaticCache:
@@ -39,7 +40,9 @@ def static_cache(model: nn.Module, max_cache_len: int, vision_tokens: Sequence[i
         raise CacheError(
             f"max_cache_len {max_cache_len} has no room beside {sum(vision_tokens)} vision tokens"
         )
-    family, inner = find_family(base_model(model))
+    base = base_model(model)
+    family, inner = find_family(base)
+    plan = current(base, plan)
     config = family.decoder(inner).config
     if plan.stages and plan.stages[0][0] <= first_full_layer(config):
         raise CacheError(

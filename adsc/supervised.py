@@ -39,6 +39,10 @@ class Hidden(NamedTuple):
         if self.kept is None:
             return number
         place = torch.where(self.kept >= 0, self.kept, width)
+        # With logits="full" a column also stands where those after it were dropped: the first of
+        # its slots is the one behind what predicts it.
+        again = self.kept[:, 1:] == self.kept[:, :-1]
+        place = place.masked_fill(nn.functional.pad(again, (1, 0)), width)
         found = torch.full((rows, width + 1), -1, device=device)
         return found.scatter_(1, place, number)[:, :width]
 

@@ -55,6 +55,8 @@ def problem(folder: Path) -> str | None:
                 f"{path} is a git-LFS pointer, not the file that it stands for: run `git lfs pull` "
                 "there, or fetch the checkpoint again"
             )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        return _no_weights(folder)
     if other := _config_problem(folder / "config.json"):
         return other
     weights = [path for path in files if path.suffix == ".safetensors"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adsc.families import Family, UnsupportedModel
 from adsc.method import Budget, MethodHook
 from adsc.peers.pool import Pool
+from adsc.running import is_replaced
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -55,6 +56,8 @@ class Shrink(MethodHook):
     def __call__(
         self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if is_replaced(module):
+            return args, kwargs
         if args:
             return (shrunk(args[0], self.share), *args[1:]), kwargs
         return args, kwargs | {"pixel_values": shrunk(kwargs["pixel_values"], self.share)}

@@ -28,6 +28,7 @@ from adsc.families import Family, UnsupportedModel, VisionTokenError
 from adsc.method import Budget, Method, MethodHook, Selection, as_fraction
 from adsc.peers.attention import looking
 from adsc.plan import PlanError
+from adsc.running import is_replaced
 from adsc.vision_cost import anyres_grid, llava_projector
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ class Score(MethodHook):
         self.class_token = class_token
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_replaced(layer):
+            return
         hidden, attention = args[0] if args else kwargs["hidden_states"], layer.self_attn
         with looking(hidden.device, attention):
             normed = layer.layer_norm1(hidden)
@@ -244,6 +247,8 @@ class ScoreWindowed(MethodHook):
     one token, and their scores and keys one mean."""
 
     def __call__(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_replaced(block):
+            return
         hidden, attention = args[0] if args else kwargs["hidden_states"], block.attn
         turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
         sizes = kwargs["cu_seqlens"].diff().tolist()

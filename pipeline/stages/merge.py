@@ -5,7 +5,9 @@ processor, generation config; besides, the adapter alone, and a probe (inputs an
 any later copy can be told to be the same model, under each of its plans.
 """
 
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
+from adsc.adapters import FIELD
+from adsc.method import Method
+from adsc.plan import PruningPlan
 from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
@@ -77,6 +82,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     processor.save_pretrained(ctx.out)
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")
+        _carry_plan(ctx.out / "adapter" / "adapter_config.json", method)
     save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
     write_named_probe(model, probe, ctx.out)
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
@@ -90,6 +96,13 @@ MERGE = Kind(
     body=merge,
     config=MergeConfig,
 )
+
+
+def _carry_plan(adapter_config: Path, method: PruningPlan | Method) -> None:
+    """Put the plan where `import adsc` looks for it when the adapter is loaded on its base."""
+    if method.stages:
+        content = json.loads(adapter_config.read_text()) | {FIELD: method.to_dict()}
+        adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:

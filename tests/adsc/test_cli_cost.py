@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from adsc.cli import add_commands, main
+from adsc.peers.random import Random
 from adsc.plan import PruningPlan
 
 
@@ -96,6 +98,11 @@ def test_checkpoint_folder_brings_its_own_plan(capsys, checkpoint):
     carried = json.loads(output(capsys, "cost", str(checkpoint), "--json").out)
     assert carried["plan"] == "2:1/4;anchor=first"
     assert carried["vision_tokens_per_layer"] == [16, 16, 4, 4, 4, 4]
+    path = checkpoint / "config.json"
+    peer = Random(stages=((1, Fraction(1, 4)),)).to_dict()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"adsc": peer}))
+    carried = json.loads(output(capsys, "cost", str(checkpoint), "--json").out)
+    assert carried["vision_tokens_per_layer"] == [16, 4, 4, 4, 4, 4]
     given = json.loads(output(capsys, "cost", str(checkpoint), "--plan", "", "--json").out)
     assert given["plan"] == "" and given["average_vision_tokens"] == 16
 

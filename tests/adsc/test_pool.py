@@ -17,6 +17,9 @@ from transformers import DynamicCache
 
 import adsc
 from adsc.curriculum import curriculum, scale_plan
+from adsc.families import Image
+from adsc.plan import PruningPlan
+from adsc.schedule import survivors
 from adsc.tiles import Region, cut, even_tiles, ragged_counts, share
 from tests.adsc.tiny import LAYERS, TOKENS, batch, llava, row
 from tests.adsc.zoo import CASES, Case, Picture, reference
@@ -632,3 +635,17 @@ def test_lora_moves_through_a_pool():
     assert losses[-1] < losses[0]
     merged = model.merge_and_unload()
     assert adsc.plan_of(merged) == adsc.PruningPlan.parse("1:1/4,4:0;pool=tiles")
+
+
+def test_rows_that_are_all_padding_are_refused_only_where_there_is_an_exit():
+    """Batches are filled up with such rows, and nobody reads what becomes of them."""
+    columns = torch.tensor([[False, True, True, True, True, False], [False] * 6])
+    valid = torch.tensor([[True] * 6, [False] * 6])
+    vision = [(columns, [Image(4, (2, 2))])]
+    (segment,) = survivors(vision, valid, PruningPlan.parse("1:1/2"))
+    assert segment.valid is not None and segment.valid.sum(1).tolist() == [4, 0]
+
+
+def test_the_heaviest_stage_is_never_milder_than_the_target():
+    plans = curriculum("2:1/144", "reverse", stages=2)
+    assert [str(plan) for plan in plans] == ["2:1/144", "2:1/144"]

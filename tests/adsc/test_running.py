@@ -12,12 +12,13 @@ from transformers import DynamicCache
 
 import adsc
 from adsc import peers
+from adsc.peers.visionzip import _PASSES
 from adsc.supervised import head, hidden_states
 from tests.adsc import peer_reference as larger
 from tests.adsc.test_families import rows_for
 from tests.adsc.test_generation import GREEDY, MIXED
 from tests.adsc.test_peers import attached
-from tests.adsc.tiny import batch, llava, row
+from tests.adsc.tiny import TOKENS, batch, llava, row
 from tests.adsc.zoo import CASES, IMAGE, VIDEO
 
 PLAN, OTHER = "2:2/3,4:1/2", "1:1/2"
@@ -157,3 +158,38 @@ def test_what_can_not_run_is_refused():
         adsc.running(model, "9:1/2")
     with pytest.raises(adsc.PlanError, match="a method installs hooks of its own"):
         adsc.running(model, peers.make("fastv", model, average=9, tolerance=0.1))
+
+
+def test_losses_are_the_same_where_a_model_hands_out_all_columns():
+    """Also of a label right before an image, whose column stands there again."""
+    inputs = batch([row(3, 0, 5), row(2, 0, 3, 0, 4)], "right")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    given = inputs | {"labels": labels}
+    with torch.no_grad():
+        kept = hidden_states(adsc.attach(llava(), OTHER), given)
+        full = hidden_states(adsc.attach(llava(), OTHER, logits="full"), given)
+    width = labels.shape[1]
+    assert full.states.shape[1] == width > kept.states.shape[1]
+    places = (kept.before(width) >= 0) & inputs["attention_mask"].bool()
+    assert torch.equal(places, (full.before(width) >= 0) & inputs["attention_mask"].bool())
+    torch.testing.assert_close(
+        full.at(full.before(width)[places]), kept.at(kept.before(width)[places])
+    )
+
+
+def test_a_static_cache_is_made_for_the_plan_of_its_block():
+    model, inputs = adsc.attach(llava(), "2:1/4"), batch([row(3, 0, 5)])
+    length, how = inputs["input_ids"].shape[1] + 4, GREEDY | {"max_new_tokens": 4}
+    with torch.no_grad(), adsc.running(model, "2:1/2"):
+        cache = adsc.static_cache(model, length, [TOKENS])
+        got = model.generate(**inputs, past_key_values=cache, disable_compile=True, **how)
+        assert torch.equal(got, model.generate(**inputs, **how))
+    assert [layer.max_cache_len for layer in cache.layers] == [length] * 2 + [length - 8] * 4
+
+
+def test_a_suspended_peer_leaves_nothing_of_its_pictures_to_the_next_call():
+    model = attached("visionzip")
+    inputs = larger.batch([larger.row(3, 0, 7)])
+    with adsc.suspended(model):
+        logits(model, inputs)
+    assert not _PASSES.get()

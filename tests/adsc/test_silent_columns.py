@@ -274,3 +274,17 @@ def test_tuples_are_laid_out_too(strict):
         states = model.model(**inputs, logits_to_keep=4, return_dict=strict)[0]
     assert torch.equal(got, wanted)
     assert torch.equal(model.lm_head(states), wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_metrics_of_full_logits_are_those_of_kept_logits(side):
+    """Slots that hold a column again are no columns of their own."""
+    inputs = batch([row(3, 0, 5), row(2, 0, 3, 0, 4)], side)
+    labels = inputs["input_ids"]
+    with torch.no_grad():
+        kept = attached()(**inputs, labels=labels)
+        full = adsc.attach(llava(), "2:1/2,4:1/4", logits="full")(**inputs, labels=labels)
+    wanted = adsc.full_length_logits(kept, labels)
+    got = adsc.full_length_logits(full, labels)
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[seen], wanted[seen], **CLOSE)

@@ -66,6 +66,8 @@ def test_merged_checkpoint_carries_plan_weights_and_probe(merged: Path, trained:
     with torch.inference_mode():
         assert torch.equal(model.eval()(**probe).logits, expected)
     assert (merged / "adapter" / "adapter_model.safetensors").exists()
+    adapter = json.loads((merged / "adapter" / "adapter_config.json").read_text())
+    assert adapter["adsc"] == adsc.PruningPlan.parse(PLAN).to_dict()
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 

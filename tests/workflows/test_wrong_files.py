@@ -87,7 +87,11 @@ def test_weights_in_other_formats_are_named(small: Small, tmp_path: Path) -> Non
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(adsc.CheckpointError, match="holds an adapter, not a model"):
         adsc.from_pretrained(folder)
-    (folder / "config.json").write_bytes(LFS)
+    config = folder / "config.json"
+    config.unlink()  # as PEFT saves it
+    with pytest.raises(adsc.CheckpointError, match="holds an adapter, not a model"):
+        adsc.from_pretrained(folder)
+    config.write_bytes(LFS)
     with pytest.raises(adsc.CheckpointError, match=r"config\.json is a git-LFS pointer"):
         adsc.from_pretrained(folder)
     assert problem(small.base) is None
