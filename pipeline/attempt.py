@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import completion, failure
 from pipeline import record as records
+from pipeline.config import Config
 from pipeline.identity import canonical
 from pipeline.lease import Holder, Lease, acquire
 from pipeline.progress import ProgressHandle, Report
@@ -88,7 +89,7 @@ def execute(
             return found
         progress.send(Report(state="running"))
         if found := finished():
-            return _complete(stage, fingerprint, context, progress, inputs, store, found)
+            return _complete(stage, fingerprint, context, progress, inputs, store, found, patiently)
         return _attempt(stage, fingerprint, context, progress, inputs, store, lease, patiently)
     finally:
         lease.release()
@@ -112,8 +113,7 @@ def _attempt(
     try:
         with _folder(store, target) as out, _tracker(context, stage, store, tags) as track:
             track.params(stage.config.model_dump())
-            referred = {reference.stage for reference in references(stage.config)}
-            config = resolve(stage.config, {name: inputs[name].outputs for name in referred})
+            config, referred = _resolved(stage, inputs)
             body_context = StageContext(
                 name=stage.name,
                 fingerprint=fingerprint,
@@ -169,6 +169,7 @@ def _complete(
     inputs: Mapping[str, Record],
     store: Store,
     found: Record,
+    patiently: Callable[[Callable[[], Any]], Any],
 ) -> Record:
     """Do what a finished stage left undone, under the lease."""
     complete = stage.kind.complete
@@ -177,18 +178,20 @@ def _complete(
     tags = _tags(stage, fingerprint, context, store, found.attempt)
     try:
         with _tracker(context, stage, store, tags) as track:
+            config, referred = _resolved(stage, inputs)
+            made = Input(found, context.cache, context.cache_gib)  # keeps its copy while it lives
             body_context = StageContext(
                 name=stage.name,
                 fingerprint=fingerprint,
                 run=context,
-                inputs=_inputs(inputs, context),
-                out=Input(found, context.cache, context.cache_gib).folder,
+                inputs=_inputs(inputs, context, leaving=referred),
+                out=made.folder,
                 train_storage=(store.uri(home), "run"),
                 track=track,
                 progress_handle=progress,
             )
-            outputs = _outputs(stage, complete(body_context, stage.config, found))
-        return completion.publish(store, home, found, outputs)
+            outputs = _outputs(stage, complete(body_context, config, found))
+        return patiently(lambda: completion.publish(store, home, found, outputs))
     # The boundary of a stage, as in `_attempt`.
     except Exception as error:  # noqa: BLE001
         raise failure.of_body(store, stage.name, fingerprint, found.attempt, error) from None
@@ -201,6 +204,13 @@ def _tags(
     tags |= {"adsc.fingerprint": fingerprint, "adsc.attempt": attempt}
     tags |= {"adsc.workflow": context.workflow, "mlflow.note.content": stage.title}
     return tags | ({"adsc.commit": context.commit} if context.commit else {})
+
+
+def _resolved(stage: Stage, inputs: Mapping[str, Record]) -> tuple[Config, set[str]]:
+    """The config as bodies see it, and the stages that only the config refers to."""
+    referred = {reference.stage for reference in references(stage.config)}
+    config = resolve(stage.config, {name: inputs[name].outputs for name in referred})
+    return config, referred
 
 
 def _inputs(

@@ -10,7 +10,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from functools import reduce
+from operator import or_
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -254,5 +257,16 @@ def _type_name(annotation: Any) -> str:
         return "null"
     if not get_args(annotation):
         return getattr(annotation, "__name__", str(annotation))
-    name = str(annotation).replace("typing.", "").replace("NoneType", "null")
+    name = str(_without_marks(annotation)).replace("typing.", "").replace("NoneType", "null")
     return re.sub(r"\b[\w]+\.(?=\w)", "", name)
+
+
+def _without_marks(annotation: Any) -> Any:
+    """A type without what Annotated adds to it, or to a part of it."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _without_marks(parts[0])
+    if origin is Literal or not parts:
+        return annotation
+    plain = [_without_marks(part) for part in parts]
+    return reduce(or_, plain) if origin in (Union, UnionType) else origin[tuple(plain)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adsc.plan import PlanError
 from pipeline import graph
 from pipeline import record as records
+from pipeline.config import ConfigError
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.workflow import Workflow
@@ -37,7 +39,11 @@ def former(workflow: Workflow, changes: Sequence[str], store: Store) -> str | No
     name = FORMERLY.get(workflow.name)
     if name is None or any(change.partition("=")[0] == "plan" for change in changes):
         return None
-    if begun(store, workflow.stages()) or not begun(store, load_workflow(name, changes).stages()):
+    try:
+        before = load_workflow(name, changes).stages()
+    except (ConfigError, PlanError):  # changes that only the present recipe can have
+        return None
+    if begun(store, workflow.stages()) or not begun(store, before):
         return None
     plan = workflow.config.plan  # type: ignore[attr-defined]
     return (

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 import adsc
+from adsc.named import plan_named
 from pipeline.data.conversations import MARKER
 from pipeline.data.templates import message_parts
 from pipeline.evaluation.generation import (
@@ -86,7 +87,7 @@ class Adsc(lmms):  # type: ignore[misc]
         """What adsc.attach takes: the name of a plan of the checkpoint, or a method."""
         own, colon, name = text.partition(":")
         if own == OWN and colon:
-            return name
+            return plan_named(name, self._model.config)
         return build_method(parse_method(text), self._model)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

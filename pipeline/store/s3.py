@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from pipeline.redact import redact
+from pipeline.redact import HIDDEN, redact
 from pipeline.store.base import (
     PARALLEL,
     Entry,
@@ -263,9 +263,11 @@ class S3Store(Store):
         name, endpoint = _endpoint()
         parts = urlsplit(endpoint)
         if endpoint and (parts.scheme not in ("http", "https") or not parts.hostname):
-            bare = endpoint.rpartition("://")[2]
+            # Without a scheme `redact` knows no user:password of an address.
+            bare = endpoint.rpartition("://")[2].rpartition("@")[2]
+            shown = endpoint if "@" not in endpoint else f"{HIDDEN}@{bare}"
             raise StoreError(
-                f"{name}={redact(endpoint)} is no server's address; write http://{bare}, or "
+                f"{name}={shown} is no server's address; write http://{bare}, or "
                 f"https://{bare} where it has a certificate"
             )
 

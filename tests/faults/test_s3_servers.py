@@ -110,6 +110,13 @@ def test_an_endpoint_that_is_no_address(
     assert f"{variable}={endpoint} is no server's address; write http://{bare}" in str(caught.value)
 
 
+def test_a_password_in_an_endpoint_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "ada:lovelace@minio:9000")
+    with pytest.raises(StoreError, match="write http://minio:9000, or") as caught:
+        open_store("s3://lab/x").check_writable()
+    assert "lovelace" not in str(caught.value)
+
+
 def test_https_to_a_port_that_speaks_http(
     s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

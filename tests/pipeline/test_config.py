@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
@@ -42,6 +42,16 @@ class Workflow(Config):
     """A section that may be missing."""
     seed: int = 0
     """Seed."""
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Shares(Config):
+    pair: tuple[Share, Share] = (0.9, 0.95)
+    """Two."""
+    named: dict[str, Share] | None = None
+    """By name."""
 
 
 @pytest.mark.parametrize(
@@ -123,3 +133,10 @@ def test_configs_are_frozen_and_closed() -> None:
 
 def test_docstrings_become_descriptions() -> None:
     assert Train.model_fields["learning_rate"].description == "Step size."
+
+
+def test_types_of_parts_are_named_without_their_marks() -> None:
+    with pytest.raises(ConfigError) as caught:
+        edit(Shares(), {"pair": "[0.9, 2]", "named": "{a: 1}"})
+    assert "(tuple[float, float])" in str(caught.value)
+    assert "(dict[str, float] | None)" in str(caught.value)

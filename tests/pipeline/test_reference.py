@@ -17,6 +17,7 @@ from pipeline.progress import ProgressHandle
 from pipeline.record import Record
 from pipeline.reference import Reference, references, resolve
 from pipeline.stage import Kind, Stage, StageContext
+from pipeline.tracking import tracker as tracking
 from tests.pipeline import toy
 
 
@@ -103,3 +104,26 @@ def test_the_body_gets_values_and_the_record_keeps_references(tmp_path: Path) ->
     only = {"made": inputs["made"]}
     record = execute(plain, "e" * 64, context, ProgressHandle(stage="add"), only)
     assert record.outputs["sum"] == 1 and record.body == "add"
+
+
+def test_what_completes_a_stage_gets_what_its_body_got(tmp_path: Path) -> None:
+    def body(context: StageContext, config: Adding) -> dict[str, Any]:
+        return add(context, config) | {"undone": {"tell": "nothing listens"}}
+
+    def complete(context: StageContext, config: Adding, record: Record) -> dict[str, Any]:
+        return {"again": add(context, config), "undone": {}}
+
+    kind = dataclasses.replace(ADD, body=body, complete=complete)
+    stage = dataclasses.replace(stages()[0], kind=kind)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking.prepare(uri, "toy")
+    context = toy.context(tmp_path, tracking_uri=uri, experiment="toy", parent_run_id="0" * 32)
+    inputs = {
+        need: Record(stage=need, fingerprint="0" * 64, attempt="1", outputs={"count": count})
+        for need, count in (("made", 3), ("make", 3), ("square", 5))
+    }
+    first, second = (
+        execute(stage, "d" * 64, context, ProgressHandle(stage="add"), inputs) for _ in range(2)
+    )
+    assert "again" not in first.outputs
+    assert second.outputs["again"] == {name: first.outputs[name] for name in ("sum", "inputs")}

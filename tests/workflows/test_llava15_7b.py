@@ -10,6 +10,7 @@ import pytest
 
 from adsc.plan import PruningPlan
 from pipeline import record as records
+from pipeline.config import ConfigError
 from pipeline.graph import fingerprints
 from pipeline.stages.merge import MergeConfig
 from pipeline.store import open_store
@@ -97,6 +98,16 @@ def test_a_training_that_began_as_the_paper_s_is_not_begun_anew(
     assert former(load_workflow(name, [change, plan]), [change, plan], store) is None
     started(tmp_path, name, change)
     assert former(workflow, [change], store) is None
+
+
+@pytest.mark.parametrize(
+    "change", ["train.distill.weight=0.5", "curriculum.training=[{learning_rate: 1e-4}]"]
+)
+def test_changes_that_only_the_present_recipe_can_have(change: str, tmp_path: Path) -> None:
+    workflow = load_workflow("llava15_7b", [change])
+    with pytest.raises(ConfigError):
+        load_workflow("llava15_7b_paper", [change]).stages()
+    assert former(workflow, [change], open_store(str(tmp_path))) is None
 
 
 def test_a_dry_run_that_can_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
