@@ -49,6 +49,7 @@ class Call:
         decoder: the text model: its config says how to build masks, its `rotary_emb` turns.
         rows: B.
         width: S.
+        past: columns of the conversation before this call.
         segments: after each drop, the call's columns that are left; empty if it drops nothing. Of a
             method, stand-ins of the same shapes until it has chosen.
         before: what the cache held before this call, None if nothing was ever dropped into it.
@@ -67,6 +68,7 @@ class Call:
     decoder: Any
     rows: int
     width: int
+    past: Any
     segments: list[Segment]
     before: Held | None
     after: Held | None
@@ -90,6 +92,12 @@ class Call:
         there."""
         at = [where for where, _ in self.plan.stages]
         return sum(where <= layer for where in at) - 1, layer in at
+
+    @property
+    def seen_here(self) -> Tensor | None:
+        """(B, S) bool, the call's own columns that aren't padding; None if none is. A static cache
+        has `seen` go on to slots that are not filled yet."""
+        return None if self.seen is None else self.seen[:, self.past : self.past + self.width]
 
     @property
     def substitutes(self) -> bool:
@@ -373,6 +381,7 @@ def begin(
         decoder=decoder,
         rows=rows,
         width=width,
+        past=past,
         segments=segments,
         before=before,
         after=after,

@@ -117,9 +117,9 @@ class EnterModel:
             return chosen_columns(wanted, call.width, device)
         if full or _flattens(wanted):
             return all_columns(call.width, device)
-        if call.seen is None or is_captured():
+        seen = call.seen_here
+        if seen is None or is_captured():
             return None
-        seen = call.seen[:, -call.width :]
         begins, ends = (~torch.stack([seen[:, 0], seen[:, -1]]).all(1)).tolist()
         if ends and (begins or inputs.get("labels") is None):
             return own_sides(call.segments[-1], seen)
@@ -129,7 +129,8 @@ class EnterModel:
 def _check_end(call: Call) -> None:
     """Refuse what `generate` does with rows that are padded on the right: it counts the positions
     of what follows from 1, with and without a plan."""
-    if call.seen is not None and not is_captured() and not bool(call.seen[:, -1].all()):
+    seen = call.seen_here
+    if seen is not None and not is_captured() and not bool(seen[:, -1].all()):
         raise CacheError(
             "some rows end in padding, and what is generated behind it would have wrong positions; "
             "pad prompts on the left: processor.tokenizer.padding_side = 'left'"
@@ -308,9 +309,8 @@ class LeaveModel:
         """For each layer (B, Q): the call's column in each slot, -1 where a slot only pads."""
         every = torch.arange(call.width, device=call.segments[0].columns.device)
         every = every.expand(call.rows, -1)
-        if call.seen is not None:
-            past = call.seen.shape[1] - call.width
-            every = every.masked_fill(~call.seen[:, past:], -1)
+        if (seen := call.seen_here) is not None:
+            every = every.masked_fill(~seen, -1)
         left = [
             one.columns if one.valid is None else one.columns.masked_fill(~one.valid, -1)
             for one in call.segments
