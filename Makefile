@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-slow lint audit bench lmms-eval
+.PHONY: install demo test test-unit test-slow lint audit bench lmms-eval
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -16,8 +16,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/adsc run demo
 
+# Two processes, a file each at a time; TESTS='-n 0' runs all in one.
+TESTS ?= -n 2 --dist loadfile
 test: install
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu' --durations=20
+
+# The library's tests, which need no Ray.
+test-unit: install
+	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu' tests/adsc adsc
 
 test-slow: install
 	$(BIN)/pytest -m slow
