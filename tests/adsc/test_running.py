@@ -138,7 +138,7 @@ def test_generation_and_caches_keep_to_the_plan_that_they_began_with():
 def test_a_compiled_model_obeys_blocks_too():
     """Torch can't trace them, so a call within one runs eagerly; calls outside stay one graph."""
     torch._dynamo.reset()
-    inputs = batch(MIXED)
+    inputs = batch([row(3, 0, 5), row(2, 0, 6)])
     model, plain = adsc.attach(llava(), PLAN), llava()
     compiled = torch.compile(model, backend="eager")
     own = logits(model, inputs)

@@ -15,6 +15,7 @@ from pipeline.store import LocalStore, StoreError, check_for_runs, open_store, s
 from pipeline.store.places import parse
 from pipeline.tracking.address import TrackingError, chosen, database_of, default_uri
 from workflows.cli import load_workflow, main
+from workflows.jobs_cli import DRIVER, PACKAGES
 
 PRINTABLE = [chr(code) for code in range(32, 127) if chr(code) != "/"] + ["é", "日", "\u3000"]
 
@@ -211,12 +212,15 @@ def test_a_run_is_refused_before_anything_runs(
 
 
 def test_a_submission_is_refused_too() -> None:
+    given = {"driver": DRIVER, "packages": PACKAGES}
     with pytest.raises(StoreError, match="doesn't stand for itself"):
-        plan_submission(load_workflow("demo"), [], "s3://lab/run#3", mlflow="off")
+        plan_submission(load_workflow("demo"), [], "s3://lab/run#3", mlflow="off", **given)
     with pytest.raises(StoreError, match=r"empty, \. and \.\. parts"):
-        plan_submission(load_workflow("demo"), [], "s3://lab/a//b", mlflow="off")
+        plan_submission(load_workflow("demo"), [], "s3://lab/a//b", mlflow="off", **given)
     with pytest.raises(JobError, match="Databricks' MLflow is not supported"):
-        plan_submission(load_workflow("demo"), [], "s3://lab/a", mlflow="databricks://prod")
+        plan_submission(
+            load_workflow("demo"), [], "s3://lab/a", mlflow="databricks://prod", **given
+        )
 
 
 @pytest.mark.parametrize("word", ["off", "OFF", " Off "])
