@@ -1,8 +1,8 @@
 """LLaVA-1.5-7B on LLaVA-665K: 192 / 128 / 64 vision tokens on average, each by a training of its
 own or all by one; and the paper's setting.
 
-`llava15_7b` (and `_128`, `_64`) is what docs/evidence.md advises: one early drop that averages
-whole tiles, an exit late in the decoder, distillation from the dense base. `llava15_7b_elastic`
+`llava15_7b` (and `_128`, `_64`) is what published results advise (docs/training.md): one early drop
+that averages whole tiles, an exit late in the decoder, distillation from the dense base. `llava15_7b_elastic`
 trains one checkpoint for the three budgets. `llava15_7b_paper` (and `_paper_128`, `_paper_64`) is
 the setting of arXiv 2602.12618. One epoch in all, as many steps for the dense control.
 
@@ -80,7 +80,7 @@ class LlavaConfig(CompressConfig):
 
 def llava15_7b() -> Workflow:
     config = _config(192, PLANS[192], CurriculumConfig(order="fixed", stages=1), ADVISED)
-    return _workflow("llava15_7b", "to 192 vision tokens, as the evidence advises", config)
+    return _workflow("llava15_7b", "to 192 vision tokens by means of tiles, an exit and distillation", config)
 
 
 def llava15_7b_128() -> Workflow:
