@@ -45,7 +45,8 @@ def from_pretrained(
             safetensors in transformers' layout.
         PlanError: the plan does not fit the model, or the checkpoint has none of that name.
     """
-    if kwargs.get("use_safetensors", True) and (why := weight_files.problem(Path(path_or_id))):
+    folder = Path(path_or_id) / (kwargs.get("subfolder") or "")
+    if kwargs.get("use_safetensors", True) and (why := weight_files.problem(folder)):
         raise CheckpointError(f"can't load {path_or_id}: {why}")
     auto: Any = AutoModelForImageTextToText
     wanted = SAFE | kwargs | {"output_loading_info": True}

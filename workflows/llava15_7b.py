@@ -2,9 +2,10 @@
 own or all by one; and the paper's setting.
 
 `llava15_7b` (and `_128`, `_64`) is what published results advise (docs/training.md): one early drop
-that averages whole tiles, an exit late in the decoder, distillation from the dense base. `llava15_7b_elastic`
-trains one checkpoint for the three budgets. `llava15_7b_paper` (and `_paper_128`, `_paper_64`) is
-the setting of arXiv 2602.12618. One epoch in all, as many steps for the dense control.
+that averages whole tiles, an exit late in the decoder, distillation from the dense base.
+`llava15_7b_elastic` trains one checkpoint for the three budgets. `llava15_7b_paper` (and
+`_paper_128`, `_paper_64`) is the setting of arXiv 2602.12618. One epoch in all, as many steps for
+the dense control.
 
 Hypotheses: at 192 of 576 tokens the paper's setting keeps 98 % of what the dense model keeps that
 was LoRA-tuned alike, and the advised one no less; how much at 128 and 64 is to be measured. None of
@@ -80,7 +81,7 @@ class LlavaConfig(CompressConfig):
 
 def llava15_7b() -> Workflow:
     config = _config(192, PLANS[192], CurriculumConfig(order="fixed", stages=1), ADVISED)
-    return _workflow("llava15_7b", "to 192 vision tokens by means of tiles, an exit and distillation", config)
+    return _workflow("llava15_7b", "to 192 vision tokens: tiles, exit, distillation", config)
 
 
 def llava15_7b_128() -> Workflow:

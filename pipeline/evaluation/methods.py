@@ -78,7 +78,12 @@ def read_plan(text: object) -> object:
     stage, sign, pressure = text.partition("^")
     if stage != FoundPlan().stage:
         return text
-    return FoundPlan(pressure=float(pressure)) if sign else FoundPlan()
+    if not sign:
+        return FoundPlan()
+    value = float(pressure)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{text}: the pressure must be a number above 0, as in search^1.5")
+    return FoundPlan(pressure=value)
 
 
 Plan = Annotated[str | FoundPlan, BeforeValidator(read_plan)]

@@ -207,8 +207,9 @@ def _plan_name(arm: Arm) -> str:
 
 
 def losses(axes: Axes, results: Results) -> None:
-    """Training loss by step, a running mean over the raw values in a lighter tone."""
-    axes.set_title("Training loss")
+    """Training loss by step, a running mean over the raw values in a lighter tone; of a distilled
+    training with its divergence from the teacher."""
+    axes.set_title("Training loss (distilled: with the divergence)")
     curves = {name: np.array(points) for name, points in results.curves.items() if points}
     ends = []
     for index, (name, points) in enumerate(curves.items()):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.redact import redact
+from pipeline.tracking.address import database_of
 from pipeline.tracking.mlflow_calls import TrackingError, brief, client_of, failures
 from pipeline.tracking.names import model_name
 
@@ -118,8 +119,8 @@ def promote(
         TrackingError: no such model or version; nobody answers.
     """
     name = model_name(name)
-    database = tracking_uri.removeprefix("sqlite:///")
-    if database != tracking_uri and not Path(database).is_file():
+    database = database_of(tracking_uri)
+    if database is not None and not database.is_file():
         raise TrackingError(f"can't promote {name}: there is no database {database}")
     try:
         client = client_of(tracking_uri)

@@ -52,8 +52,11 @@ def check_plans(plans: Mapping[str, str], weights: Mapping[str, float]) -> None:
         )
     if bad := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
         raise ValueError(f"weights of {', '.join(bad)} are no numbers from 0")
-    if plans and not any(weights.get(name, 1.0) for name in plans):
-        raise ValueError("all plans have weight 0, so none would ever be trained; raise one")
+    if never := [name for name in plans if not weights.get(name, 1.0)]:
+        raise ValueError(
+            f"plans of weight 0 ({', '.join(never)}) would be published and never trained; raise "
+            "their weights or leave them out"
+        )
     if weights and not plans:
         raise ValueError(f"weights {dict(weights)} without plans: name the plans too")
 

@@ -193,7 +193,7 @@ def test_a_recipe_trains_one_stage_and_a_dense_control() -> None:
         ),
         (
             {"order": "elastic", "elastic": YAML, "weights": "{64: 0, 32: 0, dense: 1}"},
-            "all plans have weight 0",
+            "would be published and never trained",
         ),
         ({"order": "elastic", "elastic": YAML, "weights": "{64: -1}"}, "weights of 64"),
         ({"weights": "{dense: 1}"}, "without plans"),
