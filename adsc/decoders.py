@@ -31,6 +31,10 @@ ARGUMENTS = {
 }
 """What the hooks replace in a layer's arguments, or what no drop concerns."""
 KINDS = {"full_attention", "sliding_attention"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
+"""What a layer's attention may hold if a method is to compute its scores."""
+SLIDING_TURNS = {"cohere2", "cohere2_moe", "exaone4", "exaone4_5", "exaone_moe", "kolibri1"}
+"""Model types in which only the layers with a sliding window turn positions."""
 
 
 def gathered(module: Any) -> Any:
@@ -66,6 +70,12 @@ def check_decoder(decoder: Any) -> None:
             f"{name} has layers of kind {', '.join(odd)}: their state or mask runs over all "
             f"columns and can't be cut at a drop; served are {' and '.join(sorted(KINDS))}"
         )
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    if rope.get("llama_4_scaling_beta"):
+        raise UnsupportedModel(
+            f"{name} scales queries by position ids (llama_4_scaling_beta), and after a drop a "
+            "layer is given the numbers of its slots in their place"
+        )
     for number, layer in enumerate(layers):
         _check_layer(name, number, layer)
 
@@ -84,6 +94,10 @@ def _check_layer(name: str, number: int, layer: Any) -> None:
         raise UnsupportedModel(
             f"{where} does not take {', '.join(sorted(missing))}: masks, rotary tables and caches "
             "of a plan are handed to layers under these names"
+        )
+    if hasattr(getattr(bare(layer), "self_attn", None), "indexer"):
+        raise UnsupportedModel(
+            f"{where} chooses keys by an indexer, whose positions and cache can't be cut at a drop"
         )
     if odd := sorted(named - ARGUMENTS):
         raise UnsupportedModel(
@@ -139,7 +153,7 @@ def _unknown_part(layer: Any, config: Any) -> str | None:
     shares = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
     if any(one.get("partial_rotary_factor", 1.0) != 1.0 for one in shares):
         return "only a part of each head turns (partial rotary)"
-    if getattr(attention, "use_rope", True) is False or hasattr(attention, "no_rope_layers"):
+    if not getattr(attention, "use_rope", True) or _full_layers_are_unturned(config):
         return "some of its layers don't turn positions"
     for kind in ("q", "k"):
         norm = getattr(attention, f"{kind}_norm", None)
@@ -152,4 +166,21 @@ def _unknown_part(layer: Any, config: Any) -> str | None:
         return "its attention logits are capped"
     if hasattr(attention, "sinks"):
         return "its attention has sinks beside the tokens"
+    if getattr(config, "clip_qkv", None) is not None:
+        return f"it clips queries and keys (clip_qkv={config.clip_qkv})"
+    if getattr(attention, "attn_temperature_tuning", False):
+        return "it scales queries by their positions"
+    own = [name for name, _ in attention.named_children()]
+    own += [name for name, _ in attention.named_parameters(recurse=False)]
+    if odd := sorted(set(own) - ATTENTION):
+        return f"its attention has {', '.join(odd)}, whose part in the scores is not known"
     return None
+
+
+def _full_layers_are_unturned(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None) or []
+    return (
+        config.model_type in SLIDING_TURNS
+        and getattr(config, "sliding_window", None) is not None
+        and "full_attention" in kinds
+    )

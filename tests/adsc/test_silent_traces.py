@@ -26,7 +26,7 @@ from tests.adsc.zoo import CASES
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
 MODES: dict[str, Any] = {
-    "fake": FakeTensorMode,
+    "fake": lambda: FakeTensorMode(allow_non_fake_inputs=True),
     "flops": lambda: FlopCounterMode(display=False),
     "inference": torch.inference_mode,
 }
@@ -101,7 +101,7 @@ def test_a_trace_is_refused():
     with pytest.raises(adsc.UnsupportedModel, match=r"torch\.jit\.trace records"):
         torch.jit.trace(
             model,
-            example_kwarg_inputs=inputs | {"return_dict": False, "use_cache": False},
+            example_kwarg_inputs=inputs,
             strict=False,
             check_trace=False,
         )
@@ -156,8 +156,10 @@ def test_fsdp_attached_before_and_after(group, name, when):
     plan: Any = "2:1/2,4:1/4"
     if name != "plan":
         plan = adsc.peers.make(name, llava(), average=8)
+    # Labels tell a method where the prompt ends, so they are given to both.
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
     with torch.no_grad():
-        wanted = put(llava(), plan)(**inputs).logits
+        wanted = put(llava(), plan)(**inputs, labels=labels)
     model = llava()
     if when == "before":
         put(model, plan)
@@ -169,7 +171,11 @@ def test_fsdp_attached_before_and_after(group, name, when):
     )
     if when == "after":
         put(sharded, plan)
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
     output = sharded(**inputs, labels=labels)
-    torch.testing.assert_close(output.logits, wanted, **CLOSE)
+    torch.testing.assert_close(output.logits, wanted.logits, **CLOSE)
+    torch.testing.assert_close(output.loss, wanted.loss, **CLOSE)
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(output.kept_positions, wanted.kept_positions, strict=True)
+    )
     output.loss.backward()
