@@ -7,6 +7,7 @@ from adsc import peers
 from adsc.adapters import PlanWarning, keep_plans
 from adsc.attach import attach, detach, name_plans, plan_of, plans_of
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
+from adsc.continuous import refuse_continuous_batching
 from adsc.cost import Cost, estimate_cost
 from adsc.cost_error import CostError
 from adsc.families import UnsupportedModel, VisionTokenError
@@ -16,7 +17,6 @@ from adsc.plan import PlanError, PruningPlan
 from adsc.running import running, suspended
 from adsc.solve import solve_plans
 from adsc.static import static_cache
-from adsc.unserved import refuse_continuous_batching
 
 __all__ = [
     "CacheError",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adsc.blocks import current
 from adsc.call import TYPES, Call, begin
 from adsc.decoders import check_rotary
 from adsc.families import GRID, SIZE, Family, UnsupportedModel, VisionTokenError
@@ -27,7 +28,6 @@ from adsc.layout import Layout, all_columns, chosen_columns, moved, own_sides
 from adsc.method import Method
 from adsc.outputs import carry_kept
 from adsc.plan import PruningPlan
-from adsc.running import current
 from adsc.schedule import is_captured
 from adsc.unserved import check_call
 
@@ -76,7 +76,7 @@ class EnterModel:
         model = getattr(module, self.inner) if self.inner else module
         plan = current(module, self.plan)
         if plan.stages:
-            check_call(self.family.decoder(model))
+            check_call(self.family.decoder(model), EnterLayer)
             call = begin(model, self.family, plan, inputs)
             inputs = self.cut(model, inputs, call) | {CALL: call}
         for name in OURS:  # meant for us alone

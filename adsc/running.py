@@ -8,27 +8,17 @@ that it ran under. This is not how a model is given its plan: `adsc.attach` does
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from torch import nn
 
+from adsc.attach import attached_plan, base_model, check_plan
+from adsc.blocks import block
 from adsc.families import find_family
 from adsc.method import Method, MethodHook
 from adsc.named import find_plan
 from adsc.plan import PlanError, PruningPlan, as_plan
-
-_open = 0
-"""Blocks that are open, of all threads. torch.compile can't trace context variables: while none is
-open it traces on without, guards on this number, and leaves calls within a block to be run eagerly
-(or refuses them, with `fullgraph=True`)."""
-_LOCK = threading.Lock()
-# The innermost block last: the modules at which calls of a model begin, and their plan.
-_BLOCKS: ContextVar[tuple[tuple[tuple[nn.Module, ...], PruningPlan | Method], ...]] = ContextVar(
-    "adsc_running", default=()
-)
 
 
 def running(
@@ -47,8 +37,6 @@ def running(
     >>> with adsc.running(model, "2:1/9"):  # doctest: +SKIP
     ...     output = model(**inputs)
     """
-    from adsc.attach import attached_plan, base_model, check_plan  # whose hooks import this file
-
     base = base_model(model)
     if isinstance(plan, str):
         plan = find_plan(plan, base.config)
@@ -67,7 +55,7 @@ def running(
                 "installs hooks of its own, so attach it (adsc.attach)"
             )
     _, inner = find_family(base)
-    return _block((base, inner, *_hooked(base)), plan)
+    return block((base, inner, *_hooked(base)), plan)
 
 
 def suspended(model: nn.Module) -> AbstractContextManager[None]:
@@ -77,8 +65,6 @@ def suspended(model: nn.Module) -> AbstractContextManager[None]:
 
 def _hooked(base: nn.Module) -> list[nn.Module]:
     """The modules on which the attached method has hooks of its own."""
-    from adsc.attach import attached_plan
-
     if not isinstance(attached_plan(base), Method):
         return []
     return [
@@ -86,41 +72,3 @@ def _hooked(base: nn.Module) -> list[nn.Module]:
         for module in base.modules()
         if any(isinstance(hook, MethodHook) for hook in module._forward_pre_hooks.values())
     ]
-
-
-@contextmanager
-def _block(modules: tuple[nn.Module, ...], plan: PruningPlan | Method) -> Iterator[None]:
-    _count(1)
-    token = _BLOCKS.set((*_BLOCKS.get(), (modules, plan)))
-    try:
-        yield
-    finally:
-        _BLOCKS.reset(token)
-        _count(-1)
-
-
-def _count(change: int) -> None:
-    global _open
-    with _LOCK:
-        _open += change
-
-
-def current(module: nn.Module, attached: PruningPlan | Method) -> PruningPlan | Method:
-    """The plan under which a call that begins at `module` runs."""
-    if not _open:
-        return attached
-    for modules, plan in reversed(_BLOCKS.get()):
-        if any(module is one for one in modules):
-            return plan
-    return attached
-
-
-def is_replaced(module: nn.Module) -> bool:
-    """Whether the hooks of the attached method on `module` have no say, because a block runs its
-    model under another plan."""
-    if not _open:
-        return False
-    for modules, plan in reversed(_BLOCKS.get()):
-        if any(module is one for one in modules):
-            return not isinstance(plan, Method)
-    return False

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import StaticCache
 
 from adsc.attach import base_model, plan_of
+from adsc.blocks import current
 from adsc.call import first_full_layer
 from adsc.families import find_family
 from adsc.held import CacheError
-from adsc.running import current
 
 
 def static_cache(model: nn.Module, max_cache_len: int, vision_tokens: Sequence[int]) -> StaticCache:

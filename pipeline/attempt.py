@@ -148,7 +148,7 @@ def _attempt(
             if store.local("") is None:
                 patiently(lambda: store.upload(out, target))
             track.flush()
-            if notes := _notes(track, completion.undone(made).values()):
+            if notes := _notes(track, records.undone(made).values()):
                 made = made.model_copy(update={"notes": notes})
             if not patiently(lease.confirm):
                 lease.lost()

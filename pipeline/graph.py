@@ -16,13 +16,13 @@ from rich.console import Console
 
 from pipeline import record as records
 from pipeline.attempt import execute
-from pipeline.completion import is_due, sentence, undone
+from pipeline.completion import is_due
 from pipeline.driver import cancelling, git_commit, ray_for, tracked
 from pipeline.failure import RunFailed, StageFailed, StageInterrupted, of_task
 from pipeline.identity import digest, fingerprint
 from pipeline.lease import alive
 from pipeline.progress import PLAIN, Board, Display, ProgressHandle, table
-from pipeline.record import Record
+from pipeline.record import Record, sentence, undone
 from pipeline.stage import Kind, RunContext, Stage
 from pipeline.store import Store, check_for_runs, open_store
 from pipeline.tracking import gauges

@@ -15,9 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline import completion
 from pipeline.identity import SHORT
-from pipeline.redact import HIDDEN, names_secret, redact
+from pipeline.redact import clean
 from pipeline.store import Store, StoreError, file_sha256, open_store
 
 SCHEMA = 1
@@ -95,7 +94,7 @@ class Record(BaseModel):
     @property
     def summary(self) -> str:
         """How long the attempt took, its notes, and what is left, in one line."""
-        parts = (f"done in {self.seconds:.0f} s", *self.notes, completion.sentence(self))
+        parts = (f"done in {self.seconds:.0f} s", *self.notes, sentence(self))
         return "; ".join(filter(None, parts))
 
 
@@ -119,7 +118,7 @@ def load(store: Store, stage: str, fingerprint: str) -> Record | None:
     record = record.model_copy(
         update={"uri": store.uri(attempt_key(stage, fingerprint, record.attempt))}
     )
-    return completion.merged(store, folder(stage, fingerprint), record)
+    return merged(store, folder(stage, fingerprint), record)
 
 
 def _parse(data: bytes, uri: str) -> Record:
@@ -224,13 +223,38 @@ def sweep(store: Store, record: Record) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def clean(value: Any) -> Any:
-    """JSON literals without what looks like a credential, nor any secret of the environment."""
-    if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if isinstance(item, str) and item and names_secret(key) else clean(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
+UNDONE = "undone"
+"""The key of a stage's outputs; absent or empty where all was done."""
+
+
+def completed_key(home: str) -> str:
+    """Of the outputs that a completion made, in a stage's folder."""
+    return f"{home}/completed.json"
+
+
+def undone(record: Record) -> dict[str, str]:
+    """What is left to do, and why it could not be done."""
+    if record.outputs.get(UNDONE):
+        return dict(record.outputs[UNDONE])
+    # Exports of versions that did not say so: asked for, tracked, and not there.
+    config = record.config if isinstance(record.config, Mapping) else {}
+    asked = config.get("log_model") and "mlflow_version" in record.outputs and record.run_id
+    if asked and record.outputs["mlflow_version"] is None and UNDONE not in record.outputs:
+        return {"register the model in MLflow": "see adsc.tracking_problems of its run"}
+    return {}
+
+
+def merged(store: Store, home: str, record: Record) -> Record:
+    """The record with what was made up for later."""
+    if not undone(record):
+        return record
+    data = store.read(completed_key(home))
+    if data is None:
+        return record
+    return record.model_copy(update={"outputs": {**record.outputs, **json.loads(data)}})
+
+
+def sentence(record: Record) -> str:
+    """For a stage's summary; empty where all was done."""
+    left = "; ".join(f"{what} ({why})" for what, why in undone(record).items())
+    return f"not done: {left}; the next run with MLflow tries it again" if left else ""

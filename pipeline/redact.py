@@ -91,3 +91,15 @@ def _shown(path: tuple[str, ...], value: object) -> str:
         return HIDDEN
     plain = isinstance(value, list | tuple | dict)
     return redact(json.dumps(value, default=str, ensure_ascii=False) if plain else str(value))
+
+
+def clean(value: Any) -> Any:
+    """JSON literals without what looks like a credential, nor any secret of the environment."""
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if isinstance(item, str) and item and names_secret(key) else clean(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    return redact(value) if isinstance(value, str) else value

@@ -17,7 +17,8 @@ from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
 from pipeline.workflow import Workflow
-from workflows.fashion import FashionConfig, pictures
+from workflows.fashion import FashionConfig
+from workflows.fashion_grids import pictures
 
 BASE = "package://workflows/assets/tiny_base"
 

@@ -76,7 +76,7 @@ from workflows.evidence_features import LOOKING, install, pack, remember, unpack
 from workflows.evidence_questions import Asking, load_asking, questions_of, score
 from workflows.evidence_retention import Answered, write_retention
 from workflows.evidence_summary import write_summary
-from workflows.fashion import write_grids
+from workflows.fashion_grids import write_grids
 from workflows.stamps_base import StampsBaseConfig, start_stamps
 from workflows.stamps_scenes import ScenesConfig, write_scenes
 from workflows.tiny_base import TinyBaseConfig, start_decoder, train_tower

@@ -21,7 +21,6 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from pipeline.config import ADDED, Config
-from pipeline.stage import Kind, Stage, StageContext
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "sandal", "sneaker", "bag", "boot")
 ROWS = {3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
@@ -215,19 +214,6 @@ def shuffle(
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def make_record(index: int, split: str, config: FashionConfig) -> tuple[dict, Image.Image]:
-    """One LLaVA record and its picture."""
-    rng = np.random.default_rng([config.seed, STREAMS[split], index])
-    if config.layout != "cells" or config.ground != "black" or config.listed:
-        from workflows.fashion_variants import make_variant  # which is made of what is here
-
-        return make_variant(rng, index, split, config)
-    contents = draw_contents(rng, config.grid**2)
-    picture = compose(rng, contents, load_things(split), config.cell)
-    name = f"{split}/{index:06d}"
-    return conversation(name, f"{name}.png", ask(rng, contents, config.each)), picture
-
-
 def conversation(name: str, image: str, asked: Iterable[tuple[str, str, str]]) -> dict:
     """LLaVA's record of (kind, question, answer) about a picture."""
     turns, kinds = [], []
@@ -236,40 +222,6 @@ def conversation(name: str, image: str, asked: Iterable[tuple[str, str, str]]) -
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
         kinds.append(kind)
     return {"id": name, "image": image, "conversations": turns, "kinds": kinds}
-
-
-def pictures(config: FashionConfig) -> Stage:
-    """The stage that makes the data."""
-    return COMPOSE_FASHION.stage(
-        name="pictures",
-        title="pictures: real things in grids",
-        config=config,
-    )
-
-
-def compose_fashion(ctx: StageContext, config: FashionConfig) -> dict:
-    """Stage: write a JSON file of each split and images/ in LLaVA's layout."""
-    write_grids(ctx.out, config, ctx.progress)
-    return {"train_pictures": config.train_pictures, "test_pictures": config.test_pictures}
-
-
-COMPOSE_FASHION = Kind(
-    id="workflows.fashion.compose_fashion", version=1, body=compose_fashion, config=FashionConfig
-)
-
-
-def write_grids(
-    out: Path,
-    config: FashionConfig,
-    progress: Callable[[float, float, str], None],
-    each: Callable[..., Iterable[dict]] = map,
-) -> None:
-    """The files below `out`; `each` is `map`, or a pool's."""
-    written = write_splits(out, config.counts, partial(make_record, config=config), progress, each)
-    if config.listed:
-        from workflows.fashion_variants import write_lists
-
-        write_lists(out, config, {split for split in written if split != "train"})
 
 
 def write_splits(

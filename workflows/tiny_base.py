@@ -35,15 +35,8 @@ from pipeline.stages.train import TRAIN
 from pipeline.store import open_store
 from pipeline.training.config import TrainConfig
 from pipeline.workflow import Workflow
-from workflows.fashion import (
-    CLASSES,
-    THING,
-    FashionConfig,
-    compose,
-    draw_contents,
-    load_things,
-    pictures,
-)
+from workflows.fashion import CLASSES, THING, FashionConfig, compose, draw_contents, load_things
+from workflows.fashion_grids import pictures
 from workflows.tiny_llava import (
     TinyLlavaConfig,
     build_model,

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from adsc.blocks import is_replaced
 from adsc.families import Family, UnsupportedModel
 from adsc.method import Budget, MethodHook
 from adsc.peers.pool import Pool
-from adsc.running import is_replaced
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adsc.blocks import is_replaced
 from adsc.families import Family, UnsupportedModel, VisionTokenError
 from adsc.method import Budget, Method, MethodHook, Selection, as_fraction
 from adsc.peers.attention import looking
 from adsc.plan import PlanError
-from adsc.running import is_replaced
 from adsc.vision_cost import anyres_grid, llava_projector
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ from pydantic import Field, model_validator
 
 from adsc import PruningPlan
 from adsc.named import names_in
-from pipeline.completion import UNDONE
 from pipeline.config import Config
 from pipeline.manifest import (
     BOOKKEEPING,
@@ -39,7 +38,7 @@ from pipeline.manifest import (
 )
 from pipeline.probe import read_named_probe, write_named_probe
 from pipeline.publish import publish
-from pipeline.record import behind
+from pipeline.record import UNDONE, behind
 from pipeline.stage import Input, Kind, StageContext
 from pipeline.stages.card import Card, write_card
 from pipeline.store import Store, open_store

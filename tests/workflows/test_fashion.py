@@ -10,7 +10,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.identity import digest
-from workflows.fashion import CLASSES, FashionConfig, load_things, make_record, places, write_grids
+from workflows.fashion import CLASSES, FashionConfig, load_things, places
+from workflows.fashion_grids import make_record, write_grids
 from workflows.fashion_variants import (
     Place,
     ask_free,

@@ -37,7 +37,8 @@ from pipeline.workflow import Workflow
 from workflows.demo import BASE
 from workflows.evidence_adapt import AdaptedConfig
 from workflows.evidence_summary import REINDEXED, SUMMARISE
-from workflows.fashion import FashionConfig, pictures
+from workflows.fashion import FashionConfig
+from workflows.fashion_grids import pictures
 from workflows.stamps_base import StampsBaseConfig, make_base
 from workflows.stamps_scenes import ScenesConfig, scenes
 from workflows.tiny_base import TinyBaseConfig, TowerConfig
