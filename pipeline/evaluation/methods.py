@@ -154,6 +154,8 @@ def parse_method(text: str) -> MethodConfig:
     try:
         pairs = (option.partition("=") for option in options)
         named = {key: read_value(value) for key, _, value in pairs}
+        if any(isinstance(it, str) and it.startswith(("[", "{")) for it in named.values()):
+            raise ValueSyntaxError("a bracket that is never closed")
         return MethodConfig(method=PeerConfig(name=name, average=budget, options=named))
     except (ValueSyntaxError, ValidationError):
         raise MethodError(

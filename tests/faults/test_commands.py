@@ -238,8 +238,9 @@ def test_a_user_without_an_account_and_home(tmp_path: Path) -> None:
         pytest.skip("taking another user id needs the superuser and setpriv")
     store = tmp_path / "store"
     store.mkdir()
-    for path in (store, *tmp_path.parents[:2], tmp_path):
-        path.chmod(0o777)
+    for path in (store, tmp_path, *tmp_path.parents):
+        if path.stat().st_mode & 0o001 == 0:
+            path.chmod(0o777)
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "USER", "LOGNAME")}
     environment |= {"PYTHONPATH": str(REPOSITORY), "TMPDIR": "/tmp"}
     for words in (["ls", "demo", "--root", str(store)], ["ls", "demo", "--root", "s3://lab/x"]):

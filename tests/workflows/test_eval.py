@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import tempfile
 import uuid
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,15 @@ from workflows.evaluation import content_digest, evaluation_stages
 TINY = "package://workflows/assets/tiny_base"
 PLAN = "1:1/2,2:1/4"
 QUICK = ["--max-new-tokens", "3", "--batch-size", "16"]
+
+
+@lru_cache
+def prepared() -> str:
+    """A folder that passes for prepared data where nothing of it is read."""
+    folder = Path(tempfile.mkdtemp(prefix="adsc-prepared-"))
+    (folder / "test").mkdir()
+    (folder / "test" / "00000.parquet").touch()
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +204,7 @@ def test_a_replaced_checkpoint_on_s3_is_fetched_again(
             (checkpoint / "manifest.json").write_text(json.dumps(weights))
         for file in checkpoint.iterdir():
             open_store(address).put(file, file.name)
-        stages = evaluation_stages(address, ["dense"], data=str(Path(__file__).parent))
+        stages = evaluation_stages(address, ["dense"], data=prepared())
         prints = fingerprints(stages)
         record = stages[0].finished(open_store(str(tmp_path)), prints["base"])
         assert record is not None
@@ -246,7 +257,7 @@ def test_a_checkpoint_that_ships_in_a_package_is_a_base() -> None:
     stages = evaluation_stages(
         TINY,
         ["own", "fastv:22,layer=2"],
-        data=str(Path(__file__).parent),
+        data=prepared(),
     )
     evaluate = next(stage for stage in stages if stage.name == "evaluate")
     arms = evaluate.config.model_dump()["arms"]
@@ -266,7 +277,7 @@ def elastic(small: Small, tmp_path: Path) -> str:
 
 
 def arms_of(checkpoint: str, methods: list[str] | None) -> list[tuple[str, str, str, str]]:
-    stages = evaluation_stages(checkpoint, methods, data=str(Path(__file__).parent))
+    stages = evaluation_stages(checkpoint, methods, data=prepared())
     config = next(stage for stage in stages if stage.name == "evaluate").config
     assert isinstance(config, EvaluateConfig)
     assert config.control == next((a.name for a in config.arms if not a.plan), config.arms[0].name)
@@ -311,7 +322,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def hub_arms(*methods: str) -> list[str]:
-    stages = evaluation_stages(HUB_ID, methods, data=str(Path(__file__).parent))
+    stages = evaluation_stages(HUB_ID, methods, data=prepared())
     evaluate = next(stage for stage in stages if stage.name == "evaluate")
     return [arm["label"] for arm in evaluate.config.model_dump()["arms"]]
 
@@ -325,7 +336,7 @@ def test_own_is_the_plan_in_the_config_of_a_hub_id(hub: Path) -> None:
 
 def test_a_new_commit_of_a_hub_id_is_another_checkpoint(hub: Path) -> None:
     def prints() -> dict[str, str]:
-        return fingerprints(evaluation_stages(HUB_ID, ["dense"], data=str(Path(__file__).parent)))
+        return fingerprints(evaluation_stages(HUB_ID, ["dense"], data=prepared()))
 
     shutil.copy(resolve(TINY) / "config.json", hub)
     before = prints()
@@ -351,5 +362,5 @@ def test_nobody_is_asked_whether_a_checkpoint_may_run_code(
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
     config = {"model_type": "llama", "auto_map": {"AutoModelForImageTextToText": "evil.Evil"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    evaluation_stages(str(tmp_path), ["dense"], data=str(Path(__file__).parent))
+    evaluation_stages(str(tmp_path), ["dense"], data=prepared())
     assert not asked
