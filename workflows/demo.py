@@ -3,8 +3,8 @@ questions.
 
 Hypothesis: at two thirds fewer vision tokens, means of tiles after the first layer, distilled from
 the dense base, keep at least 97 % of what the dense model keeps that was LoRA-tuned for as many
-steps, and 98 % with `--set train.steps=450`. The paper's recipe (drops, a reverse curriculum, no teacher) is trained and asked beside it;
-`demo_paper` is that recipe alone.
+steps, and 98 % with `--set train.steps=450`. The paper's recipe (drops, a reverse curriculum, no
+teacher) is trained and asked beside it; `demo_paper` is that recipe alone.
 """
 
 from typing import Any
