@@ -34,7 +34,8 @@ from adsc.held import CacheError, Held, held_by
 from adsc.layout import Layout
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from adsc.schedule import Segment, is_captured, survivors
+from adsc.schedule import is_captured, survivors
+from adsc.segment import Segment
 
 TYPES = "mm_token_type_ids"  # 0 is text: what Qwen's processors write, and who passes embeddings
 

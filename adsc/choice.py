@@ -26,7 +26,8 @@ from adsc.families import Family, Image, Images
 from adsc.held import Held
 from adsc.method import Method, Selection
 from adsc.plan import PruningPlan
-from adsc.schedule import Segment, substituted
+from adsc.schedule import substituted
+from adsc.segment import Segment
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adsc.outputs import slots_of_columns
-from adsc.schedule import Segment
+from adsc.segment import Segment
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,45 +13,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from adsc.memo import remembered
 from adsc.plan import PruningPlan
+from adsc.segment import Pooling, Segment
 from adsc.tiles import Region
 
 if TYPE_CHECKING:
     from adsc.families import Image
-    from adsc.schedule import Segment
-
-
-class Pooling(NamedTuple):  # the compiler can't rebuild a frozen dataclass
-    """The groups of one drop.
-
-    Args:
-        members: (G, M) where members' hidden states are in the flattened segment before; -1 where a
-            group has fewer.
-        slots: (G,) where means go in the flattened segment after.
-        sizes: (G, 1) members of each group.
-        even: whether all groups have M members.
-    """
-
-    members: Tensor
-    slots: Tensor
-    sizes: Tensor
-    even: bool
-
-    def put(self, before: Tensor, after: Tensor) -> Tensor:
-        """(B * Q', D), (B * Q, D) -> (B * Q, D): what is left, with means in their places."""
-        members = self.members.to(before.device)
-        states = before.index_select(0, members.clamp(min=0).flatten()).view(*members.shape, -1)
-        if not self.even:
-            states = states.masked_fill(members.unsqueeze(-1) < 0, 0)
-        wide = torch.promote_types(before.dtype, torch.float32)
-        mean = states.sum(1, dtype=wide) / self.sizes.to(before.device)
-        return after.index_copy(0, self.slots.to(before.device), mean.to(after.dtype))
 
 
 def with_pooling(

@@ -11,7 +11,7 @@ drops); N vision tokens of the whole batch, row by row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,27 +20,9 @@ from adsc.families import Image, Images, VisionTokenError
 from adsc.memo import remembered
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from adsc.pooling import Pooling, with_pooling
+from adsc.pooling import with_pooling
+from adsc.segment import Segment
 from adsc.tiles import Region
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """What the layers between two drops see of a call's columns.
-
-    Args:
-        columns: (B, Q) column of the call in each slot; a slot that only pads holds some column or
-            other.
-        take: (B * Q,) where each slot's hidden state is in the flattened segment before it.
-        valid: (B, Q) bool, False where a slot only pads; None if no slot does.
-        pooling: for each kind of vision token, the groups whose means stand here; for a plan with
-            a pool.
-    """
-
-    columns: Tensor
-    take: Tensor
-    valid: Tensor | None
-    pooling: tuple[Pooling, ...] = ()
 
 
 def survivors(
