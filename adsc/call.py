@@ -92,7 +92,8 @@ class Call:
         """The number of the last drop at or before a layer, -1 before the first; whether it happens
         there."""
         at = [where for where, _ in self.plan.stages]
-        return sum(where <= layer for where in at) - 1, layer in at
+        # The compiler takes a layer's number for a symbol, which it finds in no list.
+        return sum(where <= layer for where in at) - 1, any(where == layer for where in at)
 
     @property
     def seen_here(self) -> Tensor | None:
