@@ -4,19 +4,19 @@ Torch, transformers and peft only: nothing here knows of Ray, MLflow or object s
 """
 
 from adsc import peers
-from adsc.adapters import PlanWarning, keep_plans
-from adsc.attach import attach, detach, name_plans, plan_of, plans_of
+from adsc.attachment.adapters import PlanWarning, keep_plans
+from adsc.attachment.attach import attach, detach, name_plans, plan_of, plans_of
+from adsc.attachment.continuous import refuse_continuous_batching
+from adsc.attachment.running import running, suspended
+from adsc.attachment.static_cache import static_cache
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
-from adsc.continuous import refuse_continuous_batching
-from adsc.cost import Cost, estimate_cost
-from adsc.cost_error import CostError
+from adsc.costs.cost import Cost, estimate_cost
+from adsc.costs.error import CostError
+from adsc.dropping.cache_record import CacheError
+from adsc.dropping.outputs import full_length_logits
 from adsc.families import UnsupportedModel, VisionTokenError
-from adsc.held import CacheError
-from adsc.outputs import full_length_logits
 from adsc.plan import PlanError, PruningPlan
-from adsc.running import running, suspended
 from adsc.solve import solve_plans
-from adsc.static import static_cache
 
 __all__ = [
     "CacheError",

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from adsc import weight_files
-from adsc.attach import CONFIG_FIELD, attach, check_named_plans
+from adsc.attachment.attach import CONFIG_FIELD, attach, check_named_plans
 from adsc.method import Method, from_dict
 from adsc.plan import PruningPlan
 

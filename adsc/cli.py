@@ -16,16 +16,16 @@ from typing import Any, NoReturn
 
 from transformers import AutoConfig
 
-from adsc.attach import CONFIG_FIELD
-from adsc.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
-from adsc.cost_error import CostError
+from adsc.attachment.attach import CONFIG_FIELD
+from adsc.costs.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
+from adsc.costs.error import CostError
+from adsc.costs.geometries import GEOMETRIES, HUB_IDS, geometry
+from adsc.costs.vision import ImageInput, image_cost
 from adsc.families import first_legal_layer
-from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
 from adsc.method import Method, from_dict
 from adsc.named import find_plan
 from adsc.plan import POOLS, PlanError, PruningPlan
 from adsc.solve import ANY_KEEP, solve_plans
-from adsc.vision_cost import ImageInput, image_cost
 
 COST_EXAMPLES = """examples:
   adsc cost llava-1.5-7b --plan 8:1/2,16:1/2,24:1/2 --text-tokens 101

@@ -1,8 +1,8 @@
 """Methods that choose tokens by looking at them: what every peer of the plan has in common.
 
 A plan's indices are known before the forward pass. A method's counts are too, but which tokens they
-are depends on hidden states: it is asked at its layers (`adsc.choice`). It is otherwise attached,
-saved and counted like a plan. The methods themselves are in `adsc.peers`, a file each.
+are depends on hidden states: it chooses at its layers (`adsc.dropping.choice`). It is otherwise
+attached, saved and counted like a plan. The methods themselves are in `adsc.peers`, a file each.
 
 Legend: n vision tokens of one image, n' of them left before a drop, m after it, c of these merged
 from others, D width.
@@ -23,7 +23,7 @@ from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_ente
 from adsc.tiles import Region
 
 if TYPE_CHECKING:
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
 
 KINDS: dict[str, type[Method]] = {}  # every method by its name
 
@@ -167,7 +167,7 @@ class Method:
         """Layers before which `note` is asked."""
         return frozenset()
 
-    # Scenes are adsc.choice.Scene, and that file knows methods: here they are of any type.
+    # Scenes are adsc.dropping.choice.Scene, and that file knows methods: here they are of any type.
     def note(self, scene: Any) -> Any:
         """What to remember of a watched layer's input; later `scene.notes[layer]`."""
         raise NotImplementedError

@@ -1,7 +1,8 @@
 """How an image's tokens are parted into groups of which each becomes one token: runs and tiles.
 
 Index arithmetic on integers alone: groups depend on the lattice and on how many there are to be,
-never on content. Plans with `pool` and the peer `pool` share it; averaging is in `adsc.pooling`.
+never on content. Plans with `pool` and the peer `pool` share it; averaging is in
+`adsc.dropping.pooling`.
 
 A sheet is what may be averaged together: the lattice of a picture, of a crop or of a frame, or its
 row ends. It is a list of rows, and rows may differ in length once it was cut unevenly. A cut takes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import adsc
-from adsc.geometries import geometry
+from adsc.costs.geometries import geometry
 
 # Layer averages as shares of the vision tokens (the field's 192, 128, 64 of 576), and what each of
 # two drops keeps to meet it.
@@ -29,7 +29,7 @@ FIRST = 3  # ids below are special
 
 
 def llava_config(name: str, *, layers: int | None = None, **text: Any) -> LlavaConfig:
-    """A LLaVA's config: one of SMALL, with a small tower, or a true geometry of `adsc.geometries`.
+    """A LLaVA's config: one of SMALL, with a small tower, or a geometry of `adsc.costs.geometries`.
 
     Args:
         name: of the geometry.
@@ -170,7 +170,9 @@ def parser(doc: str, *, geometry_name: str, rows: int, rounds: int) -> argparse.
     """The options that the benchmarks share."""
     made = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
     made.add_argument(
-        "--geometry", default=geometry_name, help=f"{', '.join(SMALL)}, or one of adsc.geometries"
+        "--geometry",
+        default=geometry_name,
+        help=f"{', '.join(SMALL)}, or one of adsc.costs.geometries",
     )
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, else bfloat16")

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import adsc
-from adsc.attach import base_model
-from adsc.call import Call, begin
+from adsc.attachment.attach import base_model
+from adsc.dropping.call import Call, begin
 from adsc.families import find_family
 from benchmarks.measure import Case, Row, report, take_turns
 from benchmarks.models import build, llava_config, parsed, parser, plans, prompts, twin

@@ -98,7 +98,8 @@ def measure_memory(
 ) -> dict[str, Any]:
     data = generate(folder, records, args)
     command = [
-        sys.executable, "-m", "workflows.cli", "prepare", str(data), "--model", str(model),
+        sys.executable, "-m", "workflows.commands.main",
+        "prepare", str(data), "--model", str(model),
         "--images", str(folder / "images"), "--out", str(folder / f"out-{records}"), "--json",
     ]  # fmt: skip
     start = time.monotonic()
@@ -143,7 +144,7 @@ def measure_speed(model: Path, folder: Path, args: argparse.Namespace) -> Iterat
 
     from pipeline.data.shards import SCHEMA, ShardWriter
     from pipeline.stages import prepare as stage
-    from workflows.prepare_cli import _input
+    from workflows.commands.prepare import _input
 
     data = generate(folder, args.records[0], args)
     config = stage.PrepareConfig(splits={"train": data.name}, template="auto")

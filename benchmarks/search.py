@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def workflow(options: argparse.Namespace, **changes: Any) -> Any:
-    from workflows.demo import demo
+    from workflows.demo.workflow import demo
 
     return demo().edit(
         {
@@ -66,18 +66,18 @@ def workflow(options: argparse.Namespace, **changes: Any) -> Any:
 
 
 def context(options: argparse.Namespace, **changes: Any) -> Any:
-    from pipeline.stage import RunContext
+    from pipeline.durable.stage import RunContext
 
     return RunContext(root=options.root, workflow="demo", **changes)
 
 
 def job_of(options: argparse.Namespace) -> Any:
     """The stages before the search, and what its trials share."""
-    from pipeline import graph
+    from pipeline.durable import graph
+    from pipeline.durable.stage import Input
     from pipeline.search.trial import Job
-    from pipeline.stage import Input
     from pipeline.stages.train import train_stage
-    from workflows.search_cli import search_stages
+    from workflows.commands.search import search_stages
 
     made = workflow(
         options,
@@ -246,8 +246,8 @@ def parallel(options: argparse.Namespace) -> None:
     from ray.cluster_utils import Cluster
     from rich.console import Console
 
-    from pipeline import graph
-    from workflows.search_cli import search_stages
+    from pipeline.durable import graph
+    from workflows.commands.search import search_stages
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     cores = os.cpu_count() or 1
@@ -286,7 +286,8 @@ def restore(options: argparse.Namespace) -> None:
     again."""
     root = Path(options.root) / "restore"
     words = [
-        sys.executable, "-m", "workflows.cli", "search", "demo", "--average", str(AVERAGE),
+        sys.executable, "-m", "workflows.commands.main",
+        "search", "demo", "--average", str(AVERAGE),
         "--trials", "16", "--workers", "2", "--root", str(root), "--mlflow", "off", "--lease", "4",
         "--set", f"search.rows={ROWS}", "--set", f"search.confirm_rows={CONFIRM}",
         "--set", f"data.train_pictures={options.pictures}", "--set", "data.test_pictures=8",
@@ -318,8 +319,8 @@ def lose_node(options: argparse.Namespace) -> None:
     from ray.cluster_utils import Cluster
     from rich.console import Console
 
-    from pipeline import graph
-    from workflows.search_cli import search_stages
+    from pipeline.durable import graph
+    from workflows.commands.search import search_stages
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     for name, value in (("period_ms", 500), ("timeout_ms", 1000), ("failure_threshold", 3)):

@@ -240,7 +240,7 @@ def make_world(folder: Path, tiny: bool) -> None:
     from PIL import Image
 
     from pipeline.stages.prepare import SCHEMA
-    from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+    from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
     sizes = {"width": 32, "layers": 3} if tiny else {"width": 256, "mlp_width": 704}
     config = TinyLlavaConfig(**sizes)
@@ -290,9 +290,9 @@ def run_arm(arm: int, folder: Path, rounds: int, turn: int) -> None:
     )
     context: Any
     if arm:
-        from pipeline.progress import ProgressHandle
-        from pipeline.record import Record
-        from pipeline.stage import Input
+        from pipeline.durable.progress import ProgressHandle
+        from pipeline.durable.record import Record
+        from pipeline.durable.stage import Input
         from pipeline.stages.train import RayContext
         from pipeline.tracking.tracker import RunHandle
 

@@ -25,10 +25,10 @@ _LENGTHS = {"min_length": "at least {} long", "max_length": "at most {} long"}
 
 OPERATIONAL: dict[str, Any] = {"operational": True}
 """`Field(json_schema_extra=OPERATIONAL)` marks a field that decides how a stage is computed and not
-what: pipeline.identity leaves it out, so changing it reruns nothing."""
+what: pipeline.durable.identity leaves it out, so changing it reruns nothing."""
 ADDED: dict[str, Any] = {"added": True}
 """`Field(json_schema_extra=ADDED)` marks a field that came after results had been made without it:
-pipeline.identity leaves it out while it has its default, so these results stay valid."""
+pipeline.durable.identity leaves it out while it has its default, so these results stay valid."""
 
 
 class ConfigError(ValueError):

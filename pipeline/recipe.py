@@ -14,9 +14,9 @@ from adsc.named import DENSE
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ADDED, Config, edit
 from pipeline.data.templates import NAMES
+from pipeline.durable.stage import Stage
 from pipeline.evaluation.methods import FoundPlan, Plan
 from pipeline.search.config import SearchConfig
-from pipeline.stage import Stage
 from pipeline.stages.base import BASE, BaseConfig, num_decoder_layers, pin_digest
 from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
 from pipeline.stages.export import EXPORT, ExportConfig

@@ -39,9 +39,9 @@ def small(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     from pipeline.data.sources import iter_records
     from pipeline.data.templates import TEMPLATES
     from pipeline.stages.prepare import PrepareConfig, prepare
-    from workflows.fashion import FashionConfig
-    from workflows.fashion_grids import compose_fashion
-    from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+    from workflows.demo.fashion import FashionConfig
+    from workflows.demo.fashion_grids import compose_fashion
+    from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
     root = tmp_path_factory.mktemp("small")
     compose_fashion(

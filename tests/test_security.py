@@ -18,18 +18,18 @@ from typing import Any
 import pytest
 
 import adsc
-from pipeline.attempt import execute
 from pipeline.config import Config
-from pipeline.failure import StageFailed
-from pipeline.manifest import ExportError
-from pipeline.progress import ProgressHandle
-from pipeline.stage import Kind, RunContext, StageContext
+from pipeline.durable.attempt import execute
+from pipeline.durable.failure import StageFailed
+from pipeline.durable.progress import ProgressHandle
+from pipeline.durable.stage import Kind, RunContext, StageContext
+from pipeline.publishing.manifest import ExportError
 from pipeline.stages.base import BaseConfig, base, resolve
 from pipeline.stages.export import ExportConfig, complete
 from pipeline.store import open_store
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
-from workflows.cli import main as command
+from workflows.commands.main import main as command
 
 PLANTED = (
     "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN",
@@ -191,7 +191,8 @@ def test_the_embedded_ray_is_on_loopback_or_behind_a_token(tmp_path: Path) -> No
     )
     (tmp_path / "host.py").write_text(
         "import os, json, subprocess, sys, urllib.request, urllib.error, psutil\n"
-        "from pipeline.driver import ray_for; from pipeline.stage import RunContext\n"
+        "from pipeline.durable.session import ray_for\n"
+        "from pipeline.durable.stage import RunContext\n"
         "with ray_for(RunContext(root='.', workflow='x')):\n"
         "    import ray; assert ray.get(ray.remote(lambda: 1).remote()) == 1\n"
         "    url = os.environ['RAY_API_SERVER_ADDRESS']; port = int(url.rpartition(':')[2])\n"

@@ -1,7 +1,7 @@
 """Stages that evaluate a checkpoint on local questions: those of a compression, without training.
 
 Checkpoint and prepared data are taken where they lie and known by digests; task files
-(conversations in LLaVA's JSON) are prepared first. The command line is workflows/eval_cli.py's.
+(conversations in LLaVA's JSON) are prepared first. workflows/commands/eval.py is the command line.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from adsc.named import DENSE, names_in, plan_named
 from adsc.weight_files import original_layout, original_name
 from pipeline.data.mixture import Source
 from pipeline.data.prepared import FLAT
+from pipeline.durable.stage import Stage, adopted
 from pipeline.evaluation.benchmarks import (
     BENCHMARKS,
     CONVERT,
@@ -30,7 +31,6 @@ from pipeline.evaluation.benchmarks import (
     root_of,
 )
 from pipeline.evaluation.methods import OWN, PLAN, MethodConfig, build_method, parse_method
-from pipeline.stage import Stage, adopted
 from pipeline.stages.base import BASE, BaseConfig, pin_digest, resolve
 from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
 from pipeline.stages.prepare import PREPARE, PrepareConfig

@@ -2,7 +2,7 @@
 
     python -m workflows.jobs '{"root": ..., "expected": ...}' run demo
 
-The commands that submit jobs and look at them are in workflows/jobs_cli.py.
+The commands that submit jobs and look at them are in workflows/commands/submit.py.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import NoReturn
 
 def drive(arguments: Sequence[str]) -> int:
     """On the cluster's head: look at every node, then run the workflow."""
-    from pipeline import preflight
-    from pipeline.driver import ray_for
-    from pipeline.stage import RunContext
+    from pipeline.cluster import preflight
+    from pipeline.durable.session import ray_for
+    from pipeline.durable.stage import RunContext
     from pipeline.store import open_store
-    from workflows import cli
+    from workflows.commands import main as cli
 
     given = json.loads(arguments[0])
     try:

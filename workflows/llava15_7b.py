@@ -29,14 +29,14 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.data.sources import Unreadable, iter_records
+from pipeline.durable.stage import Kind, Stage, StageContext
+from pipeline.durable.workflow import Workflow
 from pipeline.recipe import CompressConfig, CurriculumConfig, compress
-from pipeline.stage import Kind, Stage, StageContext
 from pipeline.stages.base import BaseConfig
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import DistillSettings, TrainConfig
-from pipeline.workflow import Workflow
 
 PLANS = {
     192: "6:1/4,24:0;pool=tiles",

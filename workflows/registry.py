@@ -8,14 +8,14 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.workflow import Workflow
+    from pipeline.durable.workflow import Workflow
 
 WORKFLOWS = {
-    "demo": "workflows.demo",
-    "demo_paper": "workflows.demo",
-    "tiny_base": "workflows.tiny_base",
-    "evidence": "workflows.evidence",
-    "stamps": "workflows.stamps",
+    "demo": "workflows.demo.workflow",
+    "demo_paper": "workflows.demo.workflow",
+    "tiny_base": "workflows.demo.tiny_base",
+    "evidence": "workflows.evidence.config",
+    "stamps": "workflows.evidence.stamps",
     "llava15_7b": "workflows.llava15_7b",
     "llava15_7b_128": "workflows.llava15_7b",
     "llava15_7b_64": "workflows.llava15_7b",

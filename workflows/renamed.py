@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adsc.plan import PlanError
-from pipeline import graph
-from pipeline import record as records
 from pipeline.config import ConfigError
-from pipeline.stage import Stage
+from pipeline.durable import graph
+from pipeline.durable import record as records
+from pipeline.durable.stage import Stage
+from pipeline.durable.workflow import Workflow
 from pipeline.store import Store
-from pipeline.workflow import Workflow
 from workflows.registry import load_workflow
 
 FORMERLY = {

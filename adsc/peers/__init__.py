@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from adsc.attach import base_model
+from adsc.attachment.attach import base_model
+from adsc.costs.vision import ImageInput, image_cost
 from adsc.families import find_family
 from adsc.method import Budget, Method, as_fraction
 from adsc.peers import (
@@ -31,7 +32,6 @@ from adsc.peers import (
     visionzip,
 )
 from adsc.plan import PlanError, PruningPlan
-from adsc.vision_cost import ImageInput, image_cost
 
 _FIT: dict[str, Callable[..., Method | PruningPlan]] = {
     "stride": stride.fit,

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adsc.call import is_sliding
-from adsc.held import CacheError
+from adsc.dropping.cache_record import CacheError
+from adsc.dropping.call import is_sliding
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
+    from adsc.dropping.choice import Scene
 
 # Families whose vision tokens or prefixes attend both ways: a score from causal attention, which
 # the papers use, has no counterpart there.

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adsc.choice import top
+from adsc.dropping.choice import top
 from adsc.method import Budget, Method, Selection, as_whole
 from adsc.peers.attention import keys
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

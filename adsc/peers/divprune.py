@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from adsc.method import Budget, Method, Selection
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

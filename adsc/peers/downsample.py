@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from adsc.blocks import is_replaced
+from adsc.dropping.blocks import is_replaced
 from adsc.families import Family, UnsupportedModel
 from adsc.method import Budget, MethodHook
 from adsc.peers.pool import Pool

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adsc.choice import top
+from adsc.dropping.choice import top
 from adsc.method import Budget, Method, Selection, as_whole
 from adsc.peers.attention import BOTH_WAYS, WHY, probabilities
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from adsc.choice import top
+from adsc.dropping.choice import top
 from adsc.method import Budget, Method, Selection, as_layers
 from adsc.peers.attention import BOTH_WAYS, WHY
 from adsc.peers.fastv import last_attention
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

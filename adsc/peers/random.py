@@ -18,8 +18,8 @@ from torch import Tensor
 from adsc.method import Budget, Method, Selection, as_whole
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

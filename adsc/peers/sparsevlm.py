@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adsc.choice import top
+from adsc.dropping.choice import top
 from adsc.method import Budget, Method, Selection, as_layers
 from adsc.peers.attention import BOTH_WAYS, WHY, probabilities
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 LAYERS, OF = (3, 7, 16), 32  # drops before these layers
 SCHEDULE = tuple(Fraction(count, 576) for count in (300, 200, 110))

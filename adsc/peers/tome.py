@@ -23,8 +23,8 @@ from adsc.method import Budget, Method, Selection, as_whole
 from adsc.peers.attention import content_keys
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

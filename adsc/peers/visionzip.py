@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adsc.blocks import is_replaced
+from adsc.costs.vision import anyres_grid, llava_projector
+from adsc.dropping.blocks import is_replaced
 from adsc.families import Family, UnsupportedModel, VisionTokenError
 from adsc.method import Budget, Method, MethodHook, Selection, as_fraction
 from adsc.peers.attention import looking
 from adsc.plan import PlanError
-from adsc.vision_cost import anyres_grid, llava_projector
 
 if TYPE_CHECKING:
-    from adsc.choice import Scene
-    from adsc.scoring_cost import Sizes
+    from adsc.costs.scoring import Sizes
+    from adsc.dropping.choice import Scene
 
 PASS = "adsc_pass"  # on the output of a vision tower
 

@@ -21,10 +21,9 @@ from typing import ClassVar, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.data import remote
 from pipeline.data.conversations import BadRecord
+from pipeline.data.files import GLOB, describe, find, is_remote, open_file, read_part
 from pipeline.data.pixels import UnknownPixels, to_rgb
-from pipeline.data.stand_ins import describe
 from pipeline.store import Store, StoreError, open_store
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -71,14 +70,14 @@ def open_pictures(place: str, folder: Path) -> Pictures:
     Raises:
         ValueError: there is nothing there, or it can't be used.
     """
-    if remote.is_remote(place):
+    if is_remote(place):
         if place.endswith(".tar"):
-            return TarPictures.index(remote.find(place))
+            return TarPictures.index(find(place))
         return StorePictures(open_store(place))
     path = folder / place
     if path.is_file():
         return TarPictures.index([str(path)])
-    if remote.GLOB.intersection(path.name):
+    if GLOB.intersection(path.name):
         return TarPictures.index(sorted(map(str, path.parent.glob(path.name))))
     if path.is_dir():
         entries = sorted(path.iterdir())
@@ -172,7 +171,7 @@ class TarPictures:
 
     @property
     def waits(self) -> bool:
-        return remote.is_remote(self.files[0])
+        return is_remote(self.files[0])
 
     @classmethod
     def index(cls, files: Sequence[str]) -> "TarPictures":
@@ -204,7 +203,7 @@ class TarPictures:
         if size == _GONE:
             raise BadRecord("path", f"{name!r} is a link or special file in the tar file")
         _check_bytes(name, size, limits)
-        return remote.read_part(self.files[number], offset, offset + size)
+        return read_part(self.files[number], offset, offset + size)
 
     def _find(self, name: str) -> tuple[int, int, int] | None:
         first, second = np.frombuffer(_name_key(name), ">u8").astype("u8")
@@ -224,7 +223,7 @@ def _members(path: str) -> list[tuple[str, int, int]]:
     found = []
     try:
         with (
-            remote.open_file(path, ahead=1 << 16) as file,
+            open_file(path, ahead=1 << 16) as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             while (member := tar.next()) is not None:

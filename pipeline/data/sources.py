@@ -17,9 +17,8 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.files import GLOB, describe, find, is_remote, open_file, read_part
 from pipeline.data.layouts import READ, may_hold_content, other_layout
-from pipeline.data.remote import GLOB, find, is_remote, open_file, read_part
-from pipeline.data.stand_ins import describe
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 4 << 20

@@ -20,7 +20,7 @@ from pipeline.data.pictures import FetchedPictures, Pictures
 from pipeline.data.rendering import Renderer
 from pipeline.data.shards import SCHEMA
 from pipeline.data.sources import Chunk, Unreadable, locate, read_chunk
-from pipeline.stage import Input
+from pipeline.durable.stage import Input
 
 RENDERED = pa.schema(
     [

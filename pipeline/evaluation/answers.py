@@ -20,11 +20,11 @@ from transformers import AutoProcessor
 
 import adsc
 from pipeline.data.prepared import split_folder
+from pipeline.durable.stage import Input
 from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, to_device
 from pipeline.evaluation.methods import MethodConfig, build_method
 from pipeline.evaluation.scoring import RULES
 from pipeline.evaluation.speed import measure_and_count
-from pipeline.stage import Input
 from pipeline.store import Store, open_store
 
 SCHEMA = pa.schema(

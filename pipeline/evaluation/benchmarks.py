@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import Config
-from pipeline.data.stand_ins import describe
+from pipeline.data.files import describe
 from pipeline.data.templates import MARKER
+from pipeline.durable.stage import Kind, StageContext
 from pipeline.evaluation.scoring import COGNITION
-from pipeline.stage import Kind, StageContext
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.config import Config
-from pipeline.reference import Reference
+from pipeline.durable.reference import Reference
 from pipeline.values import ValueSyntaxError, read_value
 
 PLAN = "plan:"

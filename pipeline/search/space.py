@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import adsc
-from adsc.geometries import geometry
+from adsc.costs.geometries import geometry
+from adsc.costs.vision import ImageInput, image_cost
 from adsc.plan import PlanError, PruningPlan, kept_count
 from adsc.solve import PlacementSearch
 from adsc.tiles import are_whole
-from adsc.vision_cost import ImageInput, image_cost
 from pipeline.search.config import UNITS, SearchConfig
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.125, 0.0625)

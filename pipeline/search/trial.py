@@ -24,17 +24,17 @@ from torch import nn
 from transformers import AutoProcessor
 
 import adsc
-from adsc.outputs import full_length_logits
+from adsc.dropping.outputs import full_length_logits
 from pipeline.data.conversations import IGNORED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
+from pipeline.durable.identity import digest
+from pipeline.durable.record import Record
+from pipeline.durable.stage import Input, Inputs, RunContext, StageContext
 from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, to_device
 from pipeline.evaluation.scoring import exact_match
 from pipeline.evaluation.speed import measure
-from pipeline.identity import digest
-from pipeline.record import Record
 from pipeline.search.config import SearchConfig
-from pipeline.stage import Input, Inputs, RunContext, StageContext
 from pipeline.store import open_store
 from pipeline.training.adapters import load_trained
 from pipeline.training.batches import COLUMNS, collate
@@ -204,7 +204,7 @@ class Bench:
     ) -> Iterator[Reached]:
         import ray
 
-        from pipeline.progress import ProgressHandle
+        from pipeline.durable.progress import ProgressHandle
         from pipeline.tracking.tracker import RunHandle, Tracker
 
         job, run = self.job, self.job.run

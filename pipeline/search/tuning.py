@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline import record as records
+from pipeline.durable import record as records
 from pipeline.search.study import Proposal, Rung, Study, Trial
 from pipeline.search.trial import Bench, Job, Reached
 from pipeline.store import Store

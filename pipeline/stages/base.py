@@ -14,12 +14,12 @@ from pydantic import Field
 from transformers import AutoProcessor
 
 import adsc
-from adsc.geometries import HUB_IDS, geometry
+from adsc.costs.geometries import HUB_IDS, geometry
 from adsc.weight_files import original_layout, original_name
 from pipeline.config import ADDED, Config
+from pipeline.durable.record import manifest
+from pipeline.durable.stage import Kind, StageContext
 from pipeline.packaged import resolve
-from pipeline.record import manifest
-from pipeline.stage import Kind, StageContext
 
 
 class BaseConfig(Config):

@@ -18,6 +18,7 @@ from pipeline.config import ADDED, Config
 from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData, split_folder
 from pipeline.data.templates import find_template
+from pipeline.durable.stage import Input, Kind, StageContext
 from pipeline.evaluation.answers import (
     Job,
     Shard,
@@ -34,7 +35,6 @@ from pipeline.evaluation.generation import Asked, Questions, majority_answers, s
 from pipeline.evaluation.intervals import Bootstrap, interval, over_seeds
 from pipeline.evaluation.methods import MethodConfig
 from pipeline.evaluation.scoring import FIGURES, RULES, Mean, references
-from pipeline.stage import Input, Kind, StageContext
 from pipeline.store import open_store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -241,7 +241,7 @@ def results(
     splits: Sequence[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """What results.json holds (pipeline/stages/results.py), however the answers were made.
+    """What results.json holds (pipeline/reporting/results.py), however the answers were made.
 
     Args:
         scenes: what each question is about (`Questions.scenes`).

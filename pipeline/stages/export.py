@@ -3,7 +3,8 @@
 The folder is an ordinary transformers checkpoint with the plan in its config, a model card, the
 adapter by itself, what was measured, a probe and, written last, a manifest. A fresh process then
 loads it and must compute the probe's logits. With `export.to` it is published there as well
-(pipeline/publish.py), which is what `adsc export` does with any checkpoint; MLflow registers it.
+(pipeline/publishing/publish.py), which is what `adsc export` does with any checkpoint; MLflow
+registers it.
 
     python -m pipeline.stages.export FOLDER     checks any copy: files against the manifest, then
     the logits
@@ -26,7 +27,9 @@ from pydantic import Field, model_validator
 from adsc import PruningPlan
 from adsc.named import names_in
 from pipeline.config import Config
-from pipeline.manifest import (
+from pipeline.durable.record import UNDONE, behind
+from pipeline.durable.stage import Input, Kind, StageContext
+from pipeline.publishing.manifest import (
     BOOKKEEPING,
     MANIFEST,
     ExportError,
@@ -36,17 +39,15 @@ from pipeline.manifest import (
     verify_folder,
     write_manifest,
 )
-from pipeline.probe import read_named_probe, write_named_probe
-from pipeline.publish import publish
-from pipeline.record import UNDONE, behind
-from pipeline.stage import Input, Kind, StageContext
-from pipeline.stages.card import Card, write_card
+from pipeline.publishing.probe import read_named_probe, write_named_probe
+from pipeline.publishing.publish import publish
+from pipeline.reporting.card import Card, write_card
 from pipeline.store import Store, open_store
 from pipeline.store.readonly import ReadOnlyStore
 from pipeline.tracking.names import check_name, check_tags, model_name
 
 if TYPE_CHECKING:
-    from pipeline.record import Record
+    from pipeline.durable.record import Record
 
 PROBE = "probe.safetensors"
 EVALUATION = "evaluation.json"

@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
-from adsc.adapters import FIELD
+from adsc.attachment.adapters import FIELD
 from adsc.method import Method
 from adsc.plan import PruningPlan
 from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
+from pipeline.durable.stage import Kind, StageContext
 from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan, build_method
-from pipeline.probe import write_named_probe
-from pipeline.stage import Kind, StageContext
+from pipeline.publishing.probe import write_named_probe
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
 

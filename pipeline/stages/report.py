@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.config import Config
+from pipeline.durable.stage import Input, Kind, StageContext
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.redact import flatten
-from pipeline.stage import Input, Kind, StageContext
-from pipeline.stages import figures
-from pipeline.stages.results import Arm, Interval, Results, Sample
+from pipeline.reporting import figures
+from pipeline.reporting.results import Arm, Interval, Results, Sample
 
 TEMPLATE = Path(__file__).with_name("report.html")
 ACROSS = 6

@@ -21,10 +21,10 @@ from adsc.plan import PruningPlan
 from pipeline.config import Config
 from pipeline.data.prepared import PreparedData
 from pipeline.data.shards import ShardWriter
+from pipeline.durable.stage import Kind, StageContext
 from pipeline.search.config import UNITS, SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Study, Trial
-from pipeline.stage import Kind, StageContext
 from pipeline.stages.evaluate import workers_that_fit
 from pipeline.stages.train import train_stage
 from pipeline.store import Store, open_store
@@ -128,7 +128,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
         PlanError: no plan meets the budget; TrialRefused: trials can't be run so.
         SearchFailed: no trial finished.
     """
-    from pipeline.search.page import write_page
+    from pipeline.reporting.search_page import write_page
     from pipeline.search.trial import Job, segments
     from pipeline.search.tuning import kept_trials, run_trials
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.progress import ProgressHandle
-from pipeline.stage import Input, Kind, StageContext
+from pipeline.durable.progress import ProgressHandle
+from pipeline.durable.stage import Input, Kind, StageContext
 from pipeline.tracking import gauges
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.config import MOMENTS, TrainConfig

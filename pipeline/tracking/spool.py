@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.cache import folder as cache_folder
+from pipeline.store.cache import folder as cache_folder
 
 Item = dict[str, Any]
 

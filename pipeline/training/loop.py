@@ -7,6 +7,7 @@ global batch, so it depends neither on the number of workers, nor on micro-batch
 strategy (pipeline/training/strategy.py) by which workers share the model.
 """
 
+import math
 import statistics
 import time
 from collections import deque
@@ -29,7 +30,6 @@ from pipeline.training.config import MOMENTS, TrainConfig
 from pipeline.training.movement import check_moved, checksums
 from pipeline.training.objective import Losses, Objective
 from pipeline.training.plans import StepPlans
-from pipeline.training.schedule import rate_factor
 from pipeline.training.strategy import Strategy, strategy_for
 from pipeline.training.throughput import Throughput, cost_of
 
@@ -360,3 +360,16 @@ def _blamed(loss: float, ids: list[str], world_size: int) -> list[str]:
         dist.all_gather_object(parts, (loss, ids))
     blamed = [part for part in parts if not np.isfinite(part[0])] or parts
     return [one for _, part in blamed for one in part]
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """The learning rate as a share of its peak: a linear rise over `warmup`, a share of the steps,
+    then half a cosine to zero.
+
+    >>> [round(rate_factor(step, 10, 0.2), 2) for step in (0, 1, 2, 9)]
+    [0.5, 1.0, 1.0, 0.04]
+    """
+    rising = max(1, round(warmup * steps)) if warmup else 0
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

@@ -26,10 +26,10 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 import adsc
-from adsc.attach import base_model, check_plan
+from adsc.attachment.attach import base_model, check_plan
+from adsc.attachment.supervised import head, hidden_states
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from adsc.supervised import head, hidden_states
 from pipeline.data.conversations import IGNORED
 from pipeline.training.config import DENSE, DistillSettings, teacher_plan
 from pipeline.training.throughput import Stopwatch

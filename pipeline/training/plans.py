@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from adsc.attach import check_plan
+from adsc.attachment.attach import check_plan
 from adsc.curriculum import drawn_name, grown_plan
 from adsc.method import Method
 from adsc.plan import PlanError, PruningPlan

@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from adsc.cost_error import CostError
-from adsc.decoder_cost import Decoder
+from adsc.costs.decoder import Decoder
+from adsc.costs.error import CostError
+from adsc.costs.vision import ImageInput, image_cost
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from adsc.vision_cost import ImageInput, image_cost
 from pipeline.training.config import DistillSettings, teacher_plan
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from adsc.attach import attach
-from adsc.cost import Cost, estimate_cost
-from adsc.cost_error import CostError
+from adsc.attachment.attach import attach
+from adsc.costs.cost import Cost, estimate_cost
+from adsc.costs.error import CostError
 from adsc.plan import PlanError
 from adsc.solve import solve_plans
 from tests.adsc.counting import counted

@@ -16,11 +16,11 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from adsc.attach import attach
-from adsc.cost import estimate_cost
-from adsc.cost_error import CostError
-from adsc.geometries import geometry
-from adsc.vision_cost import FAMILIES, anyres_grid
+from adsc.attachment.attach import attach
+from adsc.costs.cost import estimate_cost
+from adsc.costs.error import CostError
+from adsc.costs.geometries import geometry
+from adsc.costs.vision import FAMILIES, anyres_grid
 from tests.adsc.counting import counted
 
 IMAGE_TOKEN = 90

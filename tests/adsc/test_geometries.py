@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from adsc.cost import estimate_cost
-from adsc.cost_error import CostError
-from adsc.geometries import GEOMETRIES, HUB_IDS, geometry
+from adsc.costs.cost import estimate_cost
+from adsc.costs.error import CostError
+from adsc.costs.geometries import GEOMETRIES, HUB_IDS, geometry
 
 # name -> parameters of the whole model, vision tokens of an image of the usual size, KV bytes of
 # one token

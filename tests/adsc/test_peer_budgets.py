@@ -14,7 +14,7 @@ import transformers as hf
 
 import adsc
 from adsc import peers
-from adsc.geometries import geometry
+from adsc.costs.geometries import geometry
 from adsc.method import Budget, from_dict
 from adsc.peers.dart import DART
 from adsc.peers.fastv import FastV

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 import adsc
 from adsc.curriculum import curriculum, scale_plan
+from adsc.dropping.segments import survivors
 from adsc.families import Image
 from adsc.plan import PruningPlan
-from adsc.schedule import survivors
 from adsc.tiles import Region, cut, even_tiles, ragged_counts, share
 from tests.adsc.tiny import LAYERS, TOKENS, batch, llava, row
 from tests.adsc.zoo import CASES, Case, Picture, reference

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 import adsc
 from adsc import peers
+from adsc.attachment.supervised import head, hidden_states
 from adsc.peers.visionzip import _PASSES
-from adsc.supervised import head, hidden_states
 from tests.adsc import peer_reference as larger
 from tests.adsc.test_families import rows_for
 from tests.adsc.test_generation import GREEDY, MIXED

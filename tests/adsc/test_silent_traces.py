@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import adsc
-from adsc.memo import remembered
+from adsc.dropping.memo import remembered
 from tests.adsc.test_generation import attached
 from tests.adsc.tiny import IMAGE, batch, llava, row
 from tests.adsc.zoo import CASES

@@ -28,11 +28,11 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from pipeline import record as records
-from pipeline.graph import fingerprints
-from pipeline.record import Record
+from pipeline.durable import record as records
+from pipeline.durable.graph import fingerprints
+from pipeline.durable.record import Record
 from pipeline.store import open_store
-from workflows.cli import load_workflow
+from workflows.commands.main import load_workflow
 
 SIZE = (
     "data.train_pictures=60",
@@ -77,7 +77,7 @@ class Kill:
 def command(root: Path, lease: float) -> list[str]:
     changes = [f"--set={change}" for change in SIZE]
     place = ["--root", str(root), f"--lease={lease}"]
-    return [sys.executable, "-m", "workflows.cli", "run", "demo_paper", *place, *changes]
+    return [sys.executable, "-m", "workflows.commands.main", "run", "demo_paper", *place, *changes]
 
 
 def start(root: Path, lease: float) -> subprocess.Popen[bytes]:

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.cache import folder as cache_folder
-from pipeline.cluster_address import ClusterError, check_head, check_socket_room
-from pipeline.driver import settle
-from pipeline.manifest import ExportError
+from pipeline.durable.address import ClusterError, check_head, check_socket_room
+from pipeline.durable.session import settle
+from pipeline.publishing.manifest import ExportError
 from pipeline.stages.export import ExportConfig, check_in_fresh_process
+from pipeline.store.cache import folder as cache_folder
 from pipeline.tracking.address import explained
 from pipeline.tracking.spool import Journal, folder
-from workflows import terminal
-from workflows.cli import main
+from workflows.commands import terminal
+from workflows.commands.main import main
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def command(*words: str, **more: Any) -> subprocess.Popen[str]:
     """`adsc` in a process of its own, from this checkout but without its folder on the path."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | more.pop("env", {})
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "workflows.entry", *words],
+        [sys.executable, "-P", "-m", "workflows.commands.entry", *words],
         env=environment, text=True, stderr=subprocess.PIPE, **more,
     )  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_a_run_from_a_folder_that_shadows_packages(shadows: Path, tmp_path: Path
 
     job = {"root": str(tmp_path / "store"), "log": str(tmp_path / "log")}
     driver = (
-        "import sys; from workflows import terminal\n"
+        "import sys; from workflows.commands import terminal\n"
         "from tests.pipeline import drive\n"
         "import json; drive.main(json.loads(sys.argv[1]))"
     )
@@ -176,7 +176,7 @@ def test_results_onto_a_file_are_refused_before_the_evaluation(
 def test_pull_onto_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    from pipeline.manifest import write_manifest
+    from pipeline.publishing.manifest import write_manifest
 
     (source / "config.json").write_text("{}")
     write_manifest(source, {})
@@ -196,7 +196,7 @@ def test_a_reader_that_goes_and_streams_that_are_closed() -> None:
     assert listing.wait() == terminal.BROKEN_PIPE
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     for closed in (">&-", "<&- >&- 2>&-"):
-        words = f"{sys.executable} -P -m workflows.entry ls {closed}"
+        words = f"{sys.executable} -P -m workflows.commands.entry ls {closed}"
         done = subprocess.run(["sh", "-c", words], env=environment, stderr=subprocess.PIPE)
         assert (done.returncode, done.stderr) == (0, b""), closed
 
@@ -246,7 +246,7 @@ def test_a_user_without_an_account_and_home(tmp_path: Path) -> None:
     for words in (["ls", "demo", "--root", str(store)], ["ls", "demo", "--root", "s3://lab/x"]):
         done = subprocess.run(
             ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", sys.executable,
-             "-P", "-m", "workflows.entry", *words],
+             "-P", "-m", "workflows.commands.entry", *words],
             env=environment, capture_output=True, text=True, cwd=store,
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.publish import publish
+from pipeline.publishing.publish import publish
 from pipeline.store import Store, StoreError, open_store
 from tests.faults.proxy import Fault, Proxy
 from tests.faults.test_transfer import check, make

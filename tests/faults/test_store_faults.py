@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline import graph
 from pipeline.config import Config
-from pipeline.failure import RunFailed
-from pipeline.stage import Kind, StageContext
+from pipeline.durable import graph
+from pipeline.durable.failure import RunFailed
+from pipeline.durable.stage import Kind, StageContext
 from tests.faults.proxy import WRITES, Proxy
 from tests.faults.training import Disturbed, results
 from tests.pipeline import toy

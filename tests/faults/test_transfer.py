@@ -24,8 +24,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.manifest import ExportError, digest, verify_folder, write_manifest
-from pipeline.publish import CLAIM, Published, publish, pull
+from pipeline.publishing.manifest import ExportError, digest, verify_folder, write_manifest
+from pipeline.publishing.publish import CLAIM, Published, publish, pull
 from pipeline.store import DiskFull, Store, StoreAway, StoreError, open_store
 from tests.faults.proxy import Fault, Proxy
 
@@ -37,8 +37,8 @@ SIZES = {WEIGHTS: (9 << 20) + 5, "model-00002.safetensors": 1 << 20, "config.jso
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.store.s3.ATTEMPTS", 2)
     monkeypatch.setattr("pipeline.store.s3.READ_SECONDS", 600)
-    monkeypatch.setattr("pipeline.publish.TRIES", 3)
-    monkeypatch.setattr("pipeline.publish.random.random", lambda: 0.1)
+    monkeypatch.setattr("pipeline.publishing.publish.TRIES", 3)
+    monkeypatch.setattr("pipeline.publishing.publish.random.random", lambda: 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def hasty(place: Store, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr("pipeline.store.s3.READ_SECONDS", 2)
     if fault.times < math.inf:
         monkeypatch.setattr("pipeline.store.s3.ATTEMPTS", 5)
-        monkeypatch.setattr("pipeline.publish.TRIES", 60)
+        monkeypatch.setattr("pipeline.publishing.publish.TRIES", 60)
     return open_store(place.root)
 
 
@@ -464,7 +464,8 @@ def test_memory_is_bounded(place: Store, tmp_path: Path) -> None:
     (large / "manifest.json").unlink()
     write_manifest(large, {})
     script = (
-        "import sys, resource; from pathlib import Path; import boto3, pipeline.publish as publish;"
+        "import sys, resource; from pathlib import Path; import boto3;"
+        "import pipeline.publishing.publish as publish;"
         "from pipeline.store import open_store; from tests.faults.test_transfer import export;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10;"
         "place, before = open_store(sys.argv[1]), peak();"

@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from pipeline import graph
-from pipeline import record as records
-from pipeline.record import Record
-from pipeline.stage import RunContext, Stage, adopted
+from pipeline.durable import graph
+from pipeline.durable import record as records
+from pipeline.durable.record import Record
+from pipeline.durable.stage import RunContext, Stage, adopted
 from pipeline.stages.train import TRAIN
 from pipeline.store import open_store
 from pipeline.training.config import LoraSettings, TrainConfig

@@ -137,7 +137,7 @@ def test_everything_is_closed_and_every_pod_has_a_policy() -> None:
 def test_ray_has_tokens_an_idle_head_and_spot_workers_from_nothing(kind: str) -> None:
     import ray
 
-    from workflows.cli import build_parser
+    from workflows.commands.main import build_parser
 
     it = next(it for _, it in kubernetes_objects() if it["kind"] == kind)
     cluster = it["spec"].get("rayClusterSpec", it["spec"])

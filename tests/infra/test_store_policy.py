@@ -20,8 +20,8 @@ import pyarrow.fs
 import pytest
 from botocore.exceptions import ClientError
 
-from pipeline.manifest import verify_folder, write_manifest
-from pipeline.publish import publish, pull
+from pipeline.publishing.manifest import verify_folder, write_manifest
+from pipeline.publishing.publish import publish, pull
 from pipeline.store import StoreError, open_store
 from tests.infra.documents import INFRA
 from tests.workflows.ray_cluster import free_ports

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.progress import ProgressHandle
-from pipeline.record import Record
-from pipeline.stage import Input, Inputs, RunContext, StageContext
+from pipeline.durable.progress import ProgressHandle
+from pipeline.durable.record import Record
+from pipeline.durable.stage import Input, Inputs, RunContext, StageContext
 from pipeline.tracking.tracker import RunHandle, Tracker
 
 

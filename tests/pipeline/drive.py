@@ -10,7 +10,7 @@ import sys
 
 from rich.console import Console
 
-from pipeline import graph
+from pipeline.durable import graph
 from tests.pipeline import toy
 
 

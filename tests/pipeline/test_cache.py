@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import fetch, make_room
-from pipeline.record import Record, manifest
-from pipeline.stage import Input
+from pipeline.durable.record import Record, manifest
+from pipeline.durable.stage import Input
 from pipeline.store import open_store
+from pipeline.store.cache import fetch, make_room
 
 
 def kilobytes(folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_copy_in_use_stays_even_if_nothing_fits(tmp_path: Path) -> None:
 
 def test_a_dead_reader_holds_nothing_and_a_half_made_copy_goes(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from pipeline.cache import fetch\n"
+        "import sys, time; from pathlib import Path; from pipeline.store.cache import fetch\n"
         "use = fetch(Path(sys.argv[1]), 'used', 0, lambda f: (f / 'x').write_text('x'))\n"
         "print('ready', flush=True); time.sleep(60)"
     )

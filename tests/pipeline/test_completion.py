@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline import completion, graph
-from pipeline import record as records
 from pipeline.config import Config, ConfigError, edit
-from pipeline.record import Record
-from pipeline.stage import Kind, RunContext, Stage, StageContext
+from pipeline.durable import completion, graph
+from pipeline.durable import record as records
+from pipeline.durable.record import Record
+from pipeline.durable.stage import Kind, RunContext, Stage, StageContext
 from pipeline.stages.export import ExportConfig
 from pipeline.store import open_store
 from pipeline.tracking.names import model_name

@@ -13,17 +13,17 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 import adsc
-from pipeline.manifest import ExportError, verify_folder
+from pipeline.publishing.manifest import ExportError, verify_folder
+from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.export import ExportConfig, compare_logits, export
 from pipeline.stages.merge import MergeConfig, merge
-from pipeline.stages.results import Results
 from pipeline.tracking import tracker as tracking
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context
 from tests.pipeline.test_training import CONFIG, Plain, sources
 from tests.small import Small
-from workflows.cli import main
+from workflows.commands.main import main
 
 PLANS = {"28": "1:1/4", "13": "0:1/4,2:1/2", "5": "0:1/8,2:1/4"}
 DEFAULT = "13"

@@ -27,10 +27,10 @@ from pipeline.evaluation.generation import (
 )
 from pipeline.evaluation.methods import MethodError, parse_method
 from pipeline.evaluation.speed import measure
+from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
 from pipeline.stages.prepare import SCHEMA
-from pipeline.stages.results import Results
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context
 from tests.pipeline.test_training import CONFIG, Plain, sources

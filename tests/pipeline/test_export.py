@@ -21,15 +21,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adsc
-from pipeline.manifest import ExportError, verify_folder, write_manifest
-from pipeline.publish import pull
-from pipeline.stages.card import Card, write_card
+from pipeline.publishing.manifest import ExportError, verify_folder, write_manifest
+from pipeline.publishing.publish import pull
+from pipeline.reporting.card import Card, write_card
 from pipeline.stages.export import ExportConfig, compare_logits, export, main, runs_behind
 from pipeline.store import open_store
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
-from workflows.cli import main as command
-from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+from workflows.commands.main import main as command
+from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
 PLAN = "1:1/2"
 TINY = TinyLlavaConfig(
@@ -397,8 +397,8 @@ def test_the_registry_knows_the_checkpoint_and_the_runs_behind_it(exported: Expo
 
 
 def test_lineage_goes_back_over_all_stages(tmp_path: Path) -> None:
-    from pipeline.record import Record, Source
-    from pipeline.stage import Input
+    from pipeline.durable.record import Record, Source
+    from pipeline.durable.stage import Input
 
     store, first = open_store(str(tmp_path)), tmp_path / "first-0" / "attempts" / "1"
     middle = tmp_path / "middle-0" / "attempts" / "1"

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaModel
 
-from adsc.decoder_cost import Decoder
-from adsc.geometries import geometry
+from adsc.costs.decoder import Decoder
+from adsc.costs.geometries import geometry
+from pipeline.forecast import Assumptions, StageForecast, forecast, layer_bytes
 from pipeline.training.config import LoraSettings, TrainConfig
-from pipeline.training.forecast import Assumptions, StageForecast, forecast, layer_bytes
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline import graph, record
-from pipeline.driver import ClusterError, free_port
-from pipeline.failure import RunFailed, StageFailed, StageInterrupted
-from pipeline.graph import GraphError, State, fingerprints, lint
-from pipeline.lease import Holder, Lease
-from pipeline.record import Record
-from pipeline.stage import Input, Stage, StageContext
+from pipeline.durable import graph, record
+from pipeline.durable.failure import RunFailed, StageFailed, StageInterrupted
+from pipeline.durable.graph import GraphError, State, fingerprints, lint
+from pipeline.durable.lease import Holder, Lease
+from pipeline.durable.record import Record
+from pipeline.durable.session import ClusterError, free_port
+from pipeline.durable.stage import Input, Stage, StageContext
 from pipeline.store import Store, StoreError, open_store
 from tests.pipeline import toy
 

@@ -17,9 +17,9 @@ import pytest
 from pydantic import Field
 
 from pipeline.config import ADDED, OPERATIONAL, Config
-from pipeline.graph import GraphError, fingerprints, lint
-from pipeline.identity import IdentityError, body_name, canonical, digest
-from pipeline.stage import Stage
+from pipeline.durable.graph import GraphError, fingerprints, lint
+from pipeline.durable.identity import IdentityError, body_name, canonical, digest
+from pipeline.durable.stage import Stage
 from pipeline.training.config import OffloadSettings, TrainConfig
 from tests.pipeline import toy
 
@@ -164,7 +164,7 @@ def test_a_body_that_moves_to_another_file_changes_no_fingerprint(tmp_path: Path
 def test_a_script_has_the_fingerprints_of_its_module() -> None:
     """Run as `__main__`, where classes and functions have other names."""
     code = (
-        "import runpy; from pipeline.graph import fingerprints;"
+        "import runpy; from pipeline.durable.graph import fingerprints;"
         "made = runpy.run_module('tests.pipeline.toy', run_name='__main__')['stages']('log');"
         "assert made[0].kind.body.__module__ == '__main__'; print(fingerprints(made)['total'])"
     )
@@ -210,7 +210,7 @@ def test_a_pin_is_an_identity_of_its_own() -> None:
 
 def test_the_same_in_another_process() -> None:
     code = (
-        "from tests.pipeline import toy; from pipeline.graph import fingerprints;"
+        "from tests.pipeline import toy; from pipeline.durable.graph import fingerprints;"
         "print(fingerprints(toy.stages('log'))['total'])"
     )
     done = subprocess.run(

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lease import LOST_LEASE_EXIT, Holder, Lease, acquire, alive
+from pipeline.durable.lease import LOST_LEASE_EXIT, Holder, Lease, acquire, alive
 from pipeline.store import Store, open_store
 from tests.faults.proxy import Proxy
 
 KEY = "stage/lease.json"
 HOLD = """
 import sys, time
-from pipeline.lease import Lease
+from pipeline.durable.lease import Lease
 from pipeline.store import open_store
 lease = Lease(open_store(sys.argv[1]), "stage/lease.json", "other", float(sys.argv[2]))
 assert lease.take()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import record as records
-from pipeline.record import Record, Source
+from pipeline.durable import record as records
+from pipeline.durable.record import Record, Source
 from pipeline.stages.export import runs_behind
 from pipeline.store import LocalStore, open_store
 from pipeline.tracking import moved
@@ -139,7 +139,7 @@ def test_lineage_is_found_in_the_store_itself(old: str, how: str, tmp_path: Path
         shutil.rmtree(tmp_path / old)
     found = records.load(store, "merge", record.fingerprint)
     assert found is not None
-    from pipeline.stage import Input
+    from pipeline.durable.stage import Input
 
     runs = runs_behind({"merge": Input(found)})
     assert runs == {"merge": "run merge", "train": "run train", "base": "run base"}

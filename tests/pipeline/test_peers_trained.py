@@ -10,9 +10,9 @@ import adsc
 from adsc.method import Method
 from pipeline.config import ConfigError, edit
 from pipeline.evaluation.methods import PeerConfig, parse_method
+from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, merge
-from pipeline.stages.results import Results
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context

@@ -9,13 +9,13 @@ from urllib.parse import quote
 
 import pytest
 
-from pipeline.data.remote import find, open_file
-from pipeline.jobs import JobError, plan_submission
+from pipeline.cluster.jobs import JobError, plan_submission
+from pipeline.data.files import find, open_file
 from pipeline.store import LocalStore, StoreError, check_for_runs, open_store, split
 from pipeline.store.places import parse
 from pipeline.tracking.address import TrackingError, chosen, database_of, default_uri
-from workflows.cli import load_workflow, main
-from workflows.jobs_cli import DRIVER, PACKAGES
+from workflows.commands.main import load_workflow, main
+from workflows.commands.submit import DRIVER, PACKAGES
 
 PRINTABLE = [chr(code) for code in range(32, 127) if chr(code) != "/"] + ["é", "日", "\u3000"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.driver import free_port
+from pipeline.durable.session import free_port
 from pipeline.stages.train import train_stage
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context

@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from pipeline.progress import PLAIN, Board, Display, ProgressHandle, Report, table
+from pipeline.durable.progress import PLAIN, Board, Display, ProgressHandle, Report, table
 
 
 def console(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -20,7 +20,7 @@ def console(terminal: bool) -> tuple[Console, io.StringIO]:
 
 def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("pipeline.durable.progress.time.monotonic", lambda: clock)
     screen, file = console(terminal=False)
     with Display(screen, {"make": "make the numbers", "train": "train"}) as display:
         for second in range(25):

@@ -6,11 +6,11 @@ import pytest
 
 from adsc.plan import PlanError
 from pipeline.config import ConfigError
-from pipeline.stage import Stage
+from pipeline.durable.stage import Stage
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.merge import MergeConfig
 from pipeline.training.config import TrainConfig
-from workflows.demo import demo_paper as demo
+from workflows.demo.workflow import demo_paper as demo
 
 TARGET = "2:1/4,4:1/4"
 

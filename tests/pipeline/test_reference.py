@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.attempt import execute
 from pipeline.config import Config
-from pipeline.graph import GraphError, fingerprints, lint
-from pipeline.identity import canonical
-from pipeline.progress import ProgressHandle
-from pipeline.record import Record
-from pipeline.reference import Reference, references, resolve
-from pipeline.stage import Kind, Stage, StageContext
+from pipeline.durable.attempt import execute
+from pipeline.durable.graph import GraphError, fingerprints, lint
+from pipeline.durable.identity import canonical
+from pipeline.durable.progress import ProgressHandle
+from pipeline.durable.record import Record
+from pipeline.durable.reference import Reference, references, resolve
+from pipeline.durable.stage import Kind, Stage, StageContext
 from pipeline.tracking import tracker as tracking
 from tests.pipeline import toy
 

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from adsc import PruningPlan
+from pipeline.reporting.results import Results, ResultsError
 from pipeline.stages.report import ReportConfig, finding, remarks, render, report
-from pipeline.stages.results import Results, ResultsError
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
 

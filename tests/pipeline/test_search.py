@@ -19,18 +19,18 @@ import torch
 import adsc
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import PlacementSearch
-from pipeline import graph
 from pipeline.config import ConfigError
+from pipeline.durable import graph
+from pipeline.durable.identity import canonical
+from pipeline.durable.reference import references, resolve
+from pipeline.durable.stage import Input
 from pipeline.evaluation.methods import FoundPlan, MethodConfig
-from pipeline.identity import canonical
-from pipeline.reference import references, resolve
 from pipeline.search import tuning
 from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, Job, TrialRefused, segments
 from pipeline.search.tuning import Worker, ended, goes_on, kept_trials, key_of, run_trials
-from pipeline.stage import Input
 from pipeline.stages.search import (
     SearchDataConfig,
     SearchFailed,
@@ -46,7 +46,7 @@ from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
 from tests.pipeline.contexts import stage_context
 from tests.small import Small
-from workflows.demo import demo_paper as demo
+from workflows.demo.workflow import demo_paper as demo
 
 LLAVA = "llava-1.5-7b"
 DATA = {"template": "vicuna_short", "digest": "0" * 64}

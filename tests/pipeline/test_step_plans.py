@@ -13,7 +13,7 @@ import adsc
 from adsc.curriculum import drawn_name, grown_plan
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ConfigError, edit
-from pipeline.identity import digest
+from pipeline.durable.identity import digest
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.training.config import DistillSettings, GrowSettings, TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
@@ -26,7 +26,7 @@ from tests.pipeline.test_evaluate import DATA
 from tests.pipeline.test_recipe import trained as stages_of
 from tests.pipeline.test_training import CONFIG, Plain, sources, trained, worst_difference
 from tests.small import Small
-from workflows.demo import demo_paper as demo
+from workflows.demo.workflow import demo_paper as demo
 
 NAMED = {"32": "1:1/2", "16": "1:1/4", "8": "0:1/8"}
 WEIGHTS = {"32": 2.0, "dense": 1.0}

@@ -12,9 +12,8 @@ from transformers import AutoModelForImageTextToText
 
 from pipeline.training.adapters import merge_trained
 from pipeline.training.config import LoraSettings, TrainConfig
-from pipeline.training.loop import Diverged, Sources, train
+from pipeline.training.loop import Diverged, Sources, rate_factor, train
 from pipeline.training.movement import MovementError
-from pipeline.training.schedule import rate_factor
 from pipeline.training.torchrun import FolderContext
 from tests.small import Small
 

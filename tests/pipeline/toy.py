@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.stage import Kind, RunContext, Stage, StageContext
+from pipeline.durable.stage import Kind, RunContext, Stage, StageContext
 
 
 class Toy(Config):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from workflows.cli import WORKFLOWS, build_parser, load_workflow, main
+from workflows.commands.main import WORKFLOWS, build_parser, load_workflow, main
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,8 @@ def test_a_port_in_use_is_said_at_once(
         taken.listen()
         port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "workflows.cli", "run", "demo", "--root", str(tmp_path),
+            [sys.executable, "-m", "workflows.commands.main", "run", "demo", "--root",
+             str(tmp_path),
              "--dashboard-port", str(port)], capture_output=True, text=True,
         )  # fmt: skip
     assert done.returncode == 2

@@ -13,12 +13,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import record as records
-from pipeline.graph import fingerprints
-from pipeline.record import Record
+from pipeline.durable import record as records
+from pipeline.durable.graph import fingerprints
+from pipeline.durable.record import Record
 from pipeline.store import open_store
 from tests.small import SMALL_DEMO, Small
-from workflows.cli import load_workflow
+from workflows.commands.main import load_workflow
 
 
 def command(
@@ -26,7 +26,7 @@ def command(
 ) -> list[str]:
     changes = [f"--set={change}" for change in (*SMALL_DEMO, f"base.source={base}")]
     place = ["demo", *([stage] if stage else []), "--root", str(root)]
-    return [sys.executable, "-m", "workflows.cli", name, *place, *changes, *extra]
+    return [sys.executable, "-m", "workflows.commands.main", name, *place, *changes, *extra]
 
 
 def run(root: Path | str, base: Path, *extra: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +100,7 @@ def test_chat_answers_from_the_exported_checkpoint(undisturbed: Path, small: Sma
     found = made(undisturbed, small.base)
     picture = next((small.pictures / "images" / "test").glob("*.png"))
     done = subprocess.run(
-        [sys.executable, "-m", "workflows.cli", "chat", found["export"].uri,
+        [sys.executable, "-m", "workflows.commands.main", "chat", found["export"].uri,
          str(picture), "is there a bag?"], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import adsc
-from pipeline import record as records
-from pipeline.graph import fingerprints
-from pipeline.record import Record
-from pipeline.stages.results import Results
+from pipeline.durable import record as records
+from pipeline.durable.graph import fingerprints
+from pipeline.durable.record import Record
+from pipeline.reporting.results import Results
 from pipeline.store import open_store
 from tests.small import SMALL_DEMO, Small
-from workflows.cli import load_workflow, main
+from workflows.commands.main import load_workflow, main
 
 PLANS = {"28": "1:1/4", "13": "0:1/4,2:1/2"}
 CHANGES = (

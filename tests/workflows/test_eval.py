@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import adsc
+from pipeline.durable.graph import fingerprints
+from pipeline.durable.stage import Input
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.scoring import RULES
-from pipeline.graph import fingerprints
-from pipeline.stage import Input
 from pipeline.stages.base import resolve
 from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.store import open_store
 from tests.benchmark_files import QUESTIONS, WRITERS
 from tests.small import Small
-from workflows.cli import main
+from workflows.commands.main import main
 from workflows.evaluation import content_digest, evaluation_stages
 
 TINY = "package://workflows/assets/tiny_base"

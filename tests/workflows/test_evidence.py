@@ -11,17 +11,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from pipeline import graph
 from pipeline.config import ConfigError, edit
+from pipeline.durable import graph
 from pipeline.evaluation.methods import PeerConfig, build_method
 from pipeline.evaluation.scoring import exact_match
+from pipeline.reporting.results import Results
 from pipeline.stages.base import resolve
-from pipeline.stages.results import Results
 from tests.small import Small
-from workflows import evidence, evidence_here
-from workflows.demo import BASE
-from workflows.evidence import BudgetConfig, EvidenceConfig, arms, command, trainings
-from workflows.tiny_llava import TinyLlavaConfig, build_model, build_processor
+from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
+from workflows.demo.workflow import BASE
+from workflows.evidence import command
+from workflows.evidence import config as evidence
+from workflows.evidence import local as evidence_here
+from workflows.evidence.config import BudgetConfig, EvidenceConfig, arms, trainings
 
 SHARES = {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}
 
@@ -194,7 +196,7 @@ def test_ray_runs_a_small_evidence(small: Small, tmp_path: Path) -> None:
     words = ["run", "evidence", "--root", str(tmp_path)]
     words += [f"--set={key}={value}" for key, value in changes.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "workflows.cli", *words], capture_output=True, text=True
+        [sys.executable, "-m", "workflows.commands.main", *words], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (table,) = tmp_path.glob("summary-*/attempts/*/evidence.md")

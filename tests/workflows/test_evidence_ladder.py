@@ -19,21 +19,22 @@ from pipeline.evaluation.intervals import Bootstrap
 from pipeline.evaluation.methods import PeerConfig, build_method
 from tests.small import Small
 from tests.workflows.test_evidence import SHARES, demo_model
-from workflows import evidence, evidence_here
-from workflows.evidence import (
+from workflows.demo.tiny_llava import IMAGE_TOKEN
+from workflows.evidence import command
+from workflows.evidence import config as evidence
+from workflows.evidence import local as evidence_here
+from workflows.evidence.config import (
     CONTROL,
     BudgetConfig,
     EvidenceConfig,
     Recipe,
     arms,
-    command,
     control_of,
 )
-from workflows.evidence_features import install, key_of, pack, remember, unpack
-from workflows.evidence_ladder import BUDGETS, ladder_config, ladder_recipes, variant_config
-from workflows.evidence_questions import load_asking
-from workflows.evidence_retention import Answered, compare, write_retention
-from workflows.tiny_llava import IMAGE_TOKEN
+from workflows.evidence.features import install, key_of, pack, remember, unpack
+from workflows.evidence.ladder import BUDGETS, ladder_config, ladder_recipes, variant_config
+from workflows.evidence.questions import load_asking
+from workflows.evidence.retention import Answered, compare, write_retention
 
 
 def test_no_arm_has_more_tokens_than_its_budget_and_every_peer_has_all_of_it() -> None:

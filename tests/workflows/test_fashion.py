@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.identity import digest
-from workflows.fashion import CLASSES, FashionConfig, load_things, places
-from workflows.fashion_grids import make_record, write_grids
-from workflows.fashion_variants import (
+from pipeline.durable.identity import digest
+from workflows.demo.fashion import CLASSES, FashionConfig, load_things, places
+from workflows.demo.fashion_grids import make_record, write_grids
+from workflows.demo.fashion_variants import (
     Place,
     ask_free,
     draw_places,

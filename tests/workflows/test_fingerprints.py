@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.durable.graph import fingerprints
+from pipeline.durable.stage import Kind, Stage
+from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.benchmarks import BenchmarksConfig
-from pipeline.graph import fingerprints
-from pipeline.stage import Kind, Stage
-from pipeline.workflow import Workflow
 from tests.benchmark_files import WRITERS
-from workflows.cli import WORKFLOWS, load_workflow
-from workflows.demo import demo_paper as demo
+from workflows.commands.main import WORKFLOWS, load_workflow
+from workflows.demo.workflow import demo_paper as demo
 from workflows.evaluation import evaluation_stages
-from workflows.evidence import evidence
+from workflows.evidence.config import evidence
 
 FROZEN = Path(__file__).with_name("fingerprints.json")
 CHECKPOINT = "package://workflows/assets/tiny_base"

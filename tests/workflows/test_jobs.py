@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from pipeline import jobs, preflight
-from pipeline import record as records
-from pipeline.graph import fingerprints
-from pipeline.jobs import JobError, Submission, plan_submission
-from pipeline.record import Record
+from pipeline.cluster import jobs, preflight
+from pipeline.cluster.jobs import JobError, Submission, plan_submission
+from pipeline.durable import record as records
+from pipeline.durable.graph import fingerprints
+from pipeline.durable.record import Record
 from pipeline.store import open_store
 from pipeline.tracking.gauges import GAUGES, STATES
 from tests.infra.test_monitoring import BUILT_IN
 from tests.small import SMALL_DEMO, Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
-from workflows.cli import main
-from workflows.jobs_cli import DRIVER, PACKAGES
+from workflows.commands.main import main
+from workflows.commands.submit import DRIVER, PACKAGES
 from workflows.registry import load_workflow
 
 ROOT = "s3://lab/jobs"
@@ -222,7 +222,7 @@ def test_gauges_are_on_the_nodes_metrics_page(client: Any) -> None:
 
 def adsc(cluster: Cluster, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "workflows.cli", *words, "--address", cluster.address],
+        [sys.executable, "-m", "workflows.commands.main", *words, "--address", cluster.address],
         env={**cluster.environment, **more},
         capture_output=True,
         text=True,

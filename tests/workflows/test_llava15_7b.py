@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from adsc.plan import PruningPlan
-from pipeline import record as records
 from pipeline.config import ConfigError
-from pipeline.graph import fingerprints
+from pipeline.durable import record as records
+from pipeline.durable.graph import fingerprints
 from pipeline.stages.merge import MergeConfig
 from pipeline.store import open_store
 from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context
-from workflows.cli import load_workflow, main
+from workflows.commands.main import load_workflow, main
 from workflows.llava15_7b import PAPER_PLANS, PLANS, HoldOutConfig, hold_out
 from workflows.registry import WORKFLOWS
 from workflows.renamed import FORMERLY, former

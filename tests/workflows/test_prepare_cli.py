@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.training.batches import PreparedData
 from tests.small import Small
-from workflows.cli import main
+from workflows.commands.main import main
 
 Captured = pytest.CaptureFixture[str]
 

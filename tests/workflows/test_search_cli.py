@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.small import SMALL_DEMO, Small
-from workflows.cli import main
-from workflows.search_cli import search_stages
+from workflows.commands.main import main
+from workflows.commands.search import search_stages
 
 
 def test_dry_run_lists_the_space_and_the_first_trials(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,10 +66,10 @@ def test_a_run_goes_on_from_the_search(
     """What was found is trained, merged and evaluated; MLflow has a run a trial below one."""
     from mlflow import MlflowClient
 
-    from pipeline import graph
-    from pipeline import record as records
+    from pipeline.durable import graph
+    from pipeline.durable import record as records
     from pipeline.store import open_store
-    from workflows.cli import load_workflow
+    from workflows.commands.main import load_workflow
 
     own = [change for change in SMALL_DEMO if not change.startswith("plan=")]
     changes = [*own, f"base.source={small.base}", *SEARCH]
@@ -108,7 +108,7 @@ def test_a_run_goes_on_from_the_search(
 
 
 def test_only_what_the_search_needs_is_run() -> None:
-    from workflows.demo import demo
+    from workflows.demo.workflow import demo
 
     workflow = demo().edit({"plan": "search", "search.average": 22})
     names = [stage.name for stage in search_stages(workflow)]

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from workflows.cli import main
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"

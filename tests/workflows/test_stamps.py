@@ -17,21 +17,24 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import adsc
 from adsc.families import UnsupportedModel
-from pipeline import graph
 from pipeline.config import edit
+from pipeline.durable import graph
+from pipeline.durable.identity import digest
+from pipeline.durable.stage import Stage
 from pipeline.evaluation.methods import build_method
-from pipeline.identity import digest
-from pipeline.stage import Stage
-from workflows import evidence, evidence_here, stamps_parts, stamps_scenes
-from workflows.cli import main
-from workflows.demo import BASE
+from workflows.commands.main import main
+from workflows.demo.fashion import KINDS, FashionConfig
+from workflows.demo.workflow import BASE
 from workflows.evaluation import setup_for
-from workflows.evidence import EvidenceConfig, arms, controls
-from workflows.fashion import KINDS, FashionConfig
-from workflows.stamps import TOKENS, stamps, stamps_config
-from workflows.stamps_base import CHAT
-from workflows.stamps_parts import DECODER, STAMPS, TOWER, MissingParts, Part, WrongPart, locate
-from workflows.stamps_scenes import ScenesConfig, StampsChanged, name_of, write_scenes
+from workflows.evidence import config as evidence
+from workflows.evidence import local as evidence_here
+from workflows.evidence.config import EvidenceConfig, arms, controls
+from workflows.evidence.stamps import TOKENS, stamps, stamps_config
+from workflows.stamps import parts as stamps_parts
+from workflows.stamps import scenes as stamps_scenes
+from workflows.stamps.base import CHAT
+from workflows.stamps.parts import DECODER, STAMPS, TOWER, MissingParts, Part, WrongPart, locate
+from workflows.stamps.scenes import ScenesConfig, StampsChanged, name_of, write_scenes
 from workflows.stamps_tower import LiteConfig, LiteTower, folded, places
 
 FOLDER = Path(os.environ.get("ADSC_STAMPS", STAMPS))
@@ -357,8 +360,8 @@ def test_eval_tells_workers_of_the_tower_where_a_checkpoint_has_it(tmp_path: Pat
 
 TOLD = """
 import sys, ray
-from pipeline.driver import ray_for
-from pipeline.stage import RunContext
+from pipeline.durable.session import ray_for
+from pipeline.durable.stage import RunContext
 asked = "'efficientnet_lite0' in __import__('transformers').CONFIG_MAPPING"
 for setup in (*sys.argv[1:], None):
     with ray_for(RunContext(root="runs", workflow="stamps", setup=setup)):

@@ -1,6 +1,6 @@
 """The command `python -m workflows.evidence`: the evidence on one machine, without Ray.
 
-Only parsing stands here; workflows/evidence_here.py runs the arms.
+Only parsing stands here; workflows/evidence/local.py runs the arms.
 """
 
 import argparse
@@ -10,8 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline.config import edit
-from workflows import evidence_here
-from workflows.evidence import (
+from workflows.evidence import local as evidence_here
+from workflows.evidence.config import (
     Arm,
     EvidenceConfig,
     arms,
@@ -20,8 +20,8 @@ from workflows.evidence import (
     evidence_576_config,
     evidence_config,
 )
-from workflows.evidence_ladder import ladder_config, variant_config
-from workflows.stamps import stamps_config
+from workflows.evidence.ladder import ladder_config, variant_config
+from workflows.evidence.stamps import stamps_config
 
 
 def scales() -> dict[str, Callable[[], EvidenceConfig]]:
@@ -78,7 +78,7 @@ def _kind(name: str) -> str:
 def main(words: list[str] | None = None) -> int:
     """The command: 0 when every arm has been run."""
     parser = argparse.ArgumentParser(
-        prog="workflows.evidence", description="the evidence on one machine, without Ray"
+        prog="workflows.evidence.config", description="the evidence on one machine, without Ray"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
     parser.add_argument("--scale", choices=tuple(scales()), default="demo")

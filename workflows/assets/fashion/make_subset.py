@@ -5,7 +5,7 @@ licence).
     python workflows/assets/fashion/make_subset.py /usr/share/datasets/fashion-mnist
 
 Writes train.png, validation.png and test.png beside this file: contact sheets of 28 x 28 pixel
-pictures, one row of sheet cells for each class in the order of `CLASSES` of workflows/fashion.py.
+pictures, one row of cells for each class in the order of workflows/demo/fashion.py's `CLASSES`.
 test.png holds instances of the official test split only, validation.png such of the official
 training split as train.png does not.
 """

@@ -1,0 +1,200 @@
+"""The plan travels with whatever is saved of a model, and is in force, or warned of, wherever
+something that holds one is loaded or built.
+
+A plan stands in a checkpoint's config.json, and in an adapter's adapter_config.json under the same
+name; plain transformers and PEFT ignore it. transformers and PEFT have no hook for what happens on
+their own paths (`Trainer` checkpoints, `from_config`, `PeftModel.from_pretrained`), so a handful of
+their methods are wrapped when adsc is imported. No weight is read or written here.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
+
+from adsc.attachment.attach import CONFIG_FIELD, attach, attached_plan, base_model
+from adsc.method import from_dict
+
+FIELD = CONFIG_FIELD
+
+
+class PlanWarning(UserWarning):
+    """What is saved or loaded and what a model does are not the same."""
+
+
+def keep_plans() -> None:
+    """Wrap transformers' methods, and PEFT's as soon as it is imported; again is no more."""
+    _wrap(PreTrainedModel, "post_init", _after_building)
+    _wrap(PreTrainedModel, "save_pretrained", _around_saving)
+    _wrap(PeftAdapterMixin, "load_adapter", _around_loading)
+    if "peft" in sys.modules:
+        _wrap_peft()
+    elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterPeft())
+
+
+def _wrap_peft() -> None:
+    import peft
+
+    _wrap(peft.config.PeftConfigMixin, "to_dict", _with_plan)
+    _wrap(peft.PeftModel, "save_pretrained", _around_saving)
+    _wrap(peft.PeftModel, "load_adapter", _around_loading)
+    mixin: Any = peft.config.PeftConfigMixin
+    if not hasattr(mixin.from_peft_type.__func__, "adsc_wraps"):
+        mixin.from_peft_type = classmethod(_marked(_without_plan(mixin.from_peft_type.__func__)))
+
+
+def _wrap(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+    method = getattr(owner, name)
+    if not hasattr(method, "adsc_wraps"):
+        setattr(owner, name, _marked(wraps(method)(around(method))))
+
+
+def _marked(method: Any) -> Any:
+    method.adsc_wraps = True
+    return method
+
+
+def _after_building(post_init: Any) -> Any:
+    """A model that is built from a config with a plan drops by it: it would be saved with it."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        post_init(self, *args, **kwargs)
+        data = getattr(self.config, FIELD, None)
+        if data is not None:
+            attach(self, from_dict(data))
+
+    return build
+
+
+def _around_saving(save: Any) -> Any:
+    """What is saved says what the model does."""
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base = base_model(self)
+        plan, data = attached_plan(base), getattr(base.config, FIELD, None)
+        if plan is not None:
+            setattr(base.config, FIELD, plan.to_dict())
+        elif data is not None and from_dict(data).stages:
+            warnings.warn(
+                f"{type(base).__name__} runs dense, but its config holds plan "
+                f"{str(from_dict(data))!r}, by which what is saved now will drop when it is loaded:"
+                " adsc.attach(model, plan) puts the plan in force, adsc.detach(model) takes it out",
+                PlanWarning,
+                stacklevel=3,
+            )
+        for config in (getattr(self, "peft_config", None) or {}).values():
+            _note(config, None if plan is None else plan.to_dict())
+        return save(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _note(config: Any, data: Any) -> None:
+    if data is not None:
+        setattr(config, FIELD, data)
+    elif hasattr(config, FIELD):
+        delattr(config, FIELD)
+
+
+def _around_loading(load: Any) -> Any:
+    """An adapter that was trained under a plan brings it to a dense base."""
+
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = set(getattr(self, "peft_config", None) or {})
+        loaded = load(self, *args, **kwargs)
+        configs = getattr(self, "peft_config", None) or {}
+        name = kwargs.get("adapter_name") or (args[1] if len(args) > 1 else None)
+        fresh = set(configs) - before or {name or "default"}
+        for one in fresh & set(configs):
+            _apply(self, getattr(configs[one], FIELD, None))
+        return loaded
+
+    return load_adapter
+
+
+def _apply(model: Any, data: Any) -> None:
+    if data is None:
+        return
+    plan, base = from_dict(data), base_model(model)
+    current = attached_plan(base)
+    if current is None and getattr(base.config, FIELD, None) is None:
+        attach(model, plan)
+    elif current is None or current != plan:
+        has = "is dense on purpose (an empty plan)" if current is None else f"drops by {current!s}"
+        warnings.warn(
+            f"the adapter was trained under plan {str(plan)!r}, but its base {has}; what it "
+            "learned may not hold there: adsc.attach(model, plan) puts another plan in force",
+            PlanWarning,
+            stacklevel=4,
+        )
+
+
+def _with_plan(to_dict: Any) -> Any:
+    def with_plan(self: Any) -> dict[str, Any]:
+        found: dict[str, Any] = to_dict(self)
+        data = getattr(self, FIELD, None)
+        return found if data is None else found | {FIELD: data}
+
+    return with_plan
+
+
+def _without_plan(from_peft_type: Any) -> Any:
+    """PEFT's configs know no plan: it is put on them once they are made."""
+
+    @wraps(from_peft_type)
+    def without_plan(cls: Any, **kwargs: Any) -> Any:
+        data = kwargs.pop(FIELD, None)
+        config = from_peft_type(cls, **kwargs)
+        _note(config, data)
+        return config
+
+    return without_plan
+
+
+class _AfterPeft(MetaPathFinder):
+    """Wraps PEFT's methods at the end of its first import: importing it here would cost seconds."""
+
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _AfterPeft):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    """PEFT's own loader, followed by our wrapping."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self.loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        sys.meta_path[:] = [one for one in sys.meta_path if not isinstance(one, _AfterPeft)]
+        _wrap_peft()

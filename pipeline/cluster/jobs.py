@@ -1,0 +1,350 @@
+"""Jobs of a Ray cluster: a workflow's run, sent to the cluster's job server, looked at, stopped.
+
+The code that is installed here travels with a job; the environment doesn't: it comes from the
+cluster's image, and is compared before anything runs (pipeline/cluster/preflight.py). Credentials
+never travel. Nothing is kept here: ids follow from what is computed, and the store knows what is
+done, so a job that was cancelled or lost is continued by submitting the same again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.durable.workflow import Workflow
+
+PREFIX = "adsc"
+MAX_CODE = 200 * 2**20
+"""Bytes of code; Ray's head keeps what is shipped in memory, and refuses 500 MiB."""
+FORWARDED = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION",
+    "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
+)  # fmt: skip
+"""Settings of this machine's environment that a job gets; none of them is a credential."""
+STOP_SECONDS = 20
+"""Between asking a job to stop and killing it: it gives its leases back."""
+_START_SECONDS = 30  # a head that has just started takes no jobs for a while
+ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+class JobError(ValueError):
+    """A job can't be submitted or found: what was asked, the rule, the way out."""
+
+
+class JobFailed(RuntimeError):
+    """A job that was followed ended without success."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is sent to the job server; nothing in it may be secret, since everyone there sees it."""
+
+    family: str
+    """The job's id without its number: the same work on the same store has the same one."""
+    entrypoint: str
+    """Shell command on the head."""
+    metadata: dict[str, str]
+    """What `adsc status` shows."""
+    environment: dict[str, str]
+    """Environment variables of all the job's processes."""
+    packages: tuple[str, ...]
+    """Names of the packages that travel with the job."""
+
+
+def plan_submission(
+    workflow: Workflow,
+    changes: Sequence[str],
+    root: str,
+    *,
+    shared_root: bool = False,
+    mlflow: str | None = None,
+    options: Sequence[str] = (),
+    python: str = "python",
+    any_versions: bool = False,
+    driver: str,
+    packages: tuple[str, ...],
+) -> Submission:
+    """A submission, checked for all that can be known before anything is sent.
+
+    Args:
+        workflow: with its changes already made.
+        changes: the same changes as KEY=VALUE, for the command on the cluster.
+        options: further words for `adsc run`, such as --workers 8.
+        driver: the module that runs on the cluster's head.
+        packages: names of the packages that travel with the job.
+
+    Raises:
+        JobError: a store or tracking that nodes can't share; anything that looks like a credential.
+        GraphError: stages that make no graph.
+    """
+    from pipeline.cluster import preflight
+    from pipeline.durable import graph
+    from pipeline.durable.identity import SHORT, digest
+    from pipeline.durable.session import git_commit
+    from pipeline.store import check_for_runs, open_store
+    from pipeline.tracking.address import explained
+
+    store = open_store(root)
+    check_for_runs(store.root)
+    if store.local("") is not None and not shared_root:
+        raise JobError(
+            f"--root {root} is a folder of this machine, which the cluster's nodes don't see; "
+            "choose s3://bucket/prefix, or add --shared-root if every node mounts "
+            f"{store.root} at the same place"
+        )
+    if mlflow is None and store.local("") is None:
+        raise JobError(
+            f"--root {root} says nothing about tracking, and a database on one node is no use to "
+            "the others; add --mlflow http://HOST:5000, or --mlflow off"
+        )
+    if mlflow and mlflow.startswith("sqlite") and not shared_root:
+        raise JobError(
+            f"--mlflow {mlflow} is a file of one machine, which the cluster's nodes don't share; "
+            "add --mlflow http://HOST:5000, or --mlflow off"
+        )
+    if mlflow and (reason := explained(mlflow)):
+        raise JobError(f"--mlflow {mlflow}: {reason}")
+    prints = graph.fingerprints(workflow.stages())
+    words = [f"--set={change}" for change in changes]
+    words += [f"--root={store.root}", *([f"--mlflow={mlflow}"] if mlflow else []), *options]
+    given = {
+        "root": store.root,
+        "expected": None if any_versions else preflight.versions(),
+    }
+    entrypoint = shlex.join([python, "-m", driver, json.dumps(given), "run", workflow.name, *words])
+    environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    environment |= {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    if commit := git_commit():
+        environment["ADSC_COMMIT"] = commit
+    submission = Submission(
+        family=f"{PREFIX}-{workflow.name}-{digest({'root': store.root, 'stages': prints})[:SHORT]}",
+        # exec: the job's signals reach Python and not a shell.
+        entrypoint=f"exec {entrypoint}",
+        metadata={
+            "workflow": workflow.name,
+            "root": store.root,
+            "changes": json.dumps(list(changes)),
+            "commit": commit or "",
+        },
+        environment=environment,
+        packages=packages,
+    )
+    _refuse_secrets(submission, changes)
+    return submission
+
+
+def _refuse_secrets(submission: Submission, changes: Sequence[str]) -> None:
+    from pipeline.redact import HIDDEN, flatten, redact
+
+    shown = flatten(dict(change.split("=", 1) for change in changes))
+    found = [f"--set {key}" for key, value in shown.items() if HIDDEN in value]
+    found += [name for name, value in submission.environment.items() if redact(value) != value]
+    if not found and redact(submission.entrypoint) != submission.entrypoint:
+        found.append("the command")
+    if found:
+        raise JobError(
+            f"{', '.join(found)} looks like a credential, and everyone who may look at the cluster "
+            "sees what a job is given; let the cluster's nodes have it (a role, a mounted secret)"
+        )
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Ray's job client for the length of a `with`.
+
+    Raises:
+        JobError: nothing answers there, or it refuses us.
+    """
+    if not address:
+        raise JobError(
+            "no cluster is named; add --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS"
+        )
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise JobError(
+            f"--address {address} is not the address of a job server; use that of the cluster's "
+            "dashboard, such as http://HEAD:8265"
+        )
+    if parts.username or parts.password:
+        raise JobError("--address carries credentials; Ray's token belongs into ~/.ray/auth_token")
+    # Ray's client itself waits for minutes where a firewall swallows everything.
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=5).close()
+    except OSError as error:
+        raise JobError(
+            f"nothing answers at {address} ({error.strerror or error}); check that the cluster "
+            "runs and that the port is reachable (kubectl port-forward, ray dashboard)"
+        ) from None
+    from pipeline.durable.session import set_auth_mode
+
+    set_auth_mode()
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # else they tell of the upload
+    # Ray prefers this variable to the address that it is given.
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address.rstrip("/")
+    try:
+        verify: Any = os.environ.get("REQUESTS_CA_BUNDLE", True)
+        try:
+            client = JobSubmissionClient(address.rstrip("/"), verify=verify)
+        except (RuntimeError, KeyError, ValueError) as error:  # what answers isn't Ray's
+            raise ConnectionError(str(error)) from None
+        yield client
+    except AuthenticationError:
+        mode = os.environ["RAY_AUTH_MODE"]
+        why = (
+            "the token here is not the cluster's"
+            if mode == "token"
+            else f"it wants a token, and RAY_AUTH_MODE is {mode} here"
+        )
+        raise JobError(
+            f"the cluster at {address} refuses us: {why}; set RAY_AUTH_MODE=token and put the "
+            "cluster's token into ~/.ray/auth_token (or name its file in RAY_AUTH_TOKEN_PATH)"
+        ) from None
+    except (requests.RequestException, ConnectionError) as error:
+        raise JobError(
+            f"the job server at {address} stopped answering or is none "
+            f"({type(error).__name__}); is that the dashboard of a Ray cluster?"
+        ) from None
+    finally:
+        if before is None:
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def ours(client: Any, family: str = PREFIX) -> list[Any]:
+    """The cluster's jobs of a family, the oldest first."""
+    jobs = [job for job in client.list_jobs() if (job.submission_id or "").startswith(f"{family}-")]
+    return sorted(jobs, key=lambda job: job.start_time or 0)
+
+
+def start(client: Any, submission: Submission) -> tuple[str, bool]:
+    """Submit, unless the same work already runs there: the job's id, and whether it is new."""
+    deadline = time.monotonic() + _START_SECONDS
+    with _shipped(submission.packages) as code:
+        while True:
+            before = ours(client, submission.family)
+            for job in before:
+                if job.status not in ENDED:
+                    return job.submission_id, False
+            numbers = [int(job.submission_id.rpartition("-")[2]) for job in before]
+            name = f"{submission.family}-{max(numbers, default=0) + 1}"
+            try:
+                client.submit_job(
+                    entrypoint=submission.entrypoint,
+                    submission_id=name,
+                    metadata=dict(submission.metadata),
+                    runtime_env={
+                        "working_dir": str(code),
+                        "env_vars": dict(submission.environment),
+                    },
+                )
+            except RuntimeError as error:
+                # Somebody submitted the same just now, or the head has only just started.
+                passing = any(text in str(error) for text in ("already", "No available agent"))
+                if not passing or time.monotonic() > deadline:
+                    raise JobError(f"the job server refused {name}: {last_line(error)}") from None
+                time.sleep(0.5)
+            else:
+                return name, True
+
+
+@contextlib.contextmanager
+def _shipped(packages: Sequence[str]) -> Iterator[Path]:
+    """A folder with the packages alone. As a job's working directory it comes before whatever the
+    machine has installed, on all nodes; what else lies beside the packages here stays here."""
+    with tempfile.TemporaryDirectory(prefix="adsc-code-") as folder:
+        for name in packages:
+            ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(package_folder(name), Path(folder) / name, ignore=ignore)
+        yield Path(folder)
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, if it may be shipped.
+
+    Raises:
+        JobError: it isn't installed, or too large.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise JobError(f"the package {name} is not installed here, so it can't be shipped")
+    folder = Path(spec.origin).parent
+    files = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    sizes = {path: path.stat().st_size for path in files if path.is_file()}
+    if sum(sizes.values()) > MAX_CODE:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise JobError(
+            f"{folder} has {sum(sizes.values()) >> 20} MiB, more than the {MAX_CODE >> 20} MiB "
+            f"that are shipped; its largest file is {largest}: keep data in the store"
+        )
+    return folder
+
+
+def follow(client: Any, job: str, write: Callable[[str], object]) -> str:
+    """Pass on what a job prints until it ends; its last status. Goes on after a lost connection."""
+    import asyncio
+
+    import aiohttp
+
+    passed = 0
+
+    async def tail() -> None:
+        nonlocal passed
+        position = 0
+        async for chunk in client.tail_job_logs(job):
+            # A new connection starts at the beginning again.
+            write(chunk[max(0, passed - position) :])
+            position += len(chunk)
+            passed = max(passed, position)
+
+    while True:
+        try:
+            asyncio.run(tail())
+        except (aiohttp.ClientError, RuntimeError):
+            time.sleep(1)  # the connection was lost; `found` says whether the job was too
+        status = str(found(client, job).status.value)
+        if status in ENDED:
+            return status
+        time.sleep(0.5)
+
+
+def found(client: Any, job: str) -> Any:
+    """The job's details."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "404" not in str(error) and "does not exist" not in str(error):
+            raise JobError(f"the job server failed: {last_line(error)}") from None
+        there = [it.submission_id for it in ours(client)][-5:]
+        raise JobError(
+            f"the cluster knows no job {job!r}; its newest are {', '.join(there) or 'none'}. A "
+            "cluster that was restarted has forgotten its jobs: submit again, and the store's "
+            "finished stages are taken over"
+        ) from None
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text that says something, without Ray's traceback."""
+    lines = str(error).replace("\\n", "\n").strip().rstrip("\"}'.").strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

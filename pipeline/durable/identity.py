@@ -1,0 +1,126 @@
+"""Identity of a stage: a fingerprint of what it computes, and of nothing else.
+
+It covers the canonical config, the fingerprints of the inputs, and the id and version of the
+stage's kind. Machines, worker counts, storage roots, tracking and credentials aren't part of it,
+nor are config fields that are marked OPERATIONAL, or ADDED and at their default (pipeline.config).
+Source code isn't hashed either, nor where it stands: a body may move to another file, and whoever
+changes what it computes raises its kind's version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from enum import Enum
+from fractions import Fraction
+from pathlib import PurePath
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pipeline.config import ADDED, OPERATIONAL
+from pipeline.durable.reference import Reference
+
+SHORT = 12  # hexadecimal digits of a fingerprint that a folder's name carries
+
+
+class IdentityError(ValueError):
+    """A value that has no deterministic literal; the message names the field."""
+
+
+def canonical(value: Any, field: str = "config") -> Any:
+    """The value as JSON literals, the same in every process and on every machine.
+
+    Raises:
+        IdentityError: with the field's name, for a function, an object, bytes, NaN, a key that
+            isn't a string.
+
+    >>> canonical({"b": (1, 2), "a": {"y", "x"}})
+    {'a': ['x', 'y'], 'b': [1, 2]}
+    """
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, Enum):
+        return canonical(value.value, field)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise IdentityError(f"{field} is {value}: JSON has no such number; use null or a bound")
+        return float(value)
+    if isinstance(value, str | int):
+        return str(value) if isinstance(value, str) else int(value)
+    if isinstance(value, Fraction):
+        return str(value)
+    if isinstance(value, Reference):
+        return str(value)
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if isinstance(value, BaseModel):
+        return {
+            name: canonical(getattr(value, name), f"{field}.{name}")
+            for name, info in sorted(type(value).model_fields.items())
+            if not _left_out(info, getattr(value, name))
+        }
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = sorted(item.name for item in dataclasses.fields(value))
+        return {name: canonical(getattr(value, name), f"{field}.{name}") for name in names}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise IdentityError(f"{field} has the key {key!r}: keys must be strings")
+        return {key: canonical(value[key], f"{field}.{key}") for key in sorted(value)}
+    if isinstance(value, tuple | list):
+        return [canonical(item, f"{field}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return sorted((canonical(item, f"{field}.{{}}") for item in value), key=json.dumps)
+    raise IdentityError(
+        f"{field} is a {type(value).__qualname__}, which has no deterministic literal; "
+        "use numbers, strings, tuples, mappings or configs"
+    )
+
+
+def _left_out(info: FieldInfo, value: Any) -> bool:
+    marks = info.json_schema_extra
+    if not isinstance(marks, dict):
+        return False
+    return OPERATIONAL.items() <= marks.items() or (
+        ADDED.items() <= marks.items() and bool(value == info.default)
+    )
+
+
+def digest(value: Any, field: str = "config") -> str:
+    """SHA-256 of the canonical literals, 64 hexadecimal digits."""
+    text = json.dumps(
+        canonical(value, field), sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def body_name(body: Any) -> str:
+    """Where another process finds a stage's body: `module.function`; no part of any identity.
+
+    Raises:
+        IdentityError: a lambda, an inner function, a partial or an object.
+    """
+    name, module = getattr(body, "__qualname__", None), getattr(body, "__module__", None)
+    if not name or not module or "<" in name:
+        raise IdentityError(
+            f"the body {body!r} has no name to find it by; use a function at the top of a module"
+        )
+    return f"{module}.{name}"
+
+
+def fingerprint(*, config: Any, inputs: Mapping[str, str], version: int, kind: str) -> str:
+    """The fingerprint of one stage.
+
+    Args:
+        inputs: parameter names to the inputs' fingerprints.
+        version: of the kind.
+        kind: its id.
+    """
+    # The key `body` is from when a kind was known by its body's name: finished stages hold it.
+    parts = {"inputs": dict(inputs), "version": version, "body": kind}
+    return digest({"config": canonical(config), **parts})

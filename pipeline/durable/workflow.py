@@ -1,0 +1,39 @@
+"""A workflow is data: a name, a config, and the function that turns the config into stages.
+
+Variants edit another workflow: `demo().edit({"curriculum.order": "forward"}, name="demo_forward")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.config import Config, edit
+from pipeline.durable.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workflow:
+    """What `adsc run NAME` runs."""
+
+    name: str
+    title: str
+    """One line for people."""
+    config: Config
+    build: Callable[[Any], list[Stage]]
+    """From the config to stages; runs nothing."""
+    setup: str | None = None
+    """A function by its full name, such as one that makes transformers know a model: every process
+    of Ray's calls it first."""
+
+    def edit(self, changes: Mapping[str, Any], name: str | None = None) -> Workflow:
+        """The workflow with dotted keys of its config changed.
+
+        Raises:
+            ConfigError: all unknown keys and bad values at once.
+        """
+        return replace(self, config=edit(self.config, changes), name=name or self.name)
+
+    def stages(self) -> list[Stage]:
+        return self.build(self.config)

@@ -1,0 +1,245 @@
+"""What a compression will take before anything runs: memory of a GPU, GPU-hours, money.
+
+Closed forms on a config: no weights are loaded. FLOPs come from the cost model and are exact up to
+the text's length, which is the caller's guess; what share of the peak a GPU reaches is another.
+Memory is an estimate (a test holds the layer's part against what autograd really saves), good for
+seeing what can't fit. Deliberately not a planner: it changes nothing in the config.
+
+Legend: d hidden width, m MLP width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import adsc
+from adsc.costs.decoder import Decoder
+from adsc.costs.geometries import HUB_IDS, geometry
+from adsc.method import Method
+from adsc.plan import PruningPlan
+from pipeline.packaged import resolve
+from pipeline.training.adapters import prepare_trainable
+from pipeline.training.batches import RowShape
+from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.objective import CHUNK
+from pipeline.training.plans import StepPlans
+from pipeline.training.throughput import PEAKS, TrainingCost
+
+USABLE = 0.92
+"""Share of a GPU's memory that a training can have: the rest is the context and fragments."""
+
+
+class Hardware(NamedTuple):
+    """A GPU: what it holds, and its peak in dense bf16."""
+
+    memory_gib: float
+    peak_flops: float
+
+
+HARDWARE = {
+    "a100-40gb": Hardware(40, PEAKS["A100"]),
+    "a100-80gb": Hardware(80, PEAKS["A100"]),
+    "h100": Hardware(80, PEAKS["H100"]),
+    "h200": Hardware(141, PEAKS["H200"]),
+    "l40s": Hardware(48, PEAKS["L40S"]),
+}
+"""Memory by the vendors' data sheets, SXM where there is a choice."""
+
+
+class Assumptions(NamedTuple):
+    """What the config does not say."""
+
+    gpu: str = "h100"
+    """A key of HARDWARE."""
+    workers: int = 1
+    """GPUs, one a worker."""
+    hfu: float = 0.4
+    """Share of the peak that the training reaches, activations that are computed again
+    included."""
+    text_tokens: int = 200
+    """Positions of a conversation that are not vision tokens, on average."""
+    price: float | None = None
+    """What a GPU-hour costs, in any currency."""
+
+    @property
+    def hardware(self) -> Hardware:
+        """Raises ValueError: an unknown GPU, or a share outside (0, 1]."""
+        if self.gpu not in HARDWARE:
+            raise ValueError(f"GPU {self.gpu!r} is unknown; there are {', '.join(HARDWARE)}")
+        if not 0 < self.hfu <= 1:
+            raise ValueError(f"hfu = {self.hfu} is not a share of the peak, such as 0.4")
+        return HARDWARE[self.gpu]
+
+
+class StageForecast(NamedTuple):
+    """One training stage."""
+
+    name: str
+    plan: str
+    steps: int
+    average_vision_tokens: float
+    """Over the decoder's layers, and over steps where these have different plans."""
+    flops: float
+    teacher_share: float
+    """Of the FLOPs that the GPU computes, what a teacher takes."""
+    gpu_hours: float
+    memory_gib: float
+    """Of each GPU, with a micro-batch of conversations of average length."""
+
+
+def model_config(source: str) -> Any | None:
+    """The base's transformers config: a folder's, or that of a known hub id; else None."""
+    if source in HUB_IDS:
+        return geometry(source)
+    if (resolve(source) / "config.json").is_file():
+        return AutoConfig.from_pretrained(resolve(source), local_files_only=True)
+    return None
+
+
+def forecast(
+    model: Any,
+    stages: Sequence[tuple[str, TrainConfig]],
+    records: int | None,
+    assumed: Assumptions,
+) -> list[StageForecast]:
+    """What each training stage takes.
+
+    Args:
+        model: the base's transformers config.
+        stages: name and config of each.
+        records: conversations in the training split; needed where a stage counts epochs.
+
+    Raises:
+        ValueError: an unknown GPU, a share outside (0, 1], epochs of an unknown number of records.
+    """
+    hardware = assumed.hardware
+    rows = []
+    prepared_for: dict[str, nn.Module] = {}
+    for name, config in stages:
+        key = f"{config.lora} {config.tune}"
+        if key not in prepared_for:
+            with torch.device("meta"):
+                empty = AutoModelForImageTextToText.from_config(model)
+                prepared_for[key] = prepare_trainable(empty, config.lora, config.tune)
+        prepared = prepared_for[key]
+        if config.steps is None and records is None:
+            raise ValueError(
+                f"{name} counts epochs of a set whose size is not known before it is prepared; "
+                "set train.steps for a forecast"
+            )
+        steps = config.steps_for(records or 0)
+        plans = StepPlans(config, prepared, steps)
+        checkpointing = config.activation_checkpointing
+        cost = TrainingCost(
+            prepared, model, plans.target, checkpointing=checkpointing, distill=config.distill
+        )
+        dense = adsc.estimate_cost(model, "", assumed.text_tokens).per_layer[0].vision_tokens
+        row = [RowShape(assumed.text_tokens, dense, 1)]
+        # Of a conversation in the mean over steps: FLOPs of training, of the GPU, of the teacher.
+        each = [(np.array(cost.under(plan).step(row)), share) for plan, share in plans.shares()]
+        needed, computed, taught = np.sum([flops * share for flops, share in each], axis=0)
+        conversations = config.batch_size * steps
+        seconds = computed * conversations / (hardware.peak_flops * assumed.hfu)
+        rows.append(
+            StageForecast(
+                name=name,
+                plan=_written(config),
+                steps=steps,
+                average_vision_tokens=sum(
+                    share * plan.average_tokens(dense, cost.num_layers)
+                    for plan, share in plans.shares()
+                ),
+                flops=float(needed * conversations),
+                teacher_share=float(taught / computed),
+                gpu_hours=float(seconds / 3600),
+                memory_gib=max(
+                    sum(memory_bytes(prepared, model, config, plan, assumed).values())
+                    for plan, _ in plans.shares()
+                )
+                / 2**30,
+            )
+        )
+    return rows
+
+
+def _written(config: TrainConfig) -> str:
+    if config.plans:
+        return f"one of {', '.join(config.plans)} a step"
+    return f"up to {config.plan}" if config.grow else config.runs_with
+
+
+def memory_bytes(
+    trainable: nn.Module,
+    model: Any,
+    config: TrainConfig,
+    plan: PruningPlan | Method,
+    assumed: Assumptions,
+) -> dict[str, float]:
+    """What lies in each GPU's memory at the end of a forward pass, by kind, in bytes.
+
+    Args:
+        trainable: the base with its adapter, on the meta device.
+        model: the base's transformers config.
+        config: the training stage.
+        plan: of a step.
+    """
+
+    def share(least: int) -> int:
+        """Over how many GPUs ZeRO splits what it splits from stage `least` on."""
+        return assumed.workers if config.zero_stage >= least else 1
+
+    sizes = [(p.numel(), p.requires_grad) for p in trainable.parameters()]
+    trained = sum(size for size, moves in sizes if moves)
+    frozen = sum(size for size, moves in sizes if not moves)
+    width = 2 if config.precision == "bf16" else 4
+    found = {
+        "base": width * frozen / share(3),
+        "trained": 4 * trained / share(3),
+        "gradients": 4 * trained / share(2),
+        "moments": 8 * trained / share(1),
+    }
+    if config.offload.optimizer:
+        found["moments"] = 0.0
+    if config.offload.parameters:
+        found["base"] = found["trained"] = 0.0
+    decoder = Decoder.from_config(model.get_text_config())
+    cost = adsc.estimate_cost(model, plan, assumed.text_tokens)
+    rows = math.ceil(config.batch_size / assumed.workers / config.accumulate)
+    if config.micro_tokens is not None:
+        full = cost.per_layer[0].vision_tokens + assumed.text_tokens
+        rows = max(1, min(rows, config.micro_tokens // full))
+    tokens = [rows * layer.tokens for layer in cost.per_layer]
+    each = layer_bytes(decoder, config.lora) * width / 2
+    if config.activation_checkpointing:
+        # Each layer's input, and all of the layer that is being computed again.
+        found["activations"] = width * decoder.hidden * sum(tokens) + each * max(tokens)
+    else:
+        found["activations"] = each * sum(tokens)
+    # Logits in the model's type, in fp32 for the loss, and their gradient; a teacher's in fp32.
+    logits = min(decoder.vocabulary * tokens[-1], CHUNK)
+    found["logits"] = (width + 8) * logits
+    if config.distill is not None and plan.stages:
+        found["logits"] += 8 * logits
+        found["teacher"] = width * decoder.hidden * rows * assumed.text_tokens
+    return found
+
+
+def layer_bytes(decoder: Decoder, lora: LoraSettings | None) -> float:
+    """What autograd keeps of one decoder layer for each position, in bytes: bf16 autocast, LoRA on
+    all its linear layers, an attention kernel that keeps no scores.
+
+    Counted from what a LLaMA layer saves: inputs and outputs of its products in bf16, those of
+    norms and activation in fp32; dropout keeps a mask and its output for each input.
+    """
+    d, m, kv = decoder.hidden, decoder.mlp, decoder.kv_heads * decoder.head_dim
+    kept = 30 * d + 6 * kv + 9 * m
+    if lora is not None:
+        kept += 14 * lora.rank + (24 * d + 4 * m if lora.dropout else 0)
+    return kept

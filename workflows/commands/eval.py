@@ -1,0 +1,162 @@
+"""The command `adsc eval`: its words, its table. The stages stand in workflows/evaluation.py.
+
+What was answered is kept in the store, so the same command goes on after a kill, and a second time
+it only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflows.commands import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.durable.stage import RunContext
+
+EXAMPLES = """examples:
+  adsc eval CHECKPOINT --tasks questions.json --methods dense plan:2:1/4,4:1/4 fastv:22
+  adsc eval CHECKPOINT --data runs/prepare-0123456789ab          (its split `test`)
+  adsc eval ELASTIC --tasks questions.json --methods own:64 own:128 dense
+  adsc eval CHECKPOINT --data prepared               (a folder that `adsc prepare` wrote)
+  adsc eval s3://bucket/model --tasks a.json b.json --json --out results
+  adsc eval llava-hf/llava-1.5-7b-hf --tasks pope=data/pope gqa=data/gqa --limit 500 \
+      --methods dense fastv:192 plan:2:1/4,16:1/2
+
+CHECKPOINT is a folder, s3://, package://NAME/FOLDER or a hub id. A task file holds conversations
+in LLaVA's JSON; its pictures lie in `images` beside it. Methods: `own` (the checkpoint's plan),
+`own:64` (its plan of that name), `dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average
+and options, `fastv:32,layer=3`. Without any, an elastic checkpoint is asked with every plan it
+names and dense, another one with its own plan.
+Public benchmarks are NAME=FOLDER, with their official files unpacked in the folder: gqa, vqav2,
+textvqa, vizwiz, pope, scienceqa, mme, seedbench, mmbench, mmbench_cn (docs/evaluation.md).
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
+    """The words of the command; those about cluster and store are the caller's."""
+    parser.add_argument("checkpoint", help="a folder, s3://..., package://..., or a hub id")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="task files, or benchmarks as NAME=FOLDER; with --data, its splits",
+    )
+    parser.add_argument(
+        "--data", help="a finished prepare stage's folder, or `adsc prepare`'s, or s3://..."
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="what it runs with (default: own; of an elastic checkpoint, every plan and dense)",
+    )
+    parser.add_argument(
+        "--template",
+        choices=("checkpoint", "data"),
+        default="checkpoint",
+        help="whose chat template puts the questions (default: the checkpoint's)",
+    )
+    parser.add_argument("--batch-size", type=positive(int), default=64, help="questions at a time")
+    parser.add_argument(
+        "--max-new-tokens", type=positive(int), default=16, help="longest answer in tokens"
+    )
+    parser.add_argument(
+        "--limit", type=positive(int), metavar="N", help="most records of each task, at random"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and report there")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+
+
+def run(options: argparse.Namespace, context: RunContext, console: Console) -> int:
+    """Run the stages, print the table or the JSON, copy what was asked for."""
+    from pipeline.durable import graph
+    from pipeline.durable.stage import Input
+    from pipeline.publishing.publish import check_target
+    from workflows.evaluation import evaluation_stages, setup_for
+
+    if options.out is not None:
+        check_target(options.out)
+    stages = evaluation_stages(
+        options.checkpoint,
+        options.methods,
+        tasks=options.tasks,
+        data=options.data,
+        limit=options.limit,
+        template=options.template,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    context = dataclasses.replace(context, setup=setup_for(options.checkpoint))
+    found = graph.run(stages, context, console)
+    evaluated, reported = Input(found["evaluate"]), Input(found["report"])
+    results = json.loads((evaluated.folder / "results.json").read_text())
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for made in (evaluated, reported):
+            shutil.copytree(made.folder, options.out, dirs_exist_ok=True)
+    if options.json:
+        print(json.dumps(results))
+    else:
+        print_table(results, console)
+        console.print(f"report: {reported.uri}/report.html", soft_wrap=True, markup=False)
+    return 0
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """A row a method: scores with intervals, costs and times; what benchmarks make of them."""
+    from pipeline.evaluation.benchmarks import BENCHMARKS
+
+    title = f"{results['num_questions']} questions, {results['device']}, {results['dtype']}"
+    columns = (
+        "method", "all right, % [95 %]", f"of {results['control_arm']}", "vision tokens", "GFLOPs",
+        "KV KiB", "prefill ms", "decode tokens/s", "peak MiB",
+    )  # fmt: skip
+    table = terminal.table(*columns, title=title)
+    for arm in results["arms"]:
+        share, peak, kept = arm["accuracy"], arm["peak_memory_bytes"], arm["retention"]
+        mean, low, high = (100 * share[name] for name in ("mean", "low", "high"))
+        table.add_row(
+            arm["label"],
+            f"{mean:.1f} [{low:.1f}, {high:.1f}]",
+            "-" if kept is None else f"{100 * kept:.1f} %",
+            f"{arm['average_vision_tokens']:.1f}",
+            f"{arm['flops'] / 1e9:.3f}",
+            f"{arm['kv_cache_bytes'] / 1024:.0f}",
+            f"{arm['prefill_ms']['median']:.1f}",
+            f"{arm['decode_tokens_per_s']['median']:.0f}",
+            "-" if peak is None else f"{peak / 2**20:.0f}",
+        )
+    console.print(table)
+    arms = results["arms"]
+    if arms and arms[0].get("by_split"):
+        console.print(_by_task({a["label"]: a["by_split"] for a in arms}, "by task, %", 100))
+    for name, figures in results.get("benchmarks", {}).items():
+        rows = {a["label"]: {key: of[a["name"]] for key, of in figures.items()} for a in arms}
+        console.print(_by_task(rows, BENCHMARKS[name].title, 1))
+
+
+def _by_task(rows: dict[str, dict[str, Any]], title: str, scale: float) -> Any:
+    """A row a task (or figure) and method: share, interval, what it keeps of the control's."""
+    table = terminal.table("", "method", "mean [95 %]", "difference [95 %]", "kept", title=title)
+    for task in next(iter(rows.values())):
+        for label, own in rows.items():
+            cells = [
+                "-" if it is None else _spread(it, scale)
+                for it in (own[task], own[task].get("difference"))
+            ]
+            kept = own[task].get("retention")
+            table.add_row(task, label, *cells, "-" if kept is None else f"{100 * kept:.1f} %")
+    return table
+
+
+def _spread(share: dict[str, float], scale: float) -> str:
+    mean, low, high = (f"{scale * share[name]:.4g}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"

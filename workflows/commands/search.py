@@ -1,0 +1,234 @@
+"""The command `adsc search`: its words, its dry run, its table. The stages are the recipe's.
+
+It runs the stages up to `search` of a workflow whose plan is `search`; `adsc run` of that workflow
+with the same settings goes on from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from workflows.commands import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.durable.stage import RunContext, Stage
+    from pipeline.durable.workflow import Workflow
+    from pipeline.search.config import SearchConfig
+
+EXAMPLES = """examples:
+  adsc search demo --average 22 --dry-run              (the space, the first trials, their costs)
+  adsc search demo --average 22 --trials 64 --workers 2
+  adsc search demo --average 16 32                     (a front of loss against cost)
+  adsc search demo --kv-mib 0.96 --objective accuracy
+  adsc search demo --average 22 --fidelity lora --rungs 10 30 90 --set train.learning_rate=1e-3
+  adsc search llava15_7b --average 192 --dry-run
+  adsc run demo --set plan=search --set search.average=22     (trains with what was found)
+
+Two numbers for a budget are its least and most. Every other setting: --set search.KEY=VALUE; they
+are listed by `adsc show demo --config`.
+"""
+BUDGETS = ("average", "gflops", "kv_mib", "prefill_ms")
+SHOWN = 10
+"""Trials in the table at the end."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[type], Any]) -> None:
+    """The words of the command; those about workflow, cluster and store are the caller's."""
+    number = positive(float)
+    for name, unit in (
+        ("average", "vision tokens of a picture per decoder layer, on average"),
+        ("gflops", "GFLOPs of a prefill"),
+        ("kv-mib", "MiB of KV cache"),
+        ("prefill-ms", "ms of prefill, as measured"),
+    ):
+        parser.add_argument(
+            f"--{name}", nargs="+", type=number, metavar="N", help=f"budget: {unit}"
+        )
+    parser.add_argument("--trials", type=positive(int), help="plans to try (64)")
+    parser.add_argument("--objective", choices=("loss", "accuracy"), help="what is to be good")
+    parser.add_argument(
+        "--fidelity",
+        choices=("untrained", "lora", "curriculum"),
+        help="what a trial does before it is judged (untrained: nothing)",
+    )
+    parser.add_argument(
+        "--rungs", nargs="+", type=positive(int), metavar="N",
+        help="training steps (untrained: conversations) after which the worse trials stop",
+    )  # fmt: skip
+    parser.add_argument("--sampler", choices=("tpe", "random"), help="who proposes (tpe)")
+    parser.add_argument("--seed", type=int, dest="search_seed", help="of draws and sampler (0)")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the space and the first trials only"
+    )
+
+
+def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
+    """The workflow with `plan = search` and what the command's words say.
+
+    Raises:
+        ValueError: it is no compression, or (ConfigError) settings contradict.
+    """
+    from pipeline.recipe import CompressConfig
+
+    if not isinstance(workflow.config, CompressConfig):
+        raise ValueError(f"{workflow.name} compresses nothing: there is no plan to search for")
+    changes: dict[str, Any] = {"plan": "search"}
+    for name in BUDGETS:
+        given = getattr(options, name)
+        if given is not None:
+            if len(given) > 2:
+                raise ValueError(f"--{name.replace('_', '-')} takes a number, or least and most")
+            changes[f"search.{name}"] = given[0] if len(given) == 1 else tuple(given)
+    for key in ("trials", "objective", "fidelity", "sampler"):
+        if getattr(options, key) is not None:
+            changes[f"search.{key}"] = getattr(options, key)
+    if options.rungs is not None:
+        changes["search.rungs"] = tuple(options.rungs)
+    if options.search_seed is not None:
+        changes["search.seed"] = options.search_seed
+    return workflow.edit(changes)
+
+
+def search_stages(workflow: Workflow) -> list[Stage]:
+    """The stages that the search needs, and itself."""
+    from pipeline.durable.graph import lint
+
+    by_name = {stage.name: stage for stage in lint(workflow.stages())}
+    wanted, names = {"search"}, ["search"]
+    while names:
+        for need in by_name[names.pop()].needs.values():
+            if need not in wanted:
+                wanted.add(need)
+                names.append(need)
+    return [stage for stage in by_name.values() if stage.name in wanted]
+
+
+def run(
+    workflow: Workflow, options: argparse.Namespace, context: RunContext, console: Console
+) -> int:
+    """Run the stages, print what was found."""
+    from pipeline.durable import graph
+    from pipeline.durable.stage import Input
+
+    if options.dry_run:
+        show_space(workflow.config, console)
+        return 0
+    found = graph.run(search_stages(workflow), context, console)
+    made = Input(found["search"])
+    results = json.loads((made.folder / "results.json").read_text())
+    if options.json:
+        print(json.dumps(results))
+        return 0
+    print_results(results, console)
+    own = " ".join(f"--set {change}" for change in _settings(workflow, options))
+    lines = [f"{made.uri}/search.html", f"adsc run {options.workflow} {own}"]
+    console.print("Next: look at the search, train with what it found", markup=False)
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _settings(workflow: Workflow, options: argparse.Namespace) -> list[str]:
+    """What `adsc run` is to be told for the same search."""
+    config = workflow.config.search  # type: ignore[attr-defined]
+    plain = type(config)()
+    changed = [
+        name for name in type(config).model_fields if getattr(config, name) != getattr(plain, name)
+    ]
+    said = [f"search.{name}={_written(getattr(config, name))}" for name in changed]
+    others = [it for it in options.changes if not it.startswith(("plan=", "search."))]
+    return ["plan=search", *said, *others]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ",".join(map(_written, value)) + "]"
+    return str(value)
+
+
+def show_space(config: Any, console: Console) -> None:
+    """How large the space is, and the trials that come first, with their costs.
+
+    Raises:
+        PlanError: no plan meets the budget.
+    """
+    import adsc
+    from pipeline.forecast import model_config
+    from pipeline.search.space import Costs, Space
+    from pipeline.search.study import Study
+
+    own: SearchConfig = config.search
+    model = model_config(config.base.source)
+    if model is None:
+        raise ValueError(
+            f"{config.base.source} is neither a folder on this machine nor a hub id whose geometry "
+            "is known: its space can't be listed before a run"
+        )
+    if own.budget[0] == "prefill_ms":
+        raise ValueError(
+            "a budget of prefill time is met by times measured on a worker: its space can't be "
+            "listed before a run"
+        )
+    space = Space(Costs(model, own), own)
+    name, low, high = own.budget
+    console.print(
+        f"{len(space):,} plans ({len(space.stages):,} placements, anchors "
+        f"{', '.join(own.anchors)}) with {name} from {low:g} to {high:g}: {space.of.num_layers} "
+        f"layers, {space.of.num_vision_tokens} vision tokens; {own.trials} trials, {own.fidelity}",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    study = Study(space, own.model_copy(update={"sampler": "random"}))
+    table = terminal.table(
+        "trial", "from", "plan", "average", "GFLOPs", "KV MiB",
+        title=f"The first trials, one picture with {own.text_tokens} text tokens",
+    )  # fmt: skip
+    for _ in range(min(own.trials, len(study.known) + 5)):
+        proposal = study.next()
+        if proposal is None:
+            break
+        cost = adsc.estimate_cost(
+            model, proposal.plan, text_tokens=own.text_tokens, image_size=own.image_size
+        )
+        table.add_row(
+            str(proposal.number),
+            proposal.name,
+            proposal.plan,
+            f"{cost.average_vision_tokens:.1f}",
+            f"{cost.flops / 1e9:,.3f}",
+            f"{cost.kv_cache_bytes / 2**20:,.3f}",
+        )
+    console.print(table)
+    for title, why in space.left_out.items():
+        console.print(f"left out: {title}, {why}", markup=False, highlight=False)
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    """The best trials, the known ones, and the finding."""
+    trials: Sequence[dict[str, Any]] = [t for t in results["trials"] if t["state"] == "finished"]
+    sign = 1 if results["objective"] == "loss" else -1
+    ordered = sorted(trials, key=lambda t: (sign * t["rungs"][-1][1], t["number"]))
+    best = [t["number"] for t in ordered[:SHOWN]]
+    table = terminal.table(
+        "place", "from", "plan", results["objective"], results["unit"],
+        title=f"Best of {len(results['trials'])} trials, and the known placements",
+    )  # fmt: skip
+    for place, trial in enumerate(ordered, 1):
+        if trial["number"] in best or trial["known"]:
+            table.add_row(
+                str(place),
+                trial["name"],
+                trial["plan"],
+                f"{trial['rungs'][-1][1]:.4f}",
+                f"{trial['cost']:.5g}",
+            )
+    console.print(table)
+    for trial in results["trials"]:
+        if trial["state"] == "failed":
+            console.print(f"failed: {trial['plan']}: {trial['reason']}", markup=False)
+    console.print(results["finding"], markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,90 @@
+"""A second evidence base, closer to life: pretrained parts, captioned things, 196 vision tokens.
+
+The same questions as workflows/evidence/'s, on a base whose decoder and tower were trained by
+others: SmolLM2-135M-Instruct and EfficientNet-Lite0 (workflows/stamps/base.py), scenes of Tux
+Paint's stamps (workflows/stamps/scenes.py). Fewer arms, two budgets, and a control that asks about
+other pictures. The parts are optional and installed apart (docs/evidence-details.md):
+
+    adsc run stamps --set data.stamps=FOLDER
+    python -m workflows.evidence --out DIR --scale stamps --set data.stamps=FOLDER
+"""
+
+from pipeline.data.config import PrepareConfig
+from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.methods import PeerConfig
+from pipeline.stages.base import BaseConfig
+from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.training.config import LoraSettings, TrainConfig
+from workflows.evidence.config import BudgetConfig, EvidenceConfig, build
+from workflows.stamps.base import StampsBaseConfig
+from workflows.stamps.scenes import SHUFFLED, ScenesConfig
+
+TOKENS = 196
+PEERS = ("stride", "random", "fastv", "dart")
+"""VisionZip, which chooses by the tower's attention, refuses a tower that has none."""
+PROJECTOR = r".*multi_modal_projector\..*"
+
+
+def stamps_config() -> EvidenceConfig:
+    """The whole comparison."""
+    return EvidenceConfig(
+        base=BaseConfig(source="made"),
+        made=StampsBaseConfig(
+            decoder=TrainConfig(
+                steps=640,
+                batch_size=4,
+                precision="bf16",
+                learning_rate=1e-3,
+                warmup=0.05,
+                lora=LoraSettings(rank=32, alpha=64, dropout=0.0),
+                tune=(PROJECTOR,),
+                checkpoint_every=20,
+            )
+        ),
+        data=ScenesConfig(),
+        prepare=PrepareConfig(
+            template="tokenizer",
+            context=1024,
+            splits={"train": "train.json", "test": "test.json", SHUFFLED: f"{SHUFFLED}.json"},
+        ),
+        budgets=(
+            _budget("667", "-66.7 %", "2:19/49,15:1/2", TOKENS / 3),
+            _budget("778", "-77.8 %", "2:11/49,15:1/2", TOKENS * 2 / 9),
+        ),
+        variants=("adsc", "adsc_reverse", "adsc_first"),
+        anchors=("adsc", "adsc_first"),
+        trained_peers=("fastv",),
+        control_splits=(SHUFFLED,),
+        train=TrainConfig(
+            steps=30,
+            batch_size=4,
+            precision="bf16",
+            learning_rate=5e-4,
+            lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
+            checkpoint_every=20,
+        ),
+        seeds=(0,),
+        evaluate=EvaluateConfig(
+            title="ADSC and its peers on pretrained parts",
+            task="stamps in 3 x 3 scenes, generated questions; SmolLM2-135M and EfficientNet-Lite0",
+            batch_size=16,
+            prefill_batch=4,
+            prefill_rounds=3,
+            decode_rounds=1,
+        ),
+    )
+
+
+def _budget(name: str, label: str, plan: str, average: float) -> BudgetConfig:
+    peers = (PeerConfig(name=p, average=average, options={"tolerance": 0.02}) for p in PEERS)
+    return BudgetConfig(name=name, label=label, plan=plan, peers=tuple(peers))
+
+
+def stamps() -> Workflow:
+    return Workflow(
+        name="stamps",
+        title="the evidence on pretrained parts, which are installed apart: nights on two cores",
+        config=stamps_config(),
+        build=build,
+        setup="workflows.stamps_tower.register",
+    )
