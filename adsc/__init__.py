@@ -11,10 +11,9 @@ from adsc.attachment.running import running, suspended
 from adsc.attachment.static_cache import static_cache
 from adsc.checkpoint import CheckpointError, attach_on_loading, from_pretrained
 from adsc.costs.cost import Cost, estimate_cost
-from adsc.costs.error import CostError
 from adsc.dropping.cache_record import CacheError
 from adsc.dropping.outputs import full_length_logits
-from adsc.families import UnsupportedModel, VisionTokenError
+from adsc.errors import CostError, UnsupportedModel, VisionTokenError
 from adsc.plan import PlanError, PruningPlan
 from adsc.solve import solve_plans
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from adsc.families import Family, UnsupportedModel
+from adsc.errors import UnsupportedModel
+from adsc.families.family import Family
 from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_entering
 from adsc.tiles import Region
 

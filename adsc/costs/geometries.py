@@ -27,7 +27,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from adsc.costs.error import CostError
+from adsc.errors import CostError
 
 
 def _clip_vit_l_336() -> CLIPVisionConfig:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import adsc
-from adsc.families import UnsupportedModel
+from adsc.errors import UnsupportedModel
 from pipeline.config import edit
 from pipeline.durable import graph
 from pipeline.durable.identity import digest
