@@ -15,10 +15,11 @@ from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ADDED, Config, edit
 from pipeline.data.templates import NAMES
 from pipeline.durable.stage import Stage
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import FoundPlan, Plan
 from pipeline.search.config import SearchConfig
 from pipeline.stages.base import BASE, BaseConfig, num_decoder_layers, pin_digest
-from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.evaluate import EVALUATE
 from pipeline.stages.export import EXPORT, ExportConfig
 from pipeline.stages.merge import MERGE, MergeConfig
 from pipeline.stages.prepare import PREPARE, PrepareConfig

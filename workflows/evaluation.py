@@ -30,9 +30,10 @@ from pipeline.evaluation.benchmarks import (
     find_files,
     root_of,
 )
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import OWN, PLAN, MethodConfig, build_method, parse_method
 from pipeline.stages.base import BASE, BaseConfig, pin_digest, resolve
-from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.evaluate import EVALUATE
 from pipeline.stages.prepare import PREPARE, PrepareConfig
 from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.store import open_store

@@ -31,9 +31,9 @@ from pipeline.config import Config
 from pipeline.data.sources import Unreadable, iter_records
 from pipeline.durable.stage import Kind, Stage, StageContext
 from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.recipe import CompressConfig, CurriculumConfig, compress
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import DistillSettings, TrainConfig

@@ -6,15 +6,12 @@ summary to results.json, which the report reads. `adsc eval` runs this stage too
 """
 
 import json
-import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
 from transformers import AutoProcessor
 
-from pipeline.config import ADDED, Config
 from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData, split_folder
 from pipeline.data.templates import find_template
@@ -30,134 +27,11 @@ from pipeline.evaluation.answers import (
     unfinished,
     write_samples,
 )
-from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig, leading_arms, rule_of
 from pipeline.evaluation.generation import Asked, Questions, majority_answers, share_right
-from pipeline.evaluation.intervals import Bootstrap, interval, over_seeds
-from pipeline.evaluation.methods import MethodConfig
-from pipeline.evaluation.scoring import FIGURES, RULES, Mean, references
+from pipeline.evaluation.scoring import RULES, references
+from pipeline.evaluation.table import Scored, benchmark_figures, results, summary_of
 from pipeline.store import open_store
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class ArmConfig(MethodConfig):
-    """One checkpoint with one method; alone or with others of its group a row of the table."""
-
-    name: str
-    """Short name, unique; letters, digits, `_`, `.` and `-`."""
-    label: str
-    """Name for people."""
-    checkpoint: str
-    """The input that holds the model: `base`, or a merge stage's."""
-    trained: bool = False
-    """Whether the checkpoint was trained in this workflow."""
-    group: str = ""
-    """Arms of a group are one method trained with several seeds: their scores are pooled into one
-    row of that name, with the first one's label."""
-    seed: int | None = None
-    """Seed of its training; arms of a group each have their own."""
-    budget: str = Field("", json_schema_extra=ADDED)
-    """Of a checkpoint with named plans: the name of this one, or `dense`."""
-    curve: str = Field("", json_schema_extra=ADDED)
-    """Rows of one curve are one checkpoint at several budgets: the report joins them."""
-
-    @property
-    def row(self) -> str:
-        return self.group or self.name
-
-
-class EvaluateConfig(Config):
-    """What is compared, and how the answers are made."""
-
-    title: str = ""
-    """Title of the report."""
-    task: str = ""
-    """What the data is, in a few words."""
-    arms: tuple[ArmConfig, ...] = ()
-    """What answers; a row of the table each, or each group."""
-    control: str = "dense_lora"
-    """Name of the row that the others are compared with: the dense model trained alike."""
-    splits: tuple[str, ...] = Field(("test",), min_length=1)
-    """Splits of the prepared data whose questions are asked."""
-    template: Literal["data", "checkpoint"] = "data"
-    """How questions are put: as in training (the prepared data's template), or as the checkpoint's
-    own processor does."""
-    benchmarks: tuple[str, ...] = Field((), json_schema_extra=ADDED)
-    """Splits that are the public benchmarks of that name (pipeline/evaluation/benchmarks.py), and
-    are scored by their rules; others by exact match."""
-    batch_size: int = Field(64, gt=0)
-    """Questions answered at a time."""
-    max_new_tokens: int = Field(8, gt=0)
-    """Longest answer in tokens."""
-    shard_questions: int = Field(512, gt=0)
-    """Questions in a piece of work: what a killed run repeats at most, for each worker."""
-    prefill_batch: int = Field(32, gt=0)
-    """Questions in the batch whose prefill and decoding are timed: the first with pictures."""
-    prefill_rounds: int = Field(15, gt=0)
-    """Timed prefills of each method; the methods take turns."""
-    decode_tokens: int = Field(8, gt=1)
-    """Tokens of a timed generation."""
-    decode_rounds: int = Field(5, gt=0)
-    """Timed generations of each method."""
-    sample_pictures: int = Field(4, ge=0)
-    """Pictures shown in the report with every arm's answers."""
-    seed: int = Field(0, ge=0)
-    """Seed of the bootstrap; a compression puts its training's seed here."""
-
-    @field_validator("benchmarks")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in names if name not in BENCHMARKS]:
-            raise ValueError(f"no benchmarks: {', '.join(unknown)}; of {', '.join(BENCHMARKS)}")
-        return names
-
-    @model_validator(mode="after")
-    def _arms_make_rows(self) -> Self:
-        names = [arm.name for arm in self.arms]
-        bad = [name for name in names if not _NAME.fullmatch(name) or names.count(name) > 1]
-        if bad:
-            raise ValueError(
-                f"arms {', '.join(bad)}: names are unique, of letters, digits, `_`, `.` and `-`"
-            )
-        for row in _rows(self.arms):
-            first, *others = row.arms
-            seeds = [arm.seed for arm in row.arms]
-            if any((a.plan, a.method) != (first.plan, first.method) for a in others):
-                raise ValueError(f"arms of the group {row.name} have different methods")
-            if others and (None in seeds or len(set(seeds)) < len(seeds)):
-                raise ValueError(f"arms of the group {row.name} need a seed of their own each")
-        return self
-
-
-class Row(NamedTuple):
-    """A row of the table: one arm, or the arms of a group."""
-
-    name: str
-    arms: list[ArmConfig]
-
-
-class Against(NamedTuple):
-    """What a row is compared with its control by."""
-
-    own: np.ndarray
-    """(S, Q) scores of the row's arms."""
-    control: np.ndarray
-    """(S', Q) those of the control's."""
-    same_seeds: bool
-    """Whether both are of the same seeds, in the same order."""
-
-
-class Scored(NamedTuple):
-    """What is kept in memory of an arm's answers: the rest stays in the store."""
-
-    scores: np.ndarray
-    """(Q,) of each question, 0 to 1."""
-    seconds: float | None = None
-    """Wall time of all answers, where it is known."""
-    generated: float | None = None
-    """Tokens of all answers, likewise."""
-    shown: dict[int, str] = {}
-    """Answers that the report shows, by question."""
 
 
 def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
@@ -177,6 +51,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     shards = shards_of([arm.name for arm in order], sizes, config.shard_questions)
     measured = _answer_and_measure(ctx, config, job, shards, order[-1].checkpoint)
     shown, pictures = write_pictures(ctx, config, splits[config.splits[0]])
+    leading = [arm.name for arm in leading_arms(config)]
     scored = {arm.name: _read(job, shards, arm.name, shown) for arm in config.arms}
     found = results(
         config,
@@ -189,13 +64,15 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         commit=ctx.run.commit,
         config={"evaluate": config.model_dump(mode="json")} | _training(ctx),
         majority=_majority(ctx, config, splits, asked),
-        benchmarks=_benchmarks(config, splits, scenes, scored),
+        benchmarks=benchmark_figures(config, splits, scenes, scored),
         samples=[
             {
                 "picture": picture,
                 "question": asked[number].text,
                 "expected": _shown(config, asked[number].expected),
-                "answers": {arm.name: scored[arm.name].shown[number] for arm in _leading(config)},
+                "answers": {
+                    arm.name: scored[arm.name].shown[number] for arm in leading_arms(config)
+                },
             }
             for number, picture in zip(shown, pictures, strict=True)
         ],
@@ -203,7 +80,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     )
     (ctx.out / "results.json").write_text(json.dumps(found, indent=1))
     write_samples(job.storage, shards, ctx.out / "samples.parquet")
-    summary = {arm["name"]: _summary(arm) for arm in found["arms"]}
+    summary = {arm["name"]: summary_of(arm) for arm in found["arms"]}
     numbers = {
         name: {key: value for key, value in row.items() if key not in ("plan", "budget")}
         for name, row in summary.items()
@@ -232,55 +109,8 @@ EVALUATE = Kind(
 )
 
 
-def results(
-    evaluated: EvaluateConfig,
-    asked: Sequence[Asked],
-    scenes: Sequence[str],
-    scored: dict[str, Scored],
-    measured: dict[str, Any],
-    splits: Sequence[str] = (),
-    **more: Any,
-) -> dict[str, Any]:
-    """What results.json holds (pipeline/reporting/results.py), however the answers were made.
-
-    Args:
-        scenes: what each question is about (`Questions.scenes`).
-        scored: by arm.
-        measured: as measure_and_count gives it, its methods by what they run with.
-        splits: of each question, where there are several.
-        more: the remaining fields.
-    """
-    return {
-        "title": evaluated.title,
-        "task": evaluated.task,
-        "seed": evaluated.seed,
-        "control_arm": evaluated.control,
-        "num_questions": len(asked),
-        "num_pictures": len(set(scenes)),
-        "prefill_batch": measured["batch"],
-        "decode_tokens": evaluated.decode_tokens,
-        **{name: measured[name] for name in _SHAPE},
-        "arms": _table(evaluated, asked, scenes, scored, measured, splits),
-        **more,
-    }
-
-
-_SHAPE = ("num_vision_tokens", "num_layers", "text_tokens", "device", "dtype")
-
-
 def _first(arms: Sequence[ArmConfig], checkpoint: str) -> int:
     return [arm.checkpoint for arm in arms].index(checkpoint)
-
-
-def _rows(arms: Sequence[ArmConfig]) -> list[Row]:
-    rows: dict[str, Row] = {}
-    for arm in arms:
-        rows.setdefault(arm.row, Row(arm.row, [])).arms.append(arm)
-    return list(rows.values())
-
-
-def _leading(config: EvaluateConfig) -> list[ArmConfig]:
-    return [row.arms[0] for row in _rows(config.arms)]
 
 
 def _labelled(splits: dict[str, Questions]) -> list[Asked]:
@@ -292,10 +122,6 @@ def _labelled(splits: dict[str, Questions]) -> list[Asked]:
         for split, questions in splits.items()
         for asked in questions.asked
     ]
-
-
-def _rule(config: EvaluateConfig, split: str) -> str:
-    return BENCHMARKS[split].rule if split in config.benchmarks else "exact_match"
 
 
 def _shown(config: EvaluateConfig, expected: str) -> str:
@@ -315,7 +141,7 @@ def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
     return Job(
         storage=open_store(ctx.train_storage[0]).uri(ctx.train_storage[1]),
         inputs={"data": data, "base": ctx.inputs["base"], **checkpoints},
-        rules={split: _rule(config, split) for split in config.splits},
+        rules={split: rule_of(config, split) for split in config.splits},
         arms={arm.name: (arm.checkpoint, arm) for arm in config.arms},
         chat_template=template,
         batch_size=config.batch_size,
@@ -399,123 +225,6 @@ def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> 
     return Scored(np.concatenate(scores), seconds, generated, answers)
 
 
-def _mean(totals: Sequence[float | None], count: int) -> float | None:
-    known = [total for total in totals if total is not None]
-    return sum(known) / count if len(known) == len(totals) else None
-
-
-def _table(
-    config: EvaluateConfig,
-    asked: Sequence[Asked],
-    scenes: Sequence[str],
-    scored: dict[str, Scored],
-    measured: dict[str, Any],
-    splits: Sequence[str],
-) -> list[dict[str, Any]]:
-    bootstrap = Bootstrap(scenes, config.seed)
-    kinds = np.array([question.kind for question in asked])
-    several = list(dict.fromkeys(splits)) if len(set(splits)) > 1 else []
-    tasks = {task: np.array(splits) == task for task in several}
-    rows = _rows(config.arms)
-    scores = {row.name: np.stack([scored[arm.name].scores for arm in row.arms]) for row in rows}
-    control = next((row for row in rows if row.name == config.control), None)
-    dense = measured["methods"].get("")
-    table = []
-    for row in rows:
-        own, arm, count = scores[row.name], row.arms[0], len(asked) * len(row.arms)
-        against = control and _against(row, control, scores)
-        kept = against and bootstrap.ratio(
-            against.own, against.control, same_seeds=against.same_seeds
-        )
-        other = None if row is control else against
-        table.append(
-            {
-                "name": row.name,
-                "label": arm.label,
-                "plan": arm.runs_with,
-                "peer": arm.method is not None,
-                "trained": arm.trained,
-                "budget": arm.budget,
-                "curve": arm.curve,
-                "accuracy": bootstrap.mean(own),
-                "by_kind": {
-                    str(kind): bootstrap.mean(own, kinds == kind) for kind in np.unique(kinds)
-                },
-                "by_split": {
-                    task: _of_task(bootstrap, own, other, mask) for task, mask in tasks.items()
-                },
-                "difference": other
-                and bootstrap.difference(other.own, other.control, same_seeds=other.same_seeds),
-                "retention": kept and kept["mean"],
-                "retention_interval": other and kept,
-                "seeds": [
-                    {"seed": a.seed, "accuracy": float(scored[a.name].scores.mean())}
-                    for a in row.arms
-                    if a.seed is not None
-                ],
-                "over_seeds": over_seeds([float(one.mean()) for one in own]),
-                "difference_over_seeds": other and _paired_over_seeds(other),
-                "seconds_per_question": _mean([scored[a.name].seconds for a in row.arms], count),
-                "generated_tokens": _mean([scored[a.name].generated for a in row.arms], count),
-            }
-            | _costs(measured, arm.runs_with, dense)
-        )
-    return table
-
-
-def _of_task(
-    bootstrap: Bootstrap, own: np.ndarray, other: Against | None, mask: np.ndarray
-) -> dict[str, Any]:
-    """A row's share of one task, with what is paired with the control."""
-    if other is None:
-        return bootstrap.mean(own, mask)
-    pair, same = (other.own, other.control, mask), other.same_seeds
-    kept = bootstrap.ratio(*pair, same_seeds=same)
-    return {
-        **bootstrap.mean(own, mask),
-        "difference": bootstrap.difference(*pair, same_seeds=same),
-        "retention": kept and kept["mean"],
-    }
-
-
-def _against(row: Row, control: Row, scores: dict[str, np.ndarray]) -> Against:
-    """Scores on the seeds that both have, in the same order; of rows that share none, all."""
-    places = [{arm.seed: place for place, arm in enumerate(one.arms)} for one in (row, control)]
-    common = sorted(seed for seed in set.intersection(*map(set, places)) if seed is not None)
-    if not common:
-        return Against(scores[row.name], scores[control.name], same_seeds=False)
-    own, other = ([place[seed] for seed in common] for place in places)
-    return Against(scores[row.name][own], scores[control.name][other], same_seeds=True)
-
-
-def _paired_over_seeds(pair: Against) -> dict[str, float] | None:
-    """Own - control seed by seed; None where they share fewer than two."""
-    if not pair.same_seeds:
-        return None
-    return over_seeds((pair.own.mean(axis=1) - pair.control.mean(axis=1)).tolist())
-
-
-def _costs(measured: dict[str, Any], method: str, dense: Any) -> dict[str, Any]:
-    """Mean cost of the batch's questions by the exact model, and times and memory as measured."""
-    times, cost = measured["methods"][method]
-    reference = measured["dense"]
-    average, vision = cost.average_vision_tokens, reference.average_vision_tokens
-    prefill = times["prefill_ms"]["median"]
-    speed = times["decode_tokens_per_s"]["median"]
-    return {
-        "average_vision_tokens": average,
-        "reduction": 1 - average / vision if vision else 0.0,
-        "tokens_per_layer": cost.tokens_per_layer,
-        "flops": cost.flops,
-        "flops_reduction": 1 - cost.flops / reference.flops,
-        "kv_cache_bytes": cost.kv_cache_bytes,
-        "kv_reduction": 1 - cost.kv_cache_bytes / reference.kv_cache_bytes,
-        **times,
-        "prefill_speedup": dense and dense[0]["prefill_ms"]["median"] / prefill,
-        "decode_speedup": dense and speed / dense[0]["decode_tokens_per_s"]["median"],
-    }
-
-
 def _majority(
     ctx: StageContext,
     config: EvaluateConfig,
@@ -531,61 +240,9 @@ def _majority(
         own = majority_answers(data, several=split in config.benchmarks)
         prefix = f"{split}: " if len(splits) > 1 else ""
         guesses |= {f"{prefix}{kind}": answer for kind, answer in own.items()}
-    rules = [RULES[_rule(config, split)] for split, of in splits.items() for _ in of.asked]
+    rules = [RULES[rule_of(config, split)] for split, of in splits.items() for _ in of.asked]
     source = "train" if train.is_dir() else "questions"
     return share_right(asked, guesses, rules) | {"source": source}
-
-
-def _benchmarks(
-    config: EvaluateConfig,
-    splits: dict[str, Questions],
-    scenes: Sequence[str],
-    scored: dict[str, Scored],
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the benchmarks make of scores beyond their mean, by benchmark, figure and row, with
-    intervals and what is paired with the control. Of a group, the mean over its arms."""
-    start, found = 0, {}
-    for split, questions in splits.items():
-        part = slice(start, start + len(questions))
-        start = part.stop
-        if split in config.benchmarks and split in FIGURES:
-            bootstrap = Bootstrap(scenes[part], config.seed)
-            rows = {
-                row.name: [scored[arm.name].scores[part] for arm in row.arms]
-                for row in _rows(config.arms)
-            }
-            found[split] = _figures(split, questions.asked, rows, config.control, bootstrap)
-    return found
-
-
-def _figures(
-    benchmark: str,
-    asked: Sequence[Asked],
-    rows: dict[str, list[np.ndarray]],
-    control: str,
-    bootstrap: Bootstrap,
-) -> dict[str, dict[str, Any]]:
-    """By figure and row; the scores of a row are a list of (Q,), one a seed."""
-
-    def figures(scores: Sequence[np.ndarray], mean: Mean) -> dict[str, Any]:
-        each = [FIGURES[benchmark](asked, one, mean) for one in scores]
-        return {name: sum(of[name] for of in each) / len(each) for name in each[0]}
-
-    def plain(values: np.ndarray, chosen: np.ndarray) -> float:
-        return float(values[chosen].mean())
-
-    points = {row: figures(scores, plain) for row, scores in rows.items()}
-    drawn = {row: figures(scores, bootstrap.draws) for row, scores in rows.items()}
-    found: dict[str, dict[str, Any]] = {name: {} for name in next(iter(points.values()))}
-    for name, of_rows in found.items():
-        for row in rows:
-            own, draws = points[row][name], drawn[row][name]
-            of_rows[row] = interval(own, draws)
-            if row != control and control in rows:
-                other = points[control][name]
-                of_rows[row]["difference"] = interval(own - other, draws - drawn[control][name])
-                of_rows[row]["retention"] = own / other if other else None
-    return found
 
 
 def write_pictures(
@@ -626,20 +283,4 @@ def _curves(ctx: StageContext) -> dict[str, Any]:
             (ctx.inputs[name].folder / "trained" / "history.json").read_text()
         )
         for name in _training(ctx)
-    }
-
-
-def _summary(arm: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "accuracy": arm["accuracy"]["mean"],
-        "average_vision_tokens": arm["average_vision_tokens"],
-        "flops": arm["flops"],
-        "kv_cache_bytes": arm["kv_cache_bytes"],
-        "prefill_ms": arm["prefill_ms"]["median"],
-        "prefill_speedup": arm["prefill_speedup"],
-        "decode_tokens_per_s": arm["decode_tokens_per_s"]["median"],
-        "peak_memory_bytes": arm["peak_memory_bytes"],
-        "retention": arm["retention"],
-        "plan": arm["plan"],
-        **({"budget": arm["budget"]} if arm["budget"] else {}),
     }

@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 import adsc
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.publishing.manifest import ExportError, verify_folder
 from pipeline.reporting.results import Results
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import ExportConfig, compare_logits, export
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.tracking import tracker as tracking

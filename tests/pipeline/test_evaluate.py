@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 import adsc
 from pipeline.data.prepared import PreparedData
 from pipeline.evaluation.answers import AnswersFailed
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.generation import (
     GenerationError,
     Questions,
@@ -28,7 +29,7 @@ from pipeline.evaluation.generation import (
 from pipeline.evaluation.methods import MethodError, parse_method
 from pipeline.evaluation.speed import measure
 from pipeline.reporting.results import Results
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
 from pipeline.stages.prepare import SCHEMA
 from pipeline.training.loop import train

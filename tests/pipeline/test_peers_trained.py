@@ -9,9 +9,10 @@ import pytest
 import adsc
 from adsc.method import Method
 from pipeline.config import ConfigError, edit
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig, parse_method
 from pipeline.reporting.results import Results
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
+from pipeline.stages.evaluate import evaluate
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train

@@ -29,7 +29,8 @@ from pipeline.durable import graph
 from pipeline.durable import record as records
 from pipeline.durable.stage import Input, Kind, Stage, StageContext
 from pipeline.durable.workflow import Workflow
-from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
+from pipeline.stages.evaluate import EVALUATE
 from pipeline.stages.merge import MERGE, MergeConfig
 from pipeline.stages.prepare import PREPARE, PrepareConfig
 from pipeline.stages.train import TRAIN

@@ -11,9 +11,9 @@ from typing import Any
 
 from pipeline.durable.stage import Stage
 from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.recipe import ComparedConfig, CompressConfig, CurriculumConfig, compress
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.stages.export import ExportConfig
 from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig

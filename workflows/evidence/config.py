@@ -26,10 +26,11 @@ from adsc.curriculum import curriculum
 from pipeline.config import ADDED, Config, ConfigError, edit
 from pipeline.durable.stage import Stage
 from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import MethodConfig, PeerConfig
 from pipeline.recipe import base_and_prepare, train_and_merge
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.stages.evaluate import EVALUATE
 from pipeline.stages.merge import MergeConfig
 from pipeline.stages.prepare import PrepareConfig
 from pipeline.stages.report import REPORT, ReportConfig

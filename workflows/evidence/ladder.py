@@ -22,9 +22,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.data.config import PrepareConfig
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from workflows.demo.fashion import FashionConfig
 from workflows.demo.workflow import BASE

@@ -47,9 +47,9 @@ from pipeline.evaluation.generation import (
 )
 from pipeline.evaluation.methods import MethodConfig, build_method
 from pipeline.evaluation.speed import measure_and_count
+from pipeline.evaluation.table import Scored, results
 from pipeline.redact import flatten
 from pipeline.stages.base import resolve
-from pipeline.stages.evaluate import Scored, results
 from pipeline.stages.merge import MergeConfig, merge
 from pipeline.stages.prepare import prepare_data
 from pipeline.stages.report import ReportConfig, report

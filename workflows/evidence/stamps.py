@@ -11,9 +11,9 @@ other pictures. The parts are optional and installed apart (docs/evidence-detail
 
 from pipeline.data.config import PrepareConfig
 from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
 from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EvaluateConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from workflows.evidence.config import BudgetConfig, EvidenceConfig, build
 from workflows.stamps.base import StampsBaseConfig
