@@ -14,7 +14,7 @@ WORKFLOWS = {
     "demo": "workflows.demo.workflow",
     "demo_paper": "workflows.demo.workflow",
     "tiny_base": "workflows.demo.tiny_base",
-    "evidence": "workflows.evidence.config",
+    "evidence": "workflows.evidence.workflow",
     "stamps": "workflows.evidence.stamps",
     "llava15_7b": "workflows.llava15_7b",
     "llava15_7b_128": "workflows.llava15_7b",

@@ -70,9 +70,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
                 "picture": picture,
                 "question": asked[number].text,
                 "expected": _shown(config, asked[number].expected),
-                "answers": {
-                    arm.name: scored[arm.name].shown[number] for arm in leading_arms(config)
-                },
+                "answers": {name: scored[name].shown[number] for name in leading},
             }
             for number, picture in zip(shown, pictures, strict=True)
         ],

@@ -10,18 +10,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline.config import edit
-from workflows.evidence import local as evidence_here
+from workflows.evidence import local
 from workflows.evidence.config import (
     Arm,
     EvidenceConfig,
     arms,
     control_of,
     controls,
-    evidence_576_config,
-    evidence_config,
 )
 from workflows.evidence.ladder import ladder_config, variant_config
 from workflows.evidence.stamps import stamps_config
+from workflows.evidence.workflow import evidence_576_config, evidence_config
 
 
 def scales() -> dict[str, Callable[[], EvidenceConfig]]:
@@ -78,7 +77,7 @@ def _kind(name: str) -> str:
 def main(words: list[str] | None = None) -> int:
     """The command: 0 when every arm has been run."""
     parser = argparse.ArgumentParser(
-        prog="workflows.evidence.config", description="the evidence on one machine, without Ray"
+        prog="workflows.evidence", description="the evidence on one machine, without Ray"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
     parser.add_argument("--scale", choices=tuple(scales()), default="demo")
@@ -108,10 +107,10 @@ def main(words: list[str] | None = None) -> int:
         config = edit(config, {name: value for name, value in changes.items() if value is not None})
         only = choose(config, given.arms, given.budgets)
         if given.list:
-            lines = (f"{task.file.stem}\n" for task in evidence_here.tasks(config, given.out, only))
+            lines = (f"{task.file.stem}\n" for task in local.tasks(config, given.out, only))
             sys.stdout.writelines(lines)
             return 0
-        return evidence_here.run(
+        return local.run(
             config,
             given.out,
             processes=given.processes,

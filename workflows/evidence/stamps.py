@@ -15,7 +15,8 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
 from pipeline.stages.base import BaseConfig
 from pipeline.training.config import LoraSettings, TrainConfig
-from workflows.evidence.config import BudgetConfig, EvidenceConfig, build
+from workflows.evidence.config import BudgetConfig, EvidenceConfig
+from workflows.evidence.workflow import build
 from workflows.stamps.base import StampsBaseConfig
 from workflows.stamps.scenes import SHUFFLED, ScenesConfig
 
