@@ -20,7 +20,8 @@ from pipeline.stages.base import resolve
 from tests.small import Small
 from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 from workflows.demo.workflow import BASE
-from workflows.evidence import command, local
+from workflows.evidence import __main__ as command
+from workflows.evidence import local
 from workflows.evidence import workflow as evidence
 from workflows.evidence.config import (
     TRAINED_PEERS,

@@ -20,8 +20,9 @@ from pipeline.evaluation.methods import PeerConfig, build_method
 from tests.small import Small
 from tests.workflows.test_evidence import SHARES, demo_model
 from workflows.demo.tiny_llava import IMAGE_TOKEN
-from workflows.evidence import command, local
+from workflows.evidence import __main__ as command
 from workflows.evidence import config as evidence
+from workflows.evidence import local
 from workflows.evidence.config import (
     CONTROL,
     BudgetConfig,

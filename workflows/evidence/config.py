@@ -15,7 +15,6 @@ from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import TrainConfig
 from workflows.demo.fashion import FashionConfig
 from workflows.demo.tiny_base import TinyBaseConfig
-from workflows.evidence.adapt import AdaptedConfig
 from workflows.stamps.base import StampsBaseConfig
 from workflows.stamps.scenes import ScenesConfig
 
@@ -41,6 +40,16 @@ TRAINED_PEERS = ("fastv", "pyramiddrop", "visionzip")
 
 
 CONTROL = "dense_lora"
+
+
+class AdaptedConfig(Config):
+    """A base for pictures or answers that the shipped one has not seen: the shipped one, trained
+    further, with every token of a picture."""
+
+    source: BaseConfig
+    """The checkpoint to begin with."""
+    decoder: TrainConfig
+    """Its training on the evidence's own training pictures."""
 
 
 class BudgetConfig(Config):

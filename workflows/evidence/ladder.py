@@ -28,8 +28,7 @@ from pipeline.stages.base import BaseConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from workflows.demo.fashion import FashionConfig
 from workflows.demo.workflow import BASE
-from workflows.evidence.adapt import AdaptedConfig
-from workflows.evidence.config import BudgetConfig, EvidenceConfig, Recipe
+from workflows.evidence.config import AdaptedConfig, BudgetConfig, EvidenceConfig, Recipe
 
 SHORT, LONG, LONGEST = 150, 450, 1350
 """Steps of a training."""

@@ -11,7 +11,7 @@ larger base with 576 vision tokens first, for a GPU:
     python -m workflows.evidence --out DIR --scale 576 --processes 8
 
 Both share arms, training loop, scoring and the form of the results. The command without Ray is in
-workflows/evidence/command.py, what it does in workflows/evidence/local.py. `--scale ladder` is the
+workflows/evidence/__main__.py, what it does in workflows/evidence/local.py. `--scale ladder` is the
 comparison that docs/evidence.md begins with; workflows/evidence/ladder.py has its arms.
 """
 
@@ -36,8 +36,14 @@ from workflows.demo.fashion_grids import pictures
 from workflows.demo.tiny_base import TinyBaseConfig, TowerConfig
 from workflows.demo.tiny_llava import TinyLlavaConfig
 from workflows.demo.workflow import BASE
-from workflows.evidence.adapt import AdaptedConfig
-from workflows.evidence.config import BudgetConfig, EvidenceConfig, arms, evaluated, trainings
+from workflows.evidence.config import (
+    AdaptedConfig,
+    BudgetConfig,
+    EvidenceConfig,
+    arms,
+    evaluated,
+    trainings,
+)
 from workflows.evidence.summary import REINDEXED, SUMMARISE
 from workflows.stamps.base import make_base
 from workflows.stamps.scenes import ScenesConfig, scenes

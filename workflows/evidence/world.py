@@ -29,8 +29,8 @@ from pipeline.training.loop import Sources, train
 from pipeline.training.torchrun import FolderContext
 from workflows.demo.fashion_grids import write_grids
 from workflows.demo.tiny_base import TinyBaseConfig, start_decoder, train_tower
-from workflows.evidence.adapt import AdaptedConfig
 from workflows.evidence.config import (
+    AdaptedConfig,
     EvidenceConfig,
 )
 from workflows.stamps.base import StampsBaseConfig, start_stamps
