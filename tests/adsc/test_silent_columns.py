@@ -129,7 +129,7 @@ def test_any_batch_padded_anyhow(rows, count, plan):
     model = adsc.attach(llava(), plan, logits="full")
     with torch.no_grad():
         every = model(**inputs).logits
-        last = adsc.attach(model, plan)(**inputs, logits_to_keep=count).logits
+        last = adsc.attach(model, plan, logits="kept")(**inputs, logits_to_keep=count).logits
     assert every.shape[:2] == inputs["input_ids"].shape
     torch.testing.assert_close(last, every[:, -count:], **CLOSE)
     for index in range(len(rows)):
@@ -288,3 +288,15 @@ def test_metrics_of_full_logits_are_those_of_kept_logits(side):
     got = adsc.full_length_logits(full, labels)
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[seen], wanted[seen], **CLOSE)
+
+
+def test_full_logits_stay_when_another_plan_is_attached():
+    """A caller that pairs logits with columns goes on doing so under the next plan."""
+    inputs = batch([row(3, 0, 5)])
+    columns = inputs["input_ids"].shape[1]
+    model = adsc.attach(llava(), "2:1/2,4:1/4", logits="full")
+    with torch.no_grad():
+        assert adsc.attach(model, "2:1/4")(**inputs).logits.shape[1] == columns
+        kept = adsc.attach(model, "2:1/4", logits="kept")(**inputs)
+        assert kept.logits.shape[1] < columns
+        assert adsc.attach(model, "2:1/2")(**inputs).logits.shape[1] < columns

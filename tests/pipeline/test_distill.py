@@ -315,3 +315,10 @@ def test_data_without_answers_are_refused(small: Small, tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     strategies(*sys.argv[1:])
+
+
+@pytest.mark.parametrize("teacher", ["1:1/8", "0:1/2", "1:1/2,3:1/16"])
+def test_a_teacher_with_fewer_tokens_than_its_student_is_refused(teacher: str) -> None:
+    with pytest.raises(ValueError, match=r"name a milder teacher, or dense"):
+        TrainConfig(plan="1:1/4", distill=DistillSettings(teacher=teacher))
+    TrainConfig(plan="0:1/4,3:1/8", distill=DistillSettings(teacher="0:1/2,3:1/8"))
