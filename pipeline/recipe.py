@@ -18,6 +18,7 @@ from pipeline.durable.stage import Stage
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import FoundPlan, Plan
 from pipeline.search.config import SearchConfig
+from pipeline.search.keys import with_settings
 from pipeline.stages.base import BASE, BaseConfig, num_decoder_layers, pin_digest
 from pipeline.stages.evaluate import EVALUATE
 from pipeline.stages.export import EXPORT, ExportConfig
@@ -109,6 +110,8 @@ class CompressConfig(Config):
                 f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
                 "and let curriculum.order and curriculum.extreme set the pressure of each training"
             )
+        for ends in zip(*(it.values[:2] for it in self.search.ranges.values()), strict=False):
+            with_settings(self.train, list(zip(self.search.ranges, ends, strict=True)))
         if self.searched and self.curriculum.order in ("explicit", "elastic"):
             raise ValueError(
                 f"plan = search and curriculum.order = {self.curriculum.order} contradict: plans "
