@@ -16,14 +16,13 @@ from typing import Any, NoReturn
 
 from transformers import AutoConfig
 
-from adsc.attachment.attach import CONFIG_FIELD
 from adsc.costs.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
 from adsc.costs.error import CostError
 from adsc.costs.geometries import GEOMETRIES, HUB_IDS, geometry
 from adsc.costs.vision import ImageInput, image_cost
 from adsc.families import first_legal_layer
 from adsc.method import Method, from_dict
-from adsc.named import find_plan
+from adsc.named import CONFIG_FIELD, find_plan
 from adsc.plan import POOLS, PlanError, PruningPlan
 from adsc.solve import ANY_KEEP, solve_plans
 

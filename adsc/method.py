@@ -13,17 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
-
-from adsc.families import Family, UnsupportedModel
 from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_entering
 from adsc.tiles import Region
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from adsc.costs.scoring import Sizes
+    from adsc.families import Family
 
 KINDS: dict[str, type[Method]] = {}  # every method by its name
 
@@ -155,6 +156,8 @@ class Method:
     def check_family(self, family: Family) -> None:
         """Raise UnsupportedModel for a family that the method can't serve."""
         if family.name in self.refuses:
+            from adsc.families import UnsupportedModel
+
             raise UnsupportedModel(
                 f"{self.name} does not serve {family.name}: {self.why_refused}; choose another "
                 "method or family (docs/peers.md)"
@@ -286,6 +289,8 @@ def from_dict(data: dict[str, Any]) -> PruningPlan | Method:
     if "method" not in data:
         return PruningPlan.from_dict(data)
     name, values = data["method"], {key: data[key] for key in data if key != "method"}
+    if name not in KINDS:
+        import_module("adsc.peers")  # methods make themselves known when they are imported
     if name not in KINDS:
         raise PlanError(f"method {name!r} is unknown; known are {', '.join(sorted(KINDS))}")
     kind = KINDS[name]

@@ -10,9 +10,11 @@ import adsc
 from adsc.method import Method
 from pipeline.config import ConfigError, edit
 from pipeline.evaluation.methods import PeerConfig, parse_method
+from pipeline.kinds.evaluate import ArmConfig, EvaluateConfig
+from pipeline.kinds.merge import MergeConfig
 from pipeline.reporting.results import Results
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
-from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.merge import merge
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context

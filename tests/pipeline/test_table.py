@@ -8,8 +8,9 @@ import pytest
 import adsc
 from pipeline.evaluation.generation import Asked
 from pipeline.evaluation.speed import measure_and_count
+from pipeline.kinds.evaluate import ArmConfig, EvaluateConfig
 from pipeline.reporting.results import Arm, Results
-from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, Scored, results
+from pipeline.stages.evaluate import Scored, results
 from pipeline.stages.report import finding
 from tests.adsc import tiny
 

@@ -17,8 +17,8 @@ from pipeline.durable.graph import fingerprints
 from pipeline.durable.stage import Input
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.scoring import RULES
-from pipeline.stages.base import resolve
-from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.kinds.evaluate import EvaluateConfig
+from pipeline.packaged import resolve
 from pipeline.store import open_store
 from tests.benchmark_files import QUESTIONS, WRITERS
 from tests.small import Small

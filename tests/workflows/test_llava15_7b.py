@@ -12,7 +12,7 @@ from adsc.plan import PruningPlan
 from pipeline.config import ConfigError
 from pipeline.durable import record as records
 from pipeline.durable.graph import fingerprints
-from pipeline.stages.merge import MergeConfig
+from pipeline.kinds.merge import MergeConfig
 from pipeline.store import open_store
 from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context

@@ -121,8 +121,9 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _export(options: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
+    from pipeline.kinds.export import ExportConfig
     from pipeline.publishing.publish import publish
-    from pipeline.stages.export import ExportConfig, check_in_fresh_process
+    from pipeline.stages.export import check_in_fresh_process
 
     tags = dict(_pair(text) for text in options.tag)
     name = options.name or options.address.rstrip("/").rpartition("/")[2]
@@ -145,8 +146,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _pull(options: argparse.Namespace) -> int:
+    from pipeline.kinds.export import ExportConfig
     from pipeline.publishing.publish import pull
-    from pipeline.stages.export import ExportConfig, check_in_fresh_process
+    from pipeline.stages.export import check_in_fresh_process
     from pipeline.store import open_store
 
     with _bar(options.json) as report:

@@ -399,7 +399,7 @@ def _ls(options: argparse.Namespace) -> int:
     console = terminal.console()
     if options.workflow is None:
         table = terminal.table("workflow", "what")
-        rows = [(name, load_workflow(name).title) for name in WORKFLOWS]
+        rows = [(name, listed.title) for name, listed in WORKFLOWS.items()]
         if options.json:
             print(json.dumps([{"name": name, "title": title} for name, title in rows]))
             return 0

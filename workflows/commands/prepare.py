@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.data.config import PrepareConfig
     from pipeline.durable.stage import Input
-    from pipeline.stages.prepare import PrepareConfig
 
 EXAMPLES = """examples:
   adsc prepare llava_v1_5_mix665k.json --images /data/pictures --model llava-hf/llava-1.5-7b-hf \\
@@ -212,10 +212,10 @@ def _beside(out: Path) -> Iterator[Path]:
 
 
 def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
+    from pipeline.data.config import PrepareConfig
     from pipeline.data.files import GLOB, is_remote
     from pipeline.data.mixture import Source
     from pipeline.data.sources import find_files
-    from pipeline.stages.prepare import PrepareConfig
 
     places = [p if is_remote(p) else str(Path(p).absolute()) for p in options.data]
     for place in places:

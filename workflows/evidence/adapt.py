@@ -1,7 +1,7 @@
 """A base for pictures or answers that the shipped one has not seen: the shipped one, trained on."""
 
 from pipeline.config import Config
-from pipeline.stages.base import BaseConfig
+from pipeline.kinds.base import BaseConfig
 from pipeline.training.config import TrainConfig
 
 

@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 from pipeline.data.config import PrepareConfig
 from pipeline.evaluation.methods import PeerConfig
-from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.kinds.base import BaseConfig
+from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.training.config import LoraSettings, TrainConfig
-from workflows.demo.fashion import FashionConfig
+from workflows.demo.pictures import FashionConfig
 from workflows.demo.workflow import BASE
 from workflows.evidence.adapt import AdaptedConfig
 from workflows.evidence.config import BudgetConfig, EvidenceConfig, Recipe

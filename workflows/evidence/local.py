@@ -47,12 +47,14 @@ from pipeline.evaluation.generation import (
 )
 from pipeline.evaluation.methods import MethodConfig, build_method
 from pipeline.evaluation.speed import measure_and_count
+from pipeline.kinds.merge import MergeConfig
+from pipeline.kinds.report import ReportConfig
+from pipeline.packaged import resolve
 from pipeline.redact import flatten
-from pipeline.stages.base import resolve
 from pipeline.stages.evaluate import Scored, results
-from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.merge import merge
 from pipeline.stages.prepare import prepare_data
-from pipeline.stages.report import ReportConfig, report
+from pipeline.stages.report import report
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.adapters import merge_trained
 from pipeline.training.batches import StepBatch, StepLoader

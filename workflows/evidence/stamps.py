@@ -12,8 +12,8 @@ other pictures. The parts are optional and installed apart (docs/evidence-detail
 from pipeline.data.config import PrepareConfig
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.methods import PeerConfig
-from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EvaluateConfig
+from pipeline.kinds.base import BaseConfig
+from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from workflows.evidence.config import BudgetConfig, EvidenceConfig, build
 from workflows.stamps.base import StampsBaseConfig
@@ -83,7 +83,6 @@ def _budget(name: str, label: str, plan: str, average: float) -> BudgetConfig:
 def stamps() -> Workflow:
     return Workflow(
         name="stamps",
-        title="the evidence on pretrained parts, which are installed apart: nights on two cores",
         config=stamps_config(),
         build=build,
         setup="workflows.stamps_tower.register",
