@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from adsc.attachment.static_cache import static_cache
     from adsc.checkpoint import CheckpointError, from_pretrained
     from adsc.costs.cost import Cost, estimate_cost
-    from adsc.costs.error import CostError
     from adsc.dropping.cache_record import CacheError
     from adsc.dropping.outputs import full_length_logits
-    from adsc.families import UnsupportedModel, VisionTokenError
+    from adsc.errors import CostError, UnsupportedModel, VisionTokenError
     from adsc.plan import PlanError, PruningPlan
     from adsc.solve import solve_plans
 
@@ -54,12 +53,12 @@ _HOMES = {
     "CacheError": "adsc.dropping.cache_record",
     "CheckpointError": "adsc.checkpoint",
     "Cost": "adsc.costs.cost",
-    "CostError": "adsc.costs.error",
+    "CostError": "adsc.errors",
     "PlanError": "adsc.plan",
     "PlanWarning": "adsc.attachment.adapters",
     "PruningPlan": "adsc.plan",
-    "UnsupportedModel": "adsc.families",
-    "VisionTokenError": "adsc.families",
+    "UnsupportedModel": "adsc.errors",
+    "VisionTokenError": "adsc.errors",
     "attach": "adsc.attachment.attach",
     "detach": "adsc.attachment.attach",
     "estimate_cost": "adsc.costs.cost",

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 from transformers import AutoConfig
 
 from adsc.costs.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
-from adsc.costs.error import CostError
 from adsc.costs.geometries import GEOMETRIES, HUB_IDS, geometry
-from adsc.costs.vision import ImageInput, image_cost
-from adsc.families import first_legal_layer
+from adsc.errors import CostError
+from adsc.families.family import ImageInput
+from adsc.families.table import first_legal_layer, image_cost
 from adsc.method import Method, from_dict
 from adsc.named import CONFIG_FIELD, find_plan
 from adsc.plan import POOLS, PlanError, PruningPlan

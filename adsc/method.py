@@ -17,6 +17,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from adsc.errors import UnsupportedModel
 from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_entering
 from adsc.tiles import Region
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from adsc.costs.scoring import Sizes
-    from adsc.families import Family
+    from adsc.families.family import Family
 
 KINDS: dict[str, type[Method]] = {}  # every method by its name
 
@@ -156,8 +157,6 @@ class Method:
     def check_family(self, family: Family) -> None:
         """Raise UnsupportedModel for a family that the method can't serve."""
         if family.name in self.refuses:
-            from adsc.families import UnsupportedModel
-
             raise UnsupportedModel(
                 f"{self.name} does not serve {family.name}: {self.why_refused}; choose another "
                 "method or family (docs/peers.md)"

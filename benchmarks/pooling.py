@@ -23,7 +23,7 @@ from torch import Tensor
 import adsc
 from adsc.attachment.attach import base_model
 from adsc.dropping.call import Call, begin
-from adsc.families import find_family
+from adsc.families.table import find_family
 from benchmarks.measure import Case, Row, report, take_turns
 from benchmarks.models import build, llava_config, parsed, parser, plans, prompts, twin
 from benchmarks.prefill import prefill

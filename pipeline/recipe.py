@@ -16,9 +16,10 @@ from pipeline.config import ADDED, Config, edit
 from pipeline.data.config import PrepareConfig
 from pipeline.data.templates import NAMES
 from pipeline.durable.stage import Stage
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import FoundPlan, Plan
 from pipeline.kinds.base import BASE, BaseConfig, num_decoder_layers, pin_digest
-from pipeline.kinds.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.kinds.evaluate import EVALUATE
 from pipeline.kinds.export import EXPORT, ExportConfig
 from pipeline.kinds.merge import MERGE, MergeConfig
 from pipeline.kinds.prepare import PREPARE

@@ -31,9 +31,10 @@ from pipeline.evaluation.benchmarks import (
     find_files,
     root_of,
 )
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import OWN, PLAN, MethodConfig, build_method, parse_method
 from pipeline.kinds.base import BASE, BaseConfig, pin_digest
-from pipeline.kinds.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.kinds.evaluate import EVALUATE
 from pipeline.kinds.prepare import PREPARE
 from pipeline.kinds.report import REPORT, ReportConfig
 from pipeline.packaged import resolve

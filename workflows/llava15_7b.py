@@ -29,8 +29,8 @@ from pipeline.config import Config
 from pipeline.data.config import PrepareConfig
 from pipeline.durable.stage import Kind, Stage, StageContext
 from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.kinds.base import BaseConfig
-from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.kinds.export import ExportConfig
 from pipeline.recipe import CompressConfig, CurriculumConfig, compress
 from pipeline.training.config import DistillSettings, TrainConfig

@@ -34,7 +34,7 @@ WORKFLOWS = {
         "train the small LLaVA that ships here, from nothing",
     ),
     "evidence": Listed(
-        "workflows.evidence.config",
+        "workflows.evidence.workflow",
         "ADSC's choices and its peers, trained alike: hours on two cores",
     ),
     "stamps": Listed(

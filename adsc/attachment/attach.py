@@ -21,7 +21,8 @@ from adsc.dropping.hooks import (
     LeaveModel,
     LeaveVision,
 )
-from adsc.families import Family, find_family
+from adsc.families.family import Family
+from adsc.families.table import find_family
 from adsc.method import Method, MethodHook, from_dict
 from adsc.named import CONFIG_FIELD, PLANS_FIELD, find_plan, names_in, read_names
 from adsc.plan import PlanError, PruningPlan, as_plan

@@ -15,7 +15,7 @@ from torch import nn
 
 from adsc.attachment.attach import attached_plan, base_model, check_plan
 from adsc.dropping.blocks import block
-from adsc.families import find_family
+from adsc.families.table import find_family
 from adsc.method import Method, MethodHook
 from adsc.named import find_plan
 from adsc.plan import PlanError, PruningPlan, as_plan

@@ -15,7 +15,7 @@ from adsc.attachment.attach import base_model, plan_of
 from adsc.dropping.blocks import current
 from adsc.dropping.cache_record import CacheError
 from adsc.dropping.call import first_full_layer
-from adsc.families import find_family
+from adsc.families.table import find_family
 
 
 def static_cache(model: nn.Module, max_cache_len: int, vision_tokens: Sequence[int]) -> StaticCache:

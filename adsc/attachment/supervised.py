@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adsc.attachment.attach import attached_plan, base_model
-from adsc.families import UnsupportedModel, find_family
+from adsc.errors import UnsupportedModel
+from adsc.families.table import find_family
 
 CAPPED = ("paligemma",)  # model types whose top model caps its logits softly
 

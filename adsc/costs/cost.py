@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 from adsc.costs.decoder import Decoder
-from adsc.costs.error import CostError
 from adsc.costs.geometries import geometry
 from adsc.costs.scoring import Sizes
-from adsc.costs.vision import ImageInput, image_cost
+from adsc.errors import CostError
+from adsc.families.family import ImageInput
+from adsc.families.table import image_cost
 from adsc.method import Method
 from adsc.plan import as_plan
 

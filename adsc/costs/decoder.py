@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from adsc.costs.error import CostError
+from adsc.errors import CostError
 
 # Decoders whose layers are q, k, v, o and a gated MLP of three matrices, nothing else.
 DECODERS = (

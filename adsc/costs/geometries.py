@@ -13,7 +13,7 @@ from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
-from adsc.costs.error import CostError
+from adsc.errors import CostError
 
 # openai/clip-vit-large-patch14-336: 24 x 24 patches and a class token.
 _CLIP_VIT_L_336: dict[str, Any] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adsc.costs.decoder import Decoder
-from adsc.costs.vision import ImageInput
+from adsc.families.family import ImageInput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,8 @@ from adsc.dropping.choice import Choice, Scene
 from adsc.dropping.layout import Layout
 from adsc.dropping.segment import Segment
 from adsc.dropping.segments import is_captured, survivors
-from adsc.families import Family, VisionTokenError
+from adsc.errors import VisionTokenError
+from adsc.families.family import Family
 from adsc.method import Method
 from adsc.plan import PruningPlan
 

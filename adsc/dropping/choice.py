@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adsc.dropping.cache_record import Held
 from adsc.dropping.segment import Segment
 from adsc.dropping.segments import substituted
-from adsc.families import Family, Image, Images
+from adsc.families.family import Family, Image, Images
 from adsc.method import Method, Selection
 from adsc.plan import PruningPlan
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adsc.families import UnsupportedModel
+from adsc.errors import UnsupportedModel
 
 ARGUMENTS = {
     "hidden_states",

@@ -27,7 +27,8 @@ from adsc.dropping.layout import Layout, all_columns, chosen_columns, moved, own
 from adsc.dropping.outputs import carry_kept
 from adsc.dropping.segments import is_captured
 from adsc.dropping.unserved import check_call
-from adsc.families import GRID, SIZE, Family, UnsupportedModel, VisionTokenError
+from adsc.errors import UnsupportedModel, VisionTokenError
+from adsc.families.family import GRID, SIZE, Family
 from adsc.method import Method
 from adsc.plan import PruningPlan
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adsc.families import VisionTokenError
+from adsc.errors import VisionTokenError
 
 
 def carry_kept(output: Any, kept: tuple[Tensor, ...]) -> None:

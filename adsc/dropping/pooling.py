@@ -24,7 +24,7 @@ from adsc.plan import PruningPlan
 from adsc.tiles import Region
 
 if TYPE_CHECKING:
-    from adsc.families import Image
+    from adsc.families.family import Image
 
 
 def with_pooling(

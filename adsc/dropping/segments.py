@@ -19,7 +19,8 @@ from torch import Tensor
 from adsc.dropping.memo import remembered
 from adsc.dropping.pooling import with_pooling
 from adsc.dropping.segment import Segment
-from adsc.families import Image, Images, VisionTokenError
+from adsc.errors import VisionTokenError
+from adsc.families.family import Image, Images
 from adsc.method import Method
 from adsc.plan import PruningPlan
 from adsc.tiles import Region

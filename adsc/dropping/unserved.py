@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from adsc.families import UnsupportedModel
+from adsc.errors import UnsupportedModel
 
 
 def check_call(decoder: Any, own: type) -> None:

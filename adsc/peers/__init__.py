@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from adsc.attachment.attach import base_model
-from adsc.costs.vision import ImageInput, image_cost
-from adsc.families import find_family
+from adsc.families.family import ImageInput
+from adsc.families.table import find_family, image_cost
 from adsc.method import Budget, Method, as_fraction
 from adsc.peers import (
     dart,

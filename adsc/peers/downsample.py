@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from adsc.dropping.blocks import is_replaced
-from adsc.families import Family, UnsupportedModel
+from adsc.errors import UnsupportedModel
+from adsc.families.family import Family
 from adsc.method import Budget, MethodHook
 from adsc.peers.pool import Pool
 

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adsc.costs.vision import anyres_grid, llava_projector
 from adsc.dropping.blocks import is_replaced
-from adsc.families import Family, UnsupportedModel, VisionTokenError
+from adsc.errors import UnsupportedModel, VisionTokenError
+from adsc.families.family import Family
+from adsc.families.llava import projector_macs
+from adsc.families.llava_next import anyres_grid
 from adsc.method import Budget, Method, MethodHook, Selection, as_fraction
 from adsc.peers.attention import looking
 from adsc.plan import PlanError
@@ -211,7 +213,7 @@ class VisionZip(Method):
         c = self.merged(sizes.counts[0])
         macs += c * n * head + c * n * width
         if sizes.config.model_type != "qwen2_5_vl":
-            macs += c * llava_projector(sizes.config)
+            macs += c * projector_macs(sizes.config)
         return sizes.all_images * macs
 
 

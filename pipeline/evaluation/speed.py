@@ -20,7 +20,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import adsc
-from adsc.families import Image, find_family
+from adsc.families.family import Image
+from adsc.families.table import find_family
 from pipeline.evaluation.generation import generate_tokens
 
 Size = tuple[int, int] | None

@@ -21,7 +21,8 @@ import numpy as np
 
 import adsc
 from adsc.costs.geometries import geometry
-from adsc.costs.vision import ImageInput, image_cost
+from adsc.families.family import ImageInput
+from adsc.families.table import image_cost
 from adsc.plan import PlanError, PruningPlan, kept_count
 from adsc.solve import PlacementSearch
 from adsc.tiles import are_whole

@@ -32,8 +32,9 @@ import torch
 from torch import nn
 
 from adsc.costs.decoder import Decoder
-from adsc.costs.error import CostError
-from adsc.costs.vision import ImageInput, image_cost
+from adsc.errors import CostError
+from adsc.families.family import ImageInput
+from adsc.families.table import image_cost
 from adsc.method import Method
 from adsc.plan import PruningPlan
 from pipeline.training.config import DistillSettings, teacher_plan

@@ -15,7 +15,7 @@ from transformers import (
 
 from adsc.attachment.attach import attach
 from adsc.costs.cost import Cost, estimate_cost
-from adsc.costs.error import CostError
+from adsc.errors import CostError
 from adsc.plan import PlanError
 from adsc.solve import solve_plans
 from tests.adsc.counting import counted

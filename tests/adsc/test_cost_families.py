@@ -18,9 +18,10 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from adsc.attachment.attach import attach
 from adsc.costs.cost import estimate_cost
-from adsc.costs.error import CostError
 from adsc.costs.geometries import geometry
-from adsc.costs.vision import FAMILIES, anyres_grid
+from adsc.errors import CostError
+from adsc.families.llava_next import anyres_grid
+from adsc.families.table import FAMILIES
 from tests.adsc.counting import counted
 
 IMAGE_TOKEN = 90
@@ -299,7 +300,7 @@ def test_tokens_of_any_resolution_are_those_of_transformers(name: str) -> None:
 
 def test_every_family_has_a_case() -> None:
     covered = {case.config().model_type for case in CASES.values()} | {"llava"}
-    assert covered == set(FAMILIES)
+    assert covered == {family.model_type for family in FAMILIES}
 
 
 def test_unknown_tower_is_refused() -> None:

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from adsc.costs.cost import estimate_cost
-from adsc.costs.error import CostError
 from adsc.costs.geometries import GEOMETRIES, HUB_IDS, geometry
+from adsc.errors import CostError
 
 # name -> parameters of the whole model, vision tokens of an image of the usual size, KV bytes of
 # one token

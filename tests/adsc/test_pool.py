@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import adsc
 from adsc.curriculum import curriculum, scale_plan
 from adsc.dropping.segments import survivors
-from adsc.families import Image
+from adsc.families.family import Image
 from adsc.plan import PruningPlan
 from adsc.tiles import Region, cut, even_tiles, ragged_counts, share
 from tests.adsc.tiny import LAYERS, TOKENS, batch, llava, row

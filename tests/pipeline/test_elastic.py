@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 import adsc
-from pipeline.kinds.evaluate import ArmConfig, EvaluateConfig
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.kinds.export import ExportConfig
 from pipeline.kinds.merge import MergeConfig
 from pipeline.publishing.manifest import ExportError, verify_folder

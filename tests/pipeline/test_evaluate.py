@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 import adsc
 from pipeline.data.prepared import PreparedData
 from pipeline.evaluation.answers import AnswersFailed
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.generation import (
     GenerationError,
     Questions,
@@ -27,7 +28,6 @@ from pipeline.evaluation.generation import (
 )
 from pipeline.evaluation.methods import MethodError, parse_method
 from pipeline.evaluation.speed import measure
-from pipeline.kinds.evaluate import ArmConfig, EvaluateConfig
 from pipeline.kinds.merge import MergeConfig
 from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import evaluate

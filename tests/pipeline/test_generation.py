@@ -16,9 +16,9 @@ from transformers import Gemma3Processor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 import adsc
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.generation import Questions, append_text, encode, generate_tokens
 from pipeline.evaluation.speed import measure_and_count, pictures_of_rows
-from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.stages.evaluate import write_pictures
 from tests.adsc import tiny, zoo
 from tests.pipeline.contexts import stage_context

@@ -9,8 +9,8 @@ import pytest
 import adsc
 from adsc.method import Method
 from pipeline.config import ConfigError, edit
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig, parse_method
-from pipeline.kinds.evaluate import ArmConfig, EvaluateConfig
 from pipeline.kinds.merge import MergeConfig
 from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import evaluate

@@ -7,7 +7,7 @@ import pytest
 from adsc.plan import PlanError
 from pipeline.config import ConfigError
 from pipeline.durable.stage import Stage
-from pipeline.kinds.evaluate import EvaluateConfig
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.kinds.merge import MergeConfig
 from pipeline.training.config import TrainConfig
 from workflows.demo.workflow import demo_paper as demo

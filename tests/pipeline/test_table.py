@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import adsc
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.generation import Asked
 from pipeline.evaluation.speed import measure_and_count
-from pipeline.kinds.evaluate import ArmConfig, EvaluateConfig
+from pipeline.evaluation.table import Scored, results
 from pipeline.reporting.results import Arm, Results
-from pipeline.stages.evaluate import Scored, results
 from pipeline.stages.report import finding
 from tests.adsc import tiny
 

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 import adsc
-from adsc.costs.error import CostError
 from adsc.costs.geometries import geometry
+from adsc.errors import CostError
 from benchmarks.models import batch, build, llava_config, vision_tokens
 from pipeline.training.batches import RowShape, StepBatch
 from pipeline.training.config import DECODER_LINEARS

@@ -16,8 +16,8 @@ import adsc
 from pipeline.durable.graph import fingerprints
 from pipeline.durable.stage import Input
 from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.scoring import RULES
-from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.packaged import resolve
 from pipeline.store import open_store
 from tests.benchmark_files import QUESTIONS, WRITERS

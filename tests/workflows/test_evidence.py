@@ -20,10 +20,17 @@ from pipeline.reporting.results import Results
 from tests.small import Small
 from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 from workflows.demo.workflow import BASE
-from workflows.evidence import command
-from workflows.evidence import config as evidence
-from workflows.evidence import local as evidence_here
-from workflows.evidence.config import BudgetConfig, EvidenceConfig, arms, trainings
+from workflows.evidence import __main__ as command
+from workflows.evidence import local
+from workflows.evidence import workflow as evidence
+from workflows.evidence.config import (
+    TRAINED_PEERS,
+    BudgetConfig,
+    EvidenceConfig,
+    arms,
+    trainings,
+)
+from workflows.evidence.world import claim
 
 SHARES = {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}
 
@@ -70,7 +77,7 @@ def test_the_stages_of_ray_fit_together() -> None:
     stages = evidence.evidence().stages()
     graph.lint(stages)
     trained = 1 + sum(
-        7 + len([p for p in b.peers if p.name in evidence.TRAINED_PEERS])
+        7 + len([p for p in b.peers if p.name in TRAINED_PEERS])
         for b in evidence.evidence_config().budgets
     )
     assert sum(stage.name.startswith("train-") for stage in stages) == 3 * 3 * trained
@@ -117,10 +124,10 @@ def test_what_can_not_be_run_is_told_before_anything_is_made(
 
 def test_a_folder_of_other_data_is_refused(tmp_path: Path) -> None:
     config = evidence.evidence_config()
-    evidence_here._claim(config, tmp_path)
-    evidence_here._claim(edit(config, {"train.steps": 7, "seeds": [5]}), tmp_path)
+    claim(config, tmp_path)
+    claim(edit(config, {"train.steps": 7, "seeds": [5]}), tmp_path)
     with pytest.raises(ValueError, match=r"data\.seed is 0 there, 3 here; take another --out"):
-        evidence_here._claim(edit(config, {"data.seed": 3}), tmp_path)
+        claim(edit(config, {"data.seed": 3}), tmp_path)
 
 
 @pytest.mark.slow
@@ -132,10 +139,10 @@ def test_one_machine_runs_what_is_missing(
     def run() -> str:
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            assert evidence_here.run(config, tmp_path, processes=1) == 0
+            assert local.run(config, tmp_path, processes=1) == 0
         return caplog.text
 
-    assert evidence_here.run(config, tmp_path, processes=1, stop_after=0) == 1
+    assert local.run(config, tmp_path, processes=1, stop_after=0) == 1
     assert not (tmp_path / "evidence.md").exists(), "there is nothing to tell yet"
     assert "14 of 14 arms are to be run" in run()
     files = {file: file.read_text() for file in (tmp_path / "arms").iterdir()}

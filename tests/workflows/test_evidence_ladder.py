@@ -20,9 +20,9 @@ from pipeline.evaluation.methods import PeerConfig, build_method
 from tests.small import Small
 from tests.workflows.test_evidence import SHARES, demo_model
 from workflows.demo.tiny_llava import IMAGE_TOKEN
-from workflows.evidence import command
+from workflows.evidence import __main__ as command
 from workflows.evidence import config as evidence
-from workflows.evidence import local as evidence_here
+from workflows.evidence import local
 from workflows.evidence.config import (
     CONTROL,
     BudgetConfig,
@@ -35,6 +35,7 @@ from workflows.evidence.features import install, key_of, pack, remember, unpack
 from workflows.evidence.ladder import BUDGETS, ladder_config, ladder_recipes, variant_config
 from workflows.evidence.questions import load_asking
 from workflows.evidence.retention import Answered, compare, write_retention
+from workflows.evidence.tasks import jobs_of, tasks
 
 
 def test_no_arm_has_more_tokens_than_its_budget_and_every_peer_has_all_of_it() -> None:
@@ -95,9 +96,9 @@ def test_arms_are_chosen_by_name_kind_pattern_and_budget_with_their_controls() -
 
 def test_tiers_come_first_and_within_them_seeds(tmp_path: Path) -> None:
     config = ladder_config()
-    ordered = [t for t in evidence_here.tasks(config, tmp_path, None) if t.seed is not None]
+    ordered = [t for t in tasks(config, tmp_path, None) if t.seed is not None]
     assert [(t.arm.tier, t.seed) for t in ordered] == sorted((t.arm.tier, t.seed) for t in ordered)
-    jobs = evidence_here._jobs(config, tmp_path, ordered)
+    jobs = jobs_of(config, tmp_path, ordered)
     elastic = [job for job in jobs if job[0].arm.name == "elastic-667"]
     names = [task.arm.name for task in elastic[0]]
     assert names == ["elastic-667", "elastic_dense-667", "elastic-778", "elastic-889"]
@@ -140,7 +141,7 @@ def test_test_questions_are_asked_later_without_another_training(
 ) -> None:
     config = small_ladder(small)
     with caplog.at_level(logging.INFO):
-        assert evidence_here.run(config, tmp_path, processes=1) == 0
+        assert local.run(config, tmp_path, processes=1) == 0
     trained = {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "trained").iterdir()}
     assert len(trained) == 2 * 4, "drop, visionzip and the control; two plans share a training"
     found = json.loads((tmp_path / "ladder-validation.json").read_text())
@@ -149,7 +150,7 @@ def test_test_questions_are_asked_later_without_another_training(
     assert rows["drop"]["seeds"] == [0, 1] and rows["dense"]["seeds"] == [None]
     files = sorted((tmp_path / "arms").iterdir())
     for turns in ("test", "test_turns"):
-        assert evidence_here.run(edit(config, {"questions": turns}), tmp_path, processes=1) == 0
+        assert local.run(edit(config, {"questions": turns}), tmp_path, processes=1) == 0
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "trained").iterdir()} == trained
     assert len(list((tmp_path / "arms").iterdir())) == 3 * len(files)
     alone, later = (

@@ -22,7 +22,7 @@ from tests.benchmark_files import WRITERS
 from workflows.commands.main import WORKFLOWS, load_workflow
 from workflows.demo.workflow import demo_paper as demo
 from workflows.evaluation import evaluation_stages
-from workflows.evidence.config import evidence
+from workflows.evidence.workflow import evidence
 
 FROZEN = Path(__file__).with_name("fingerprints.json")
 CHECKPOINT = "package://workflows/assets/tiny_base"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import adsc
-from adsc.families import UnsupportedModel
+from adsc.errors import UnsupportedModel
 from pipeline.config import edit
 from pipeline.durable import graph
 from pipeline.durable.identity import digest
@@ -27,8 +27,8 @@ from workflows.demo.fashion import KINDS
 from workflows.demo.pictures import FashionConfig
 from workflows.demo.workflow import BASE
 from workflows.evaluation import setup_for
-from workflows.evidence import config as evidence
-from workflows.evidence import local as evidence_here
+from workflows.evidence import local
+from workflows.evidence import workflow as evidence
 from workflows.evidence.config import EvidenceConfig, arms, controls
 from workflows.evidence.stamps import TOKENS, stamps, stamps_config
 from workflows.stamps import parts as stamps_parts
@@ -382,7 +382,7 @@ def test_workers_of_ray_know_the_tower(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_runs_on_one_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts()
-    assert evidence_here.run(small_config(FOLDER), tmp_path, processes=1) == 0
+    assert local.run(small_config(FOLDER), tmp_path, processes=1) == 0
     names = {file.name.rpartition("-")[0] for file in (tmp_path / "arms").iterdir()}
     assert names == {
         "dense",

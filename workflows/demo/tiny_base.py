@@ -30,7 +30,8 @@ from pipeline.durable import graph
 from pipeline.durable import record as records
 from pipeline.durable.stage import Input, Kind, Stage, StageContext
 from pipeline.durable.workflow import Workflow
-from pipeline.kinds.evaluate import EVALUATE, ArmConfig, EvaluateConfig
+from pipeline.evaluation.config import ArmConfig, EvaluateConfig
+from pipeline.kinds.evaluate import EVALUATE
 from pipeline.kinds.merge import MERGE, MergeConfig
 from pipeline.kinds.prepare import PREPARE
 from pipeline.kinds.train import TRAIN

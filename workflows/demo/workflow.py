@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.data.config import PrepareConfig
 from pipeline.durable.stage import Stage
 from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.kinds.base import BaseConfig
-from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.kinds.export import ExportConfig
 from pipeline.recipe import ComparedConfig, CompressConfig, CurriculumConfig, compress
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from adsc.families import SIZE
+from adsc.families.family import SIZE
 
 LOOKING = ("visionzip", "downsample")
 """Peers that read the tower's attention, or change what it sees."""

@@ -22,14 +22,13 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.data.config import PrepareConfig
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
 from pipeline.kinds.base import BaseConfig
-from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from workflows.demo.pictures import FashionConfig
 from workflows.demo.workflow import BASE
-from workflows.evidence.adapt import AdaptedConfig
-from workflows.evidence.config import BudgetConfig, EvidenceConfig, Recipe
+from workflows.evidence.config import AdaptedConfig, BudgetConfig, EvidenceConfig, Recipe
 
 SHORT, LONG, LONGEST = 150, 450, 1350
 """Steps of a training."""

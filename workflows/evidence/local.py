@@ -13,75 +13,48 @@ import logging
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 import adsc
-from pipeline.data.prepared import PreparedData
-from pipeline.data.templates import find_template
-from pipeline.data.worker import TASK, Work, render_chunks
-from pipeline.durable.identity import canonical, digest
-from pipeline.durable.progress import ProgressHandle
-from pipeline.durable.record import Record
 from pipeline.durable.session import git_commit
-from pipeline.durable.stage import Input, Inputs, RunContext, StageContext
 from pipeline.evaluation.generation import (
-    Questions,
-    build_inputs,
     count_tokens,
     generate_tokens,
-    majority_answers,
-    share_right,
     to_device,
 )
-from pipeline.evaluation.methods import MethodConfig, build_method
-from pipeline.evaluation.speed import measure_and_count
-from pipeline.kinds.merge import MergeConfig
-from pipeline.kinds.report import ReportConfig
-from pipeline.packaged import resolve
-from pipeline.redact import flatten
-from pipeline.stages.evaluate import Scored, results
-from pipeline.stages.merge import merge
-from pipeline.stages.prepare import prepare_data
-from pipeline.stages.report import report
-from pipeline.tracking.tracker import RunHandle, Tracker
-from pipeline.training.adapters import merge_trained
+from pipeline.evaluation.methods import build_method
 from pipeline.training.batches import StepBatch, StepLoader
 from pipeline.training.config import TrainConfig
 from pipeline.training.feed import from_processes
 from pipeline.training.loop import Sources, train
 from pipeline.training.torchrun import FolderContext
-from workflows.demo.fashion_grids import write_grids
-from workflows.demo.tiny_base import TinyBaseConfig, start_decoder, train_tower
-from workflows.evidence.adapt import AdaptedConfig
 from workflows.evidence.config import (
-    CONTROL,
-    Arm,
-    BudgetConfig,
     EvidenceConfig,
-    arms,
-    control_of,
-    controls,
-    evaluated,
     trainings,
 )
 from workflows.evidence.features import LOOKING, install, pack, remember, unpack
-from workflows.evidence.questions import Asking, load_asking, questions_of, score
-from workflows.evidence.retention import Answered, write_retention
-from workflows.evidence.summary import write_summary
-from workflows.stamps.base import StampsBaseConfig, start_stamps
-from workflows.stamps.scenes import ScenesConfig, write_scenes
+from workflows.evidence.questions import Asking, load_asking, score
+from workflows.evidence.tables import write_ladder, write_results
+from workflows.evidence.tasks import (
+    Replies,
+    Task,
+    jobs_of,
+    load_model,
+    processor_of,
+    set_up,
+    tasks,
+    trained_folder,
+)
+from workflows.evidence.world import claim, make_world, start_log
 
 log = logging.getLogger(__name__)
 SPAWN = multiprocessing.get_context("spawn")
@@ -102,14 +75,6 @@ class World(NamedTuple):
     """Of all pictures, as the base's tower and projector make them (evidence_features)."""
 
 
-class Task(NamedTuple):
-    """One training of one arm, or the asking of an untrained one."""
-
-    arm: Arm
-    seed: int | None
-    file: Path
-
-
 _WORLD: World | None = None  # of a forked process
 
 
@@ -128,203 +93,22 @@ def run(
         ValueError: arms that there are not, or an `out` of other data or another base.
     """
     todo = tasks(config, out, only)
-    _log()
+    start_log()
     began = time.monotonic()
     (out / "arms").mkdir(parents=True, exist_ok=True)
-    _claim(config, out)
+    claim(config, out)
     with ProcessPoolExecutor(processes, mp_context=SPAWN) as pool:
-        _make_world(config, out, pool.map)
+        make_world(config, out, pool.map)
     if base_only:
         return 0
     missing = [task for task in todo if not task.file.exists()]
     log.info("%d of %d arms are to be run", len(missing), len(todo))
     failed = _run_all(config, out, missing, processes, began + stop_after) if missing else 0
     if config.recipes:
-        _write_ladder(config, out)
+        write_ladder(config, out)
     elif not only:
-        _write_results(config, out)
+        write_results(config, out)
     return int(failed > 0)
-
-
-def _claim(config: EvidenceConfig, out: Path) -> None:
-    """Data and base in `out` are of one config: they are found by their names alone."""
-    shared = ("data", "prepare", "base", "made")
-    own = flatten({name: canonical(getattr(config, name)) for name in shared})
-    file = out / "world.json"
-    if not file.exists():
-        file.write_text(json.dumps(own, indent=1))
-    there = json.loads(file.read_text())
-    if other := sorted(key for key in own | there if own.get(key) != there.get(key)):
-        told = "; ".join(f"{key} is {there.get(key)} there, {own.get(key)} here" for key in other)
-        raise ValueError(f"{out} holds other data or another base: {told}; take another --out")
-
-
-def _make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[Any]]) -> None:
-    """Pictures, base and prepared data below `out`."""
-    quiet = ProgressHandle(stage="evidence")
-
-    def pictures(folder: Path) -> None:
-        folder.mkdir()
-        if isinstance(config.data, ScenesConfig):
-            write_scenes(folder, config.data, quiet, partial(each, chunksize=50))
-        else:
-            write_grids(folder, config.data, quiet, partial(each, chunksize=50))
-
-    def prepared(folder: Path, base: str = "base") -> None:
-        folder.mkdir()
-        given = _input(out / "pictures"), _input(out / base)
-        prepare_data(*given, config.prepare, folder, quiet, render=partial(_render, each=each))
-
-    _once(out / "pictures", pictures)
-    if config.made is None:
-        _once(out / "base", lambda folder: shutil.copytree(resolve(config.base.source), folder))
-        _once(out / "prepared", prepared)
-        return
-    made, first = config.made, "tower" if isinstance(config.made, TinyBaseConfig) else "start"
-    if isinstance(made, AdaptedConfig):
-        _once(out / first, lambda folder: shutil.copytree(resolve(made.source.source), folder))
-    else:
-        begin = _train_tower if isinstance(made, TinyBaseConfig) else _start_stamps
-        _once(out / first, lambda folder: _apart(begin, made, out, folder))
-    _once(out / "prepared", lambda folder: prepared(folder, first))
-    _once(out / "base", lambda folder: _apart(_train_base, config, out, folder))
-
-
-def _once(folder: Path, make: Callable[[Path], object]) -> None:
-    """The folder appears whole or not at all."""
-    if folder.exists():
-        return
-    began = time.monotonic()
-    scratch = folder.with_name(folder.name + ".making")
-    shutil.rmtree(scratch, ignore_errors=True)
-    make(scratch)
-    scratch.rename(folder)
-    log.info("%s: %.0f s", folder.name, time.monotonic() - began)
-
-
-def _apart(work: Callable[..., None], *arguments: Any) -> None:
-    """In a process of its own: this one is forked later, and must not hold a device by then."""
-    with ProcessPoolExecutor(1, mp_context=SPAWN, initializer=_log) as pool:
-        pool.submit(work, *arguments).result()
-
-
-def _log() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-
-
-def _render(
-    tasks: list[dict[str, Any]], work: Work, each: Callable[..., Iterable[Any]]
-) -> Iterator[pa.Table]:
-    """pipeline.stages.prepare's rows, by this machine's processes."""
-    for tables in each(partial(_render_one, work=work), tasks):
-        yield from tables
-
-
-def _render_one(task: dict[str, Any], work: Work) -> list[pa.Table]:
-    return list(render_chunks(pa.Table.from_pylist([task], schema=TASK), work))
-
-
-def _train_tower(made: TinyBaseConfig, out: Path, folder: Path) -> None:
-    found = train_tower(_context(folder, data=out / "pictures"), made.tower)
-    log.info("tower: %s", found)
-
-
-def _start_stamps(made: StampsBaseConfig, out: Path, folder: Path) -> None:
-    start_stamps(_context(folder, data=out / "pictures"), made.start)
-
-
-def _train_base(config: EvidenceConfig, out: Path, folder: Path) -> None:
-    """What `made.decoder` trains, tower frozen; a checkpoint of a killed training is gone on
-    with."""
-    made, workers = config.made, 0
-    assert made is not None
-    if isinstance(made, TinyBaseConfig):
-        _once(
-            out / "start", lambda at: start_decoder(_context(at, tower=out / "tower"), made.start)
-        )
-        workers = made.tower.workers
-    context = FolderContext(out / "base-steps", data_workers=workers)
-    train(made.decoder, Sources(base=out / "start", data=out / "prepared" / "train"), context)
-    context.close()
-    inputs = {"base": out / "start", "data": out / "prepared", "trained": context.checkpoints()[-1]}
-    merge(_context(folder, template=config.prepare.template, **inputs), MergeConfig())
-    (folder / "probe.safetensors").unlink()
-
-
-def _context(out: Path, template: str = "", **inputs: Path) -> StageContext:
-    """What a stage's body needs, around folders of this machine; nothing is tracked."""
-    out.mkdir()
-    return StageContext(
-        name=out.stem,
-        fingerprint="0" * 64,
-        run=RunContext(root=str(out.parent), workflow="evidence"),
-        inputs=Inputs({name: _input(place, template) for name, place in inputs.items()}),
-        out=out,
-        train_storage=(str(out.parent), "run"),
-        track=Tracker(RunHandle("", None)),
-        progress_handle=ProgressHandle(stage=out.stem),
-    )
-
-
-def _input(place: Path, template: str = "") -> Input:
-    record = Record(
-        stage=place.name,
-        fingerprint="0" * 64,
-        attempt="1",
-        outputs={"template": template},
-        uri=str(place.resolve()),
-    )
-    return Input(record)
-
-
-def tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list[Task]:
-    """Tier by tier, and within one seed by seed, so that what is cut short has fewer seeds of fewer
-    arms; untrained peers last: they are asked more slowly than an arm is trained where they loop
-    over pictures."""
-    everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
-    everything |= {arm.name: arm for arm in controls(config)}
-    if unknown := set(only or ()) - everything.keys():
-        raise ValueError(
-            f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(everything)}"
-        )
-    chosen = [arm for name, arm in everything.items() if only is None or name in only]
-    untrained = [arm for arm in chosen if not arm.way]
-    ordered: list[tuple[Arm, int | None]]
-    ordered = [(arm, None) for arm in untrained if arm.method.method is None]
-    ordered += [
-        (arm, seed)
-        for tier in sorted({arm.tier for arm in chosen})
-        for seed in config.seeds
-        for arm in chosen
-        if arm.way and arm.tier == tier
-    ]
-    ordered += [(arm, None) for arm in untrained if arm.method.method is not None]
-    return [Task(arm, seed, _file(config, out, arm, seed)) for arm, seed in ordered]
-
-
-def _jobs(config: EvidenceConfig, out: Path, missing: Sequence[Task]) -> list[list[Task]]:
-    """Tasks of one training together, so that no two processes train the same."""
-    jobs: dict[Path, list[Task]] = {}
-    for task in missing:
-        own = task.file if task.seed is None else _trained(config, out, task)
-        jobs.setdefault(own, []).append(task)
-    return list(jobs.values())
-
-
-def _trained(config: EvidenceConfig, out: Path, task: Task) -> Path:
-    """Where the weights of a task's training are kept."""
-    about: list[Any] = [config.data, config.prepare, config.base, config.made]
-    return out / "trained" / digest(about + trainings(config, task.arm, task.seed or 0))[:12]
-
-
-def _file(config: EvidenceConfig, out: Path, arm: Arm, seed: int | None) -> Path:
-    """Where a result lies: its name holds a digest of what decides it."""
-    about: list[Any] = [config.data, config.prepare, config.base, config.made, arm.method]
-    about += [config.evaluate.max_new_tokens]
-    about += [] if seed is None else trainings(config, arm, seed)
-    about += [] if arm.split == "test" else [arm.split]
-    ending = "" if seed is None else f"-s{seed}"
-    return out / "arms" / f"{arm.name}{ending}-{digest(about)[:8]}.json"
 
 
 def _run_all(
@@ -334,12 +118,12 @@ def _run_all(
     global _WORLD
     torch.set_num_threads(1)  # a process that has begun threads can't be forked safely
     world = _load_world(config, out, tasks, processes)
-    jobs = _jobs(config, out, tasks)
+    jobs = jobs_of(config, out, tasks)
     log.info("batches are loaded")
     _WORLD = world
     failed = done = 0
     with ProcessPoolExecutor(
-        processes, mp_context=multiprocessing.get_context("fork"), initializer=_set_up
+        processes, mp_context=multiprocessing.get_context("fork"), initializer=set_up
     ) as pool:
         running = {pool.submit(_run_job, job, deadline): job for job in jobs}
         for future in as_completed(running):
@@ -359,7 +143,7 @@ def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], proces
     stages = [
         stage
         for task in tasks
-        if task.seed is not None and not _trained(config, out, task).exists()
+        if task.seed is not None and not trained_folder(config, out, task).exists()
         for stage in trainings(config, task.arm, task.seed)
     ]
     pictures: dict[bytes, torch.Tensor] = {}
@@ -370,12 +154,12 @@ def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], proces
             load = StepLoader(data=train_folder, processor=base, config=stage)
             made = from_processes(load, range(load.steps), processes)
             streams[_stream_of(stage)] = [_packed(batch, pictures) for batch in made]
-    processor = _processor(config, base)
+    processor = processor_of(config, base)
     asked = {
         split: load_asking(out / "prepared", split, processor, config.evaluate.batch_size, pictures)
         for split in {task.arm.split for task in tasks}
     }
-    features = remember(_load(base, None), pictures) if _is_frozen(config, base) else {}
+    features = remember(load_model(base, None), pictures) if _is_frozen(config, base) else {}
     return World(out, config, streams, asked, pictures, features)
 
 
@@ -394,20 +178,6 @@ def _is_frozen(config: EvidenceConfig, base: Path) -> bool:
 
 def _packed(batch: StepBatch, pictures: dict[bytes, torch.Tensor]) -> StepBatch:
     return replace(batch, micro=[pack(one, pictures) for one in batch.micro])
-
-
-def _processor(config: EvidenceConfig, base: Path) -> Any:
-    """Asks as training asked."""
-    processor = AutoProcessor.from_pretrained(base)
-    processor.chat_template = find_template(config.prepare.template, processor).jinja()
-    return processor
-
-
-def _set_up() -> None:
-    logging.getLogger("pipeline").setLevel(logging.WARNING)  # steps of single trainings
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
 
 
 class SharedBatches(FolderContext):
@@ -444,7 +214,7 @@ def _run_job(job: Sequence[Task], deadline: float) -> str:
 
 def _train(world: World, task: Task) -> Path:
     """The folder of what the task's training made: trained/ and about.json."""
-    kept = _trained(world.config, world.out, task)
+    kept = trained_folder(world.config, world.out, task)
     if kept.exists():
         return kept
     began = time.monotonic()
@@ -495,7 +265,7 @@ def _remembers(world: World, task: Task) -> bool:
 def _answer(world: World, task: Task, trained: Path | None) -> float:
     """Ask, and write the task's file; the share that is right, in per cent."""
     began = time.monotonic()
-    model = _load(world.out / "base", None if trained is None else trained / "trained")
+    model = load_model(world.out / "base", None if trained is None else trained / "trained")
     if _remembers(world, task):
         install(model, world.features)
     adsc.attach(model, build_method(task.arm.method, model))
@@ -519,28 +289,8 @@ def _answer(world: World, task: Task, trained: Path | None) -> float:
     return 100 * float(np.mean(replies.scores))
 
 
-def _load(base: Path, trained: Path | None) -> Any:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = adsc.from_pretrained(base)
-    if trained is not None:
-        model = merge_trained(model, trained)
-    return model.to(device).eval()
-
-
-class Replies(NamedTuple):
-    """What an arm said, by question."""
-
-    scores: list[float]
-    """1 or 0: exact matches of greedy answers; of lists, the share of right entries."""
-    answers: list[str]
-    generated_tokens: list[int]
-    """The end token included."""
-    seconds: list[float]
-    """Wall time of the batch that the question was in, divided by its questions."""
-
-
 def _ask(world: World, split: str, model: Any) -> Replies:
-    tokenizer = _processor(world.config, world.out / "base").tokenizer
+    tokenizer = processor_of(world.config, world.out / "base").tokenizer
     questions, batches = world.asked[split]
     many = len(questions)
     replies = Replies([0.0] * many, [""] * many, [0] * many, [0.0] * many)
@@ -557,163 +307,3 @@ def _ask(world: World, split: str, model: Any) -> Replies:
             replies.generated_tokens[number] = length
             replies.seconds[number] = seconds
     return replies
-
-
-def _write_ladder(config: EvidenceConfig, out: Path) -> None:
-    """The table of what has been run, on the questions that were asked (evidence_retention)."""
-    model = _load(out / "base", None)
-    found: list[Answered] = []
-    for budget in config.budgets:
-        for arm in arms(config, budget):
-            scores, seconds = {}, 0.0
-            for seed in config.seeds if arm.way else (None,):
-                file = _file(config, out, arm, seed)
-                if file.exists():
-                    said = json.loads(file.read_text())
-                    scores[seed], seconds = said["scores"], said["training_seconds"]
-            if scores:
-                found.append(
-                    Answered(
-                        name=arm.name.removesuffix(f"-{budget.name}"),
-                        label=arm.label,
-                        budget=budget.name,
-                        runs_with=arm.method.runs_with,
-                        tokens=_average(arm.method, model),
-                        control=control_of(config, arm) if arm.way else CONTROL,
-                        seconds=seconds,
-                        scores=scores,
-                    )
-                )
-    questions = questions_of(out / "prepared", config.questions)
-    kinds = [one.kind for one in questions.asked]
-    labels = {budget.name: budget.label for budget in config.budgets}
-    write_retention(found, kinds, questions.scenes(), out, config.questions, labels)
-
-
-def _average(method: MethodConfig, model: Any) -> float:
-    tokens, layers = model.config.image_seq_length, len(model.model.language_model.layers)
-    return float(build_method(method, model).average_tokens(tokens, layers))
-
-
-def _write_results(config: EvidenceConfig, out: Path) -> None:
-    """results.json, samples.parquet and report of each budget, and the summary: of what has been
-    run."""
-    measured = _measured(config, out)
-    questions = Questions(out / "prepared" / "test")
-    scenes = questions.scenes()
-    guesses = majority_answers(PreparedData(out / "prepared" / "train"))
-    folders: dict[str, Path] = {}
-    for budget in config.budgets:
-        said, commits = _replies(config, out, budget)
-        asked = evaluated(config, budget)
-        there = tuple(arm for arm in asked.arms if arm.name in said)
-        if not any(arm.runs_with for arm in there):
-            log.warning("%s is left out: none of its own arms has been run", budget.label)
-            continue
-        made = results(
-            asked.model_copy(update={"arms": there}),
-            questions.asked,
-            scenes,
-            {name: _scored(own) for name, own in said.items()},
-            measured,
-            workflow="evidence",
-            commit=", ".join(sorted(commits)),
-            config={"evidence": config.model_dump(mode="json")},
-            majority=share_right(questions.asked, guesses) | {"source": "train"},
-        )
-        folder = folders[budget.name] = out / f"budget-{budget.name}"
-        folder.mkdir(exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(made, indent=1))
-        tables = [_samples(name, own, questions, scenes) for name, own in said.items()]
-        pq.write_table(pa.concat_tables(tables), folder / "samples.parquet")
-        page = out / f"report-{budget.name}"
-        shutil.rmtree(page, ignore_errors=True)
-        report(_context(page, evaluate=folder), ReportConfig())
-    if folders:
-        write_summary(folders, out)
-    if config.control_splits:
-        _write_controls(config, out, share_right(questions.asked, guesses))
-
-
-def _replies(
-    config: EvidenceConfig, out: Path, budget: BudgetConfig
-) -> tuple[dict[str, Replies], set[str]]:
-    """What every arm said that has been run, and by which commits it was asked."""
-    said, commits = {}, set()
-    for arm in arms(config, budget):
-        for seed in config.seeds if arm.way else (None,):
-            file = _file(config, out, arm, seed)
-            if not file.exists():
-                log.warning("%s is left out: it has not been run", file.stem)
-                continue
-            found = json.loads(file.read_text())
-            name = arm.name if seed is None else f"{arm.name}-s{seed}"
-            # Files of before 2026-11-23 have scores alone.
-            said[name] = Replies(*(found.get(field, []) for field in Replies._fields))
-            commits.add(str(found["commit"]))
-    return said, commits
-
-
-def _scored(said: Replies) -> Scored:
-    scores = np.array(said.scores, dtype=float)
-    return Scored(scores, sum(said.seconds) or None, sum(said.generated_tokens) or None)
-
-
-def _samples(arm: str, said: Replies, questions: Questions, scenes: list[str]) -> pa.Table:
-    """A row a question; null where a file of before holds no more than scores."""
-    many, asked = len(scenes), questions.asked
-    unknown = [None] * many
-    return pa.table(
-        {
-            "arm": [arm] * many,
-            "number": range(many),
-            "record": scenes,  # whose digest stands for it: intervals go by pictures
-            "kind": [one.kind for one in asked],
-            "prompt": [one.text for one in asked],
-            "expected": [one.expected for one in asked],
-            "answer": pa.array(said.answers or unknown, pa.string()),
-            "score": pa.array(said.scores, pa.float64()),
-            "generated_tokens": pa.array(said.generated_tokens or unknown, pa.int32()),
-            "seconds": pa.array(said.seconds or unknown, pa.float64()),
-        }
-    )
-
-
-def _write_controls(config: EvidenceConfig, out: Path, majority: dict[str, Any]) -> None:
-    """controls.json: accuracy of the dense base, of the same without what it needs, and of the most
-    frequent answer, in all and by kind."""
-    found = {"majority": majority}
-    for arm in [*arms(config, config.budgets[0]), *controls(config)]:
-        file = _file(config, out, arm, None)
-        if arm.method == MethodConfig() and not arm.way and file.exists():
-            scores = np.array(json.loads(file.read_text())["scores"], dtype=float)
-            kinds = np.array([one.kind for one in Questions(out / "prepared" / arm.split).asked])
-            found[arm.name] = {
-                "accuracy": float(scores.mean()),
-                "by_kind": {str(k): float(scores[kinds == k].mean()) for k in np.unique(kinds)},
-            }
-    (out / "controls.json").write_text(json.dumps(found, indent=1))
-
-
-def _measured(config: EvidenceConfig, out: Path) -> dict[str, Any]:
-    """Times and costs of every method of every budget, on the base, by this process alone."""
-    _set_up()
-    base = out / "base"
-    model, processor = _load(base, None), _processor(config, base)
-    questions = Questions(out / "prepared" / "test")
-    chosen = questions.load(questions.first(config.evaluate.prefill_batch))
-    inputs = to_device(build_inputs(chosen, processor), model)
-    methods: dict[str, MethodConfig] = {
-        arm.method.runs_with: arm.method
-        for budget in config.budgets
-        for arm in arms(config, budget)
-    }
-    measured = measure_and_count(
-        model,
-        inputs,
-        [build_method(method, model) for method in methods.values()],
-        rounds=config.evaluate.prefill_rounds,
-        decode_rounds=config.evaluate.decode_rounds,
-        decode_tokens=config.evaluate.decode_tokens,
-    )
-    return measured | {"methods": dict(zip(methods, measured["methods"], strict=True))}

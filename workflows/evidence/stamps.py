@@ -11,11 +11,12 @@ other pictures. The parts are optional and installed apart (docs/evidence-detail
 
 from pipeline.data.config import PrepareConfig
 from pipeline.durable.workflow import Workflow
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
 from pipeline.kinds.base import BaseConfig
-from pipeline.kinds.evaluate import EvaluateConfig
 from pipeline.training.config import LoraSettings, TrainConfig
-from workflows.evidence.config import BudgetConfig, EvidenceConfig, build
+from workflows.evidence.config import BudgetConfig, EvidenceConfig
+from workflows.evidence.workflow import build
 from workflows.stamps.base import StampsBaseConfig
 from workflows.stamps.scenes import SHUFFLED, ScenesConfig
 

@@ -1,7 +1,7 @@
 """Vision towers: how many tokens leave one, and how many MACs one tile costs it.
 
 Only matmuls and the patch convolution count, which is what torch.utils.flop_counter counts; norms,
-rotary angles, pooling and position interpolation are elementwise. Projectors are in `vision_cost`.
+rotary angles, pooling and position interpolation are elementwise. Projectors are in the families.
 
 Legend: n patches, d width, m MLP width, s side of a square.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adsc.costs.error import CostError
+from adsc.errors import CostError
 
 
 def encoder_macs(n: int, d: int, m: int, layers: int, *, mlp_matrices: int = 2) -> int:
