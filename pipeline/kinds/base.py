@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from adsc.costs.geometries import HUB_IDS, geometry
+from adsc.costs.geometries import HUB_IDS, shape
 from adsc.weight_files import original_layout, original_name
 from pipeline.config import ADDED, Config
 from pipeline.durable.record import manifest
@@ -57,7 +57,7 @@ def num_decoder_layers(source: str) -> int | None:
     if other := original_name(source):
         raise BaseError(f"can't compress {source}: {other}")
     if source in HUB_IDS:
-        return int(geometry(source).get_text_config().num_hidden_layers)
+        return int(shape(source).get_text_config().num_hidden_layers)
     file = resolve(source) / "config.json"
     if not file.is_file():
         return None

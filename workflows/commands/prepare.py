@@ -38,7 +38,6 @@ OUT, and the list of them in OUT.quarantine.jsonl. docs/data.md explains every r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `adsc prepare`."""
     parser.add_argument("data", nargs="+", metavar="DATA", help="file, glob, folder or address")
     parser.add_argument(
         "--images",
@@ -69,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0, help="seed of which records a mix takes")
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
     parser.add_argument("--json", action="store_true", help="counts as JSON in the last line")
-    parser.set_defaults(run=run)
 
 
 def _share(text: str) -> float:
