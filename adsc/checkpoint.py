@@ -1,22 +1,20 @@
 """Load a model with the plan that travels in its checkpoint's config, or with another one.
 
 Weights are transformers' business; the one thing asked of it is to miss and to ignore none. A model
-was trained to live with its plan, so one that is loaded by other means (the Auto classes,
-pipelines) after `import adsc` has it attached too: transformers offers no hook for that, so its one
-loading method is wrapped. Without adsc the same checkpoint loads as a dense model.
+that is loaded by other means (the Auto classes, pipelines) after `import adsc` has its plan
+attached too (adsc/attachment/adapters.py). Without adsc the same checkpoint loads as a dense model.
 """
 
 from __future__ import annotations
 
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText
 
 from adsc import weight_files
-from adsc.attachment.attach import CONFIG_FIELD, attach, check_named_plans
-from adsc.method import Method, from_dict
+from adsc.attachment.attach import attach
+from adsc.method import Method
 from adsc.plan import PruningPlan
 
 SAFE = {"use_safetensors": True, "trust_remote_code": False}
@@ -65,23 +63,3 @@ def from_pretrained(
     if plan is not None:
         attach(model, plan)
     return (model, report) if kwargs.get("output_loading_info") else model
-
-
-def attach_on_loading() -> None:
-    """Make `PreTrainedModel.from_pretrained` attach the plan of a checkpoint; again is no more."""
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    if hasattr(load, "__wrapped__") and load.__module__ == __name__:
-        return
-
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        loaded = load(cls, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        data = getattr(model.config, CONFIG_FIELD, None)
-        if data is not None:
-            attach(model, from_dict(data))
-        check_named_plans(model)
-        return loaded
-
-    wrapped = wraps(load)(from_pretrained)
-    wrapped.__module__ = __name__
-    PreTrainedModel.from_pretrained = classmethod(wrapped)  # type: ignore[method-assign,assignment]

@@ -14,16 +14,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import AutoConfig
-
-from adsc.attachment.attach import CONFIG_FIELD
 from adsc.costs.cost import CONVENTIONS, LOGITS, Cost, estimate_cost
-from adsc.costs.geometries import GEOMETRIES, HUB_IDS, geometry
+from adsc.costs.geometries import GEOMETRIES, HUB_IDS, shape
 from adsc.errors import CostError
 from adsc.families.family import ImageInput
 from adsc.families.table import first_legal_layer, image_cost
 from adsc.method import Method, from_dict
-from adsc.named import find_plan
+from adsc.named import CONFIG_FIELD, find_plan
 from adsc.plan import POOLS, PlanError, PruningPlan
 from adsc.solve import ANY_KEEP, solve_plans
 
@@ -58,14 +55,8 @@ def add_commands(subparsers: Any) -> None:
         epilog=COST_EXAMPLES,
         formatter_class=raw,
     )
-    cost.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    cost.add_argument(
-        "--plan",
-        help="layer:keep,layer:keep, such as 8:1/2,16:1/2 or 4:1/9,24:0;pool=tiles; or the name "
-        "of a plan of the checkpoint",
-    )
-    _add_workload(cost)
-    cost.set_defaults(run=_reporting(_run_cost))
+    add_cost_arguments(cost)
+    cost.set_defaults(run=_reporting(run_cost))
 
     plan = subparsers.add_parser(
         "plan",
@@ -75,32 +66,48 @@ def add_commands(subparsers: Any) -> None:
         epilog=PLAN_EXAMPLES,
         formatter_class=raw,
     )
-    plan.add_argument("--model", required=True, metavar="MODEL", help=_MODEL_HELP)
-    plan.add_argument(
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_reporting(run_plan))
+
+
+def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `cost`."""
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument(
+        "--plan",
+        help="layer:keep,layer:keep, such as 8:1/2,16:1/2 or 4:1/9,24:0;pool=tiles; or the name "
+        "of a plan of the checkpoint",
+    )
+    _add_workload(parser)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `plan`."""
+    parser.add_argument("--model", required=True, metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument(
         "--average", required=True, type=float, help="vision tokens per layer and image"
     )
-    plan.add_argument(
+    parser.add_argument(
         "--drops", type=int, help="layers that drop tokens, an exit aside (3; with --pool 1)"
     )
-    plan.add_argument(
+    parser.add_argument(
         "--keep",
         help="share that stays at a drop, or one for each: 1/2,1/4; any: all usual ones "
         "(1/2; with --pool any)",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--pool",
         choices=POOLS,
         help="average groups instead of dropping; of tiles, whole ones are listed first",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--exit", type=int, metavar="LAYER", help="no vision token is left from this layer on"
     )
-    plan.add_argument("--tolerance", type=float, default=0.01, help="relative (0.01)")
-    plan.add_argument("--limit", type=int, default=20, help="list so many (20)")
-    plan.add_argument("--convention", choices=CONVENTIONS, default="exact")
-    plan.add_argument("--logits", choices=LOGITS, default="last", help=_LOGITS_HELP)
-    _add_workload(plan)
-    plan.set_defaults(run=_reporting(_run_plan))
+    parser.add_argument("--tolerance", type=float, default=0.01, help="relative (0.01)")
+    parser.add_argument("--limit", type=int, default=20, help="list so many (20)")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="exact")
+    parser.add_argument("--logits", choices=LOGITS, default="last", help=_LOGITS_HELP)
+    _add_workload(parser)
 
 
 _MODEL_HELP = f"a checkpoint folder, or one of {', '.join(sorted(GEOMETRIES))}"
@@ -154,13 +161,13 @@ def read_config(model: str) -> Any:
     folder = Path(model)
     if not folder.is_dir():
         if model in HUB_IDS:
-            return geometry(model)
+            return shape(model)
         if folder.exists() or "/" in model or "\\" in model:
             raise CostError(
                 f"{model!r} is not a checkpoint folder; name a folder with a config.json, or a "
                 f"geometry: {', '.join(sorted(GEOMETRIES))}"
             )
-        return geometry(model)
+        return shape(model)
     if not (folder / "config.json").is_file():
         hint = (
             "it holds an adapter: merge it first, or name the folder of its base model"
@@ -168,6 +175,8 @@ def read_config(model: str) -> Any:
             else "a checkpoint folder has one"
         )
         raise CostError(f"no config.json in {model!r}; {hint}")
+    from transformers import AutoConfig  # it loads torch: named geometries do without
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -180,7 +189,12 @@ def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _run_cost(arguments: argparse.Namespace) -> int:
+def run_cost(arguments: argparse.Namespace) -> int:
+    """Print what a plan saves.
+
+    Raises:
+        CostError, PlanError: what can't be counted, in a sentence.
+    """
     config = read_config(arguments.model)
     plan = _chosen_plan(arguments.plan, config)
     workload = _workload(arguments)
@@ -232,7 +246,12 @@ def _run_cost(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_plan(arguments: argparse.Namespace) -> int:
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Print placements that meet the budget.
+
+    Raises:
+        CostError, PlanError: what can't be counted or met, in a sentence.
+    """
     config, workload = read_config(arguments.model), _workload(arguments)
     layers = config.get_text_config().num_hidden_layers
     image = ImageInput(size=arguments.image_size, images_in_row=arguments.num_images)

@@ -13,18 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
-
 from adsc.errors import UnsupportedModel
-from adsc.families.family import Family
 from adsc.plan import POSITIONS, PlanError, PruningPlan, kept_count, tokens_entering
 from adsc.tiles import Region
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from adsc.costs.scoring import Sizes
+    from adsc.families.family import Family
 
 KINDS: dict[str, type[Method]] = {}  # every method by its name
 
@@ -287,6 +288,8 @@ def from_dict(data: dict[str, Any]) -> PruningPlan | Method:
     if "method" not in data:
         return PruningPlan.from_dict(data)
     name, values = data["method"], {key: data[key] for key in data if key != "method"}
+    if name not in KINDS:
+        import_module("adsc.peers")  # methods make themselves known when they are imported
     if name not in KINDS:
         raise PlanError(f"method {name!r} is unknown; known are {', '.join(sorted(KINDS))}")
     kind = KINDS[name]

@@ -14,6 +14,7 @@ from typing import Any
 from adsc.method import Method, from_dict
 from adsc.plan import PlanError, PruningPlan, as_plan
 
+CONFIG_FIELD = "adsc"  # where the plan that a model runs with stands in a checkpoint's config.json
 PLANS_FIELD = "adsc_plans"  # where the named plans stand in a checkpoint's config.json
 DENSE = "dense"
 """The name of no plan at all: every checkpoint runs dense by it."""

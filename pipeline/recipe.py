@@ -13,25 +13,21 @@ from adsc.curriculum import pressures
 from adsc.named import DENSE
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ADDED, Config, edit
+from pipeline.data.config import PrepareConfig
 from pipeline.data.templates import NAMES
 from pipeline.durable.stage import Stage
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import FoundPlan, Plan
+from pipeline.kinds.base import BASE, BaseConfig, num_decoder_layers, pin_digest
+from pipeline.kinds.evaluate import EVALUATE
+from pipeline.kinds.export import EXPORT, ExportConfig
+from pipeline.kinds.merge import MERGE, MergeConfig
+from pipeline.kinds.prepare import PREPARE
+from pipeline.kinds.report import REPORT, ReportConfig
+from pipeline.kinds.search import SEARCH, SEARCH_DATA, SearchDataConfig, SearchStageConfig
+from pipeline.kinds.train import TRAIN
 from pipeline.search.config import SearchConfig
 from pipeline.search.keys import with_settings
-from pipeline.stages.base import BASE, BaseConfig, num_decoder_layers, pin_digest
-from pipeline.stages.evaluate import EVALUATE
-from pipeline.stages.export import EXPORT, ExportConfig
-from pipeline.stages.merge import MERGE, MergeConfig
-from pipeline.stages.prepare import PREPARE, PrepareConfig
-from pipeline.stages.report import REPORT, ReportConfig
-from pipeline.stages.search import (
-    SEARCH,
-    SEARCH_DATA,
-    SearchDataConfig,
-    SearchStageConfig,
-)
-from pipeline.stages.train import TRAIN
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
 

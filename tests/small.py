@@ -35,10 +35,11 @@ class Small(NamedTuple):
 
 @pytest.fixture(scope="session")
 def small(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    from pipeline.data.config import PrepareConfig
     from pipeline.data.conversations import parse_turns
     from pipeline.data.sources import iter_records
     from pipeline.data.templates import TEMPLATES
-    from pipeline.stages.prepare import PrepareConfig, prepare
+    from pipeline.stages.prepare import prepare
     from workflows.demo.fashion import FashionConfig
     from workflows.demo.fashion_grids import compose_fashion
     from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor

@@ -23,9 +23,12 @@ from pipeline.durable.attempt import execute
 from pipeline.durable.failure import StageFailed
 from pipeline.durable.progress import ProgressHandle
 from pipeline.durable.stage import Kind, RunContext, StageContext
+from pipeline.kinds.base import BaseConfig
+from pipeline.kinds.export import ExportConfig
+from pipeline.packaged import resolve
 from pipeline.publishing.manifest import ExportError
-from pipeline.stages.base import BaseConfig, base, resolve
-from pipeline.stages.export import ExportConfig, complete
+from pipeline.stages.base import base
+from pipeline.stages.export import complete
 from pipeline.store import open_store
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context

@@ -20,6 +20,7 @@ import adsc
 from adsc.method import Method
 from adsc.named import DENSE, names_in, plan_named
 from adsc.weight_files import original_layout, original_name
+from pipeline.data.config import PrepareConfig
 from pipeline.data.mixture import Source
 from pipeline.data.prepared import FLAT
 from pipeline.durable.stage import Stage, adopted
@@ -32,10 +33,11 @@ from pipeline.evaluation.benchmarks import (
 )
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import OWN, PLAN, MethodConfig, build_method, parse_method
-from pipeline.stages.base import BASE, BaseConfig, pin_digest, resolve
-from pipeline.stages.evaluate import EVALUATE
-from pipeline.stages.prepare import PREPARE, PrepareConfig
-from pipeline.stages.report import REPORT, ReportConfig
+from pipeline.kinds.base import BASE, BaseConfig, pin_digest
+from pipeline.kinds.evaluate import EVALUATE
+from pipeline.kinds.prepare import PREPARE
+from pipeline.kinds.report import REPORT, ReportConfig
+from pipeline.packaged import resolve
 from pipeline.store import open_store
 
 CONTEXT = 1_000_000  # tokens: no question is set aside for its length

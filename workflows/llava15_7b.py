@@ -20,22 +20,19 @@ coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K and
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.data.sources import Unreadable, iter_records
+from pipeline.data.config import PrepareConfig
 from pipeline.durable.stage import Kind, Stage, StageContext
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.kinds.base import BaseConfig
+from pipeline.kinds.export import ExportConfig
 from pipeline.recipe import CompressConfig, CurriculumConfig, compress
-from pipeline.stages.base import BaseConfig
-from pipeline.stages.export import ExportConfig
-from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import DistillSettings, TrainConfig
 
 PLANS = {
@@ -81,7 +78,7 @@ class LlavaConfig(CompressConfig):
 
 def llava15_7b() -> Workflow:
     config = _config(192, PLANS[192], CurriculumConfig(order="fixed", stages=1), ADVISED)
-    return _workflow("llava15_7b", "to 192 vision tokens: tiles, exit, distillation", config)
+    return Workflow(name="llava15_7b", config=config, build=build)
 
 
 def llava15_7b_128() -> Workflow:
@@ -96,7 +93,7 @@ def llava15_7b_elastic() -> Workflow:
     budgets = {str(average): plan for average, plan in PLANS.items()}
     way = CurriculumConfig(order="elastic", stages=1, elastic=budgets)
     config = _config(192, PLANS[192], way, ADVISED)
-    full = _workflow("llava15_7b_elastic", "for 192, 128 and 64 vision tokens at once", config)
+    full = Workflow(name="llava15_7b_elastic", config=config, build=build)
     return full.edit(
         {
             "export.name": "llava-1.5-7b-adsc-elastic",
@@ -108,7 +105,7 @@ def llava15_7b_elastic() -> Workflow:
 def llava15_7b_paper() -> Workflow:
     way = CurriculumConfig(order="reverse", stages=3, extreme=1.5)
     config = _config(192, PAPER_PLANS[192], way, TrainConfig.llava15(epochs=1 / 3, **SPLIT))
-    return _workflow("llava15_7b_paper", "to 192 vision tokens, the paper's setting", config)
+    return Workflow(name="llava15_7b_paper", config=config, build=build)
 
 
 def llava15_7b_paper_128() -> Workflow:
@@ -117,11 +114,6 @@ def llava15_7b_paper_128() -> Workflow:
 
 def llava15_7b_paper_64() -> Workflow:
     return _variant(llava15_7b_paper(), PAPER_PLANS, 64)
-
-
-def _workflow(name: str, how: str, config: LlavaConfig) -> Workflow:
-    title = f"compress LLaVA-1.5-7B {how} (LLaVA-665K, GPUs, days)"
-    return Workflow(name=name, title=title, config=config, build=build)
 
 
 def _config(average: int, plan: str, way: CurriculumConfig, train: TrainConfig) -> LlavaConfig:
@@ -143,7 +135,7 @@ def _config(average: int, plan: str, way: CurriculumConfig, train: TrainConfig) 
 
 
 def _variant(full: Workflow, plans: dict[int, str], average: int) -> Workflow:
-    other = full.edit(
+    return full.edit(
         {
             "plan": plans[average],
             "export.name": f"llava-1.5-7b-adsc-{average}",
@@ -151,7 +143,6 @@ def _variant(full: Workflow, plans: dict[int, str], average: int) -> Workflow:
         },
         name=f"{full.name}_{average}",
     )
-    return replace(other, title=f"{full.name} with {average} vision tokens")
 
 
 def build(config: LlavaConfig) -> list[Stage]:
@@ -175,6 +166,10 @@ def hold_out(ctx: StageContext, config: HoldOutConfig) -> dict[str, Any]:
     Raises:
         ValueError: no such file, or too few records with short answers.
     """
+    import numpy as np
+
+    from pipeline.data.sources import Unreadable, iter_records
+
     source = Path(config.folder).expanduser() / config.records
     if not source.is_file():
         raise ValueError(

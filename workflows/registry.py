@@ -5,26 +5,62 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pipeline.durable.workflow import Workflow
 
+
+class Listed(NamedTuple):
+    """A workflow before it is imported."""
+
+    module: str
+    """Where its function is, which has the workflow's name."""
+    title: str
+    """One line for people."""
+
+
 WORKFLOWS = {
-    "demo": "workflows.demo.workflow",
-    "demo_paper": "workflows.demo.workflow",
-    "tiny_base": "workflows.demo.tiny_base",
-    "evidence": "workflows.evidence.workflow",
-    "stamps": "workflows.evidence.stamps",
-    "llava15_7b": "workflows.llava15_7b",
-    "llava15_7b_128": "workflows.llava15_7b",
-    "llava15_7b_64": "workflows.llava15_7b",
-    "llava15_7b_elastic": "workflows.llava15_7b",
-    "llava15_7b_paper": "workflows.llava15_7b",
-    "llava15_7b_paper_128": "workflows.llava15_7b",
-    "llava15_7b_paper_64": "workflows.llava15_7b",
+    "demo": Listed(
+        "workflows.demo.workflow",
+        "compress the small LLaVA that ships here, in minutes on two cores",
+    ),
+    "demo_paper": Listed(
+        "workflows.demo.workflow",
+        "the demo by the paper's recipe alone: drops, a reverse curriculum, no teacher",
+    ),
+    "tiny_base": Listed(
+        "workflows.demo.tiny_base",
+        "train the small LLaVA that ships here, from nothing",
+    ),
+    "evidence": Listed(
+        "workflows.evidence.workflow",
+        "ADSC's choices and its peers, trained alike: hours on two cores",
+    ),
+    "stamps": Listed(
+        "workflows.evidence.stamps",
+        "the evidence on pretrained parts, which are installed apart: nights on two cores",
+    ),
+    "llava15_7b": Listed(
+        "workflows.llava15_7b",
+        "compress LLaVA-1.5-7B to 192 vision tokens: tiles, exit, distillation (LLaVA-665K, GPUs, "
+        "days)",
+    ),
+    "llava15_7b_128": Listed("workflows.llava15_7b", "llava15_7b with 128 vision tokens"),
+    "llava15_7b_64": Listed("workflows.llava15_7b", "llava15_7b with 64 vision tokens"),
+    "llava15_7b_elastic": Listed(
+        "workflows.llava15_7b",
+        "compress LLaVA-1.5-7B for 192, 128 and 64 vision tokens at once (LLaVA-665K, GPUs, days)",
+    ),
+    "llava15_7b_paper": Listed(
+        "workflows.llava15_7b",
+        "compress LLaVA-1.5-7B to 192 vision tokens, the paper's setting (LLaVA-665K, GPUs, days)",
+    ),
+    "llava15_7b_paper_128": Listed(
+        "workflows.llava15_7b", "llava15_7b_paper with 128 vision tokens"
+    ),
+    "llava15_7b_paper_64": Listed("workflows.llava15_7b", "llava15_7b_paper with 64 vision tokens"),
 }
-"""Name of a workflow, which is also the name of the function -> its module."""
 
 
 def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
@@ -40,5 +76,5 @@ def load_workflow(name: str, changes: Sequence[str] = ()) -> Workflow:
     malformed = [change for change in changes if "=" not in change]
     if malformed:
         raise ValueError(f"--set {malformed[0]!r} is not KEY=VALUE, such as train.steps=50")
-    make: Callable[[], Workflow] = getattr(importlib.import_module(WORKFLOWS[name]), name)
+    make: Callable[[], Workflow] = getattr(importlib.import_module(WORKFLOWS[name].module), name)
     return make().edit(dict(change.split("=", 1) for change in changes))

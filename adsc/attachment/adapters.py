@@ -3,29 +3,23 @@ something that holds one is loaded or built.
 
 A plan stands in a checkpoint's config.json, and in an adapter's adapter_config.json under the same
 name; plain transformers and PEFT ignore it. transformers and PEFT have no hook for what happens on
-their own paths (`Trainer` checkpoints, `from_config`, `PeftModel.from_pretrained`), so a handful of
-their methods are wrapped when adsc is imported. No weight is read or written here.
+their own paths (the Auto classes, pipelines, `Trainer` checkpoints, `from_config`,
+`PeftModel.from_pretrained`), so a handful of their methods are wrapped once both are imported:
+`import adsc` alone imports neither. No weight is read or written here.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.integrations.peft import PeftAdapterMixin
-
-from adsc.attachment.attach import CONFIG_FIELD, attach, attached_plan, base_model, name_plans
+from adsc.attachment.after_import import after_import
 from adsc.method import from_dict
+from adsc.named import CONFIG_FIELD as FIELD
 from adsc.named import PLANS_FIELD, names_in
-
-FIELD = CONFIG_FIELD
 
 
 class PlanWarning(UserWarning):
@@ -33,31 +27,39 @@ class PlanWarning(UserWarning):
 
 
 def keep_plans() -> None:
-    """Wrap transformers' methods, and PEFT's as soon as it is imported; again is no more."""
-    _wrap(PreTrainedModel, "post_init", _after_building)
-    _wrap(PreTrainedModel, "save_pretrained", _around_saving)
-    _wrap(PeftAdapterMixin, "load_adapter", _around_loading)
-    if "peft" in sys.modules:
-        _wrap_peft()
-    elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterPeft())
+    """Wrap methods of transformers and PEFT, each as soon as it is imported; again is no more."""
+    after_import("transformers.modeling_utils", _wrap_models)
+    after_import("transformers.integrations.peft", _wrap_adapters)
+    after_import("peft", _wrap_peft)
 
 
-def _wrap_peft() -> None:
-    import peft
+def _wrap_models(modeling: ModuleType) -> None:
+    _wrap(modeling.PreTrainedModel, "post_init", _after_building)
+    _wrap(modeling.PreTrainedModel, "save_pretrained", _around_saving)
+    _wrap_class_method(modeling.PreTrainedModel, "from_pretrained", _after_loading)
 
+
+def _wrap_adapters(integration: ModuleType) -> None:
+    _wrap(integration.PeftAdapterMixin, "load_adapter", _around_loading)
+
+
+def _wrap_peft(peft: ModuleType) -> None:
     _wrap(peft.config.PeftConfigMixin, "to_dict", _with_plan)
     _wrap(peft.PeftModel, "save_pretrained", _around_saving)
     _wrap(peft.PeftModel, "load_adapter", _around_loading)
-    mixin: Any = peft.config.PeftConfigMixin
-    if not hasattr(mixin.from_peft_type.__func__, "adsc_wraps"):
-        mixin.from_peft_type = classmethod(_marked(_without_plan(mixin.from_peft_type.__func__)))
+    _wrap_class_method(peft.config.PeftConfigMixin, "from_peft_type", _without_plan)
 
 
 def _wrap(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
     method = getattr(owner, name)
     if not hasattr(method, "adsc_wraps"):
         setattr(owner, name, _marked(wraps(method)(around(method))))
+
+
+def _wrap_class_method(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+    method = getattr(owner, name).__func__
+    if not hasattr(method, "adsc_wraps"):
+        setattr(owner, name, classmethod(_marked(wraps(method)(around(method)))))
 
 
 def _marked(method: Any) -> Any:
@@ -70,17 +72,42 @@ def _after_building(post_init: Any) -> Any:
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         post_init(self, *args, **kwargs)
-        data = getattr(self.config, FIELD, None)
-        if data is not None:
-            attach(self, from_dict(data))
+        _attach_own(self)
 
     return build
+
+
+def _after_loading(load: Any) -> Any:
+    """A model was trained to live with its checkpoint's plan, so it is loaded with it."""
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _attach_own(model)
+        if getattr(model.config, PLANS_FIELD, None) is not None:
+            from adsc.attachment.attach import check_named_plans
+
+            check_named_plans(model)
+        return loaded
+
+    return from_pretrained
+
+
+def _attach_own(model: Any) -> None:
+    """Attach the plan in a model's config, if there is one."""
+    data = getattr(model.config, FIELD, None)
+    if data is not None:
+        from adsc.attachment.attach import attach
+
+        attach(model, from_dict(data))
 
 
 def _around_saving(save: Any) -> Any:
     """What is saved says what the model does."""
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from adsc.attachment.attach import attached_plan, base_model
+
         base = base_model(self)
         plan, data = attached_plan(base), getattr(base.config, FIELD, None)
         if plan is not None:
@@ -129,6 +156,8 @@ def _around_loading(load: Any) -> Any:
 def _apply(model: Any, data: Any) -> None:
     if data is None:
         return
+    from adsc.attachment.attach import attach, attached_plan, base_model
+
     plan, base = from_dict(data), base_model(model)
     current = attached_plan(base)
     if current is None and getattr(base.config, FIELD, None) is None:
@@ -147,6 +176,8 @@ def _name(model: Any, data: Any) -> None:
     """An adapter's named plans go to a base without any."""
     if data is None:
         return
+    from adsc.attachment.attach import base_model, name_plans
+
     base = base_model(model)
     named, current = names_in({PLANS_FIELD: data}), names_in(base.config)
     if not current:
@@ -172,7 +203,6 @@ def _with_plan(to_dict: Any) -> Any:
 def _without_plan(from_peft_type: Any) -> Any:
     """PEFT's configs know no plan: it is put on them once they are made."""
 
-    @wraps(from_peft_type)
     def without_plan(cls: Any, **kwargs: Any) -> Any:
         held = {field: kwargs.pop(field, None) for field in (FIELD, PLANS_FIELD)}
         config = from_peft_type(cls, **kwargs)
@@ -181,42 +211,3 @@ def _without_plan(from_peft_type: Any) -> Any:
         return config
 
     return without_plan
-
-
-class _AfterPeft(MetaPathFinder):
-    """Wraps PEFT's methods at the end of its first import: importing it here would cost seconds."""
-
-    def find_spec(
-        self, name: str, path: Any, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != "peft":
-            return None
-        for finder in sys.meta_path:
-            if isinstance(finder, _AfterPeft):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader)
-                return spec
-        return None
-
-
-class _Loader(Loader):
-    """PEFT's own loader, followed by our wrapping."""
-
-    def __init__(self, loader: Any):
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        made: ModuleType | None = self.loader.create_module(spec)
-        return made
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        sys.meta_path[:] = [one for one in sys.meta_path if not isinstance(one, _AfterPeft)]
-        _wrap_peft()

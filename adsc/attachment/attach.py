@@ -24,10 +24,9 @@ from adsc.dropping.hooks import (
 from adsc.families.family import Family
 from adsc.families.table import find_family
 from adsc.method import Method, MethodHook, from_dict
-from adsc.named import PLANS_FIELD, find_plan, names_in, read_names
+from adsc.named import CONFIG_FIELD, PLANS_FIELD, find_plan, names_in, read_names
 from adsc.plan import PlanError, PruningPlan, as_plan
 
-CONFIG_FIELD = "adsc"  # where the plan stands in a checkpoint's config.json
 _HOOKS = (EnterModel, EnterDecoder, EnterLayer, EnterVision, LeaveModel, LeaveVision, MethodHook)
 M = TypeVar("M", bound=nn.Module)
 

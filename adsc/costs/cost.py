@@ -16,10 +16,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from adsc.costs.decoder import Decoder
-from adsc.costs.geometries import geometry
+from adsc.costs.geometries import shape
 from adsc.costs.scoring import Sizes
 from adsc.errors import CostError
 from adsc.families.family import ImageInput
@@ -161,11 +159,11 @@ def estimate_cost(
     """
     _check_words(convention, logits)
     _check_counts(text_tokens, num_images, batch_size, new_tokens, image_size)
-    config, kv_dtype = _config_and_dtype(config_or_model)
+    config, kv_bytes = _config_and_bytes(config_or_model)
     image = image_cost(config, ImageInput(size=image_size, images_in_row=num_images))
     decoder = Decoder.from_config(config.get_text_config())
     vision = _vision_tokens_per_layer(plan, image.tokens, num_images, decoder.num_layers)
-    bytes_per_token = 2 * decoder.kv_heads * decoder.head_dim * kv_dtype.itemsize
+    bytes_per_token = 2 * decoder.kv_heads * decoder.head_dim * kv_bytes
 
     layers = []
     for layer, v in enumerate(vision):
@@ -232,24 +230,25 @@ def _vision_tokens_per_layer(
     return [num_images * count for count in each]
 
 
-def _config_and_dtype(config_or_model: Any) -> tuple[Any, torch.dtype]:
-    """The whole model's config, and the dtype of its KV cache: fp16 where the config names none."""
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+
+
+def _config_and_bytes(config_or_model: Any) -> tuple[Any, int]:
+    """The whole model's config, and the bytes of a number in its KV cache: 2 where the config names
+    no dtype."""
     if isinstance(config_or_model, str):
-        config_or_model = geometry(config_or_model)
-    config = config_or_model
-    if isinstance(config_or_model, torch.nn.Module):
-        config = getattr(config_or_model, "config", None)
+        config_or_model = shape(config_or_model)
+    config = getattr(config_or_model, "config", config_or_model)
     if not hasattr(config, "get_text_config"):
         raise CostError(
             f"cannot cost a {type(config_or_model).__name__}: pass a transformers config, a "
             "transformers model without wrapper, or the name of a geometry"
         )
     if config is not config_or_model:  # a model's weights may have been cast since it was built
-        return config, config_or_model.dtype
+        return config, config_or_model.dtype.itemsize
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return config, dtype if isinstance(dtype, torch.dtype) else torch.float16
+    # As text where no torch was needed to read it.
+    return config, _BYTES.get(dtype, 2) if isinstance(dtype, str) else getattr(dtype, "itemsize", 2)
 
 
 def _check_words(convention: str, logits: str) -> None:

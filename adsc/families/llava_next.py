@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from adsc.families.family import (
@@ -104,17 +105,28 @@ def with_row_ends(grid: tuple[int, int]) -> int:
     return grid[0] * (grid[1] + 1)
 
 
+def best_resolution(size: tuple[int, int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The resolution (height, width) that keeps most pixels of an image, and of those the smallest;
+    transformers' `select_best_resolution`, without the seconds that importing it takes."""
+
+    def kept(resolution: Sequence[int]) -> tuple[int, int]:
+        scale = min(resolution[1] / size[1], resolution[0] / size[0])
+        pixels = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return pixels, pixels - resolution[0] * resolution[1]
+
+    height, width = max(resolutions, key=kept)
+    return height, width
+
+
 def anyres_grid(config: Any, size: tuple[int, int] | None) -> tuple[tuple[int, int], int]:
     """Features (height, width) that are left of the tiles without padding, and how many tiles.
 
     The arithmetic is that of transformers' `unpad_image`, rounding included. Without a size, twice
     the tower's own: 2 x 2 tiles.
     """
-    from transformers.image_processing_utils import select_best_resolution
-
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
     height, width = size or (2 * tile, 2 * tile)
-    best = select_best_resolution((height, width), config.image_grid_pinpoints)
+    best = best_resolution((height, width), config.image_grid_pinpoints)
     across, down = math.ceil(best[1] / tile), math.ceil(best[0] / tile)
     rows, columns = (best[0] // tile) * (tile // patch), (best[1] // tile) * (tile // patch)
     if width / height > columns / rows:

@@ -1,12 +1,27 @@
 """Config of data preparation, apart from the stage: whoever names it loads nothing else."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field
 
 from pipeline.config import ADDED, Config
 from pipeline.data.mixture import Source
-from pipeline.data.pictures import PictureLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureLimits:
+    """What a picture may be."""
+
+    min_side: int
+    """Shortest allowed side, pixels."""
+    max_pixels: int
+    """Largest allowed area, pixels; checked before decoding, so a bomb is never unpacked."""
+    max_bytes: int
+    """Largest encoded size."""
+    max_aspect: float
+    """Most times that the longer side may be as long as the shorter one: processors bring the
+    shorter one to a fixed length, and the other one with it."""
 
 
 class PrepareConfig(Config):

@@ -4,13 +4,18 @@ No record is taken twice. The choice depends on the sources' sizes, the seed and
 only, never on the order in which anything ran.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import Field
 
 from pipeline.config import Config
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Source(Config):
@@ -47,6 +52,8 @@ def choose(name: str, available: int, taken: int, seed: int) -> np.ndarray | Non
     """The indices taken of a source, ascending, shape (taken,); None for all of them."""
     if taken == available:
         return None
+    import numpy as np  # configs name sources without it
+
     digest = hashlib.sha256(name.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
     return np.sort(rng.choice(available, size=taken, replace=False))

@@ -21,6 +21,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.data.config import PictureLimits
 from pipeline.data.conversations import BadRecord
 from pipeline.data.files import GLOB, describe, find, is_remote, open_file, read_part
 from pipeline.data.pixels import UnknownPixels, to_rgb
@@ -34,21 +35,6 @@ _BROKEN = (
     ArithmeticError, NotImplementedError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 _GONE = -1  # size of a tar member that is no plain file inside the root
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureLimits:
-    """What a picture may be."""
-
-    min_side: int
-    """Shortest allowed side, pixels."""
-    max_pixels: int
-    """Largest allowed area, pixels; checked before decoding, so a bomb is never unpacked."""
-    max_bytes: int
-    """Largest encoded size."""
-    max_aspect: float
-    """Most times that the longer side may be as long as the shorter one: processors bring the
-    shorter one to a fixed length, and the other one with it."""
 
 
 class Pictures(Protocol):

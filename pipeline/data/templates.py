@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jinja2.exceptions import TemplateError as JinjaError
-
 ROLES = ("human", "gpt")
 MARKER = "<image>"
 """Stands in a text where a picture stands, whatever token a checkpoint has for it."""
@@ -163,6 +161,7 @@ class OwnTemplate:
         return {"role": name, "content": message_parts(placed)}
 
     def _render(self, messages: list[dict[str, Any]], **options: bool) -> tuple[str, Any]:
+        from jinja2.exceptions import TemplateError as JinjaError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipeline.config import Config
 from pipeline.durable import completion, failure
 from pipeline.durable import record as records
-from pipeline.durable.identity import canonical
+from pipeline.durable.identity import canonical, load_body
 from pipeline.durable.lease import Holder, Lease, acquire
 from pipeline.durable.progress import ProgressHandle, Report
 from pipeline.durable.record import Record, Source
@@ -124,7 +124,7 @@ def _attempt(
                 track=track,
                 progress_handle=progress,
             )
-            outputs = _outputs(stage, stage.kind.body(body_context, config))
+            outputs = _outputs(stage, load_body(stage.kind.body)(body_context, config))
             made = Record(
                 stage=stage.name,
                 fingerprint=fingerprint,
@@ -172,8 +172,8 @@ def _complete(
     patiently: Callable[[Callable[[], Any]], Any],
 ) -> Record:
     """Do what a finished stage left undone, under the lease."""
-    complete = stage.kind.complete
-    assert complete is not None
+    assert stage.kind.complete is not None
+    complete = load_body(stage.kind.complete)
     home = records.folder(stage.name, fingerprint)
     tags = _tags(stage, fingerprint, context, store, found.attempt)
     try:

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, NamedTuple
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.durable import record as records
 from pipeline.durable.attempt import execute
@@ -26,6 +24,9 @@ from pipeline.durable.session import cancelling, git_commit, ray_for, tracked
 from pipeline.durable.stage import Kind, RunContext, Stage
 from pipeline.store import Store, check_for_runs, open_store
 from pipeline.tracking import gauges
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class GraphError(ValueError):
@@ -137,7 +138,7 @@ def run(
         GraphError, StoreError, ClusterError, TrackingError: before anything runs.
         RunFailed: stages failed; their siblings finished, what needs them did not run.
     """
-    console = console or Console()
+    console = console or _console()
     ordered, prints = lint(stages), fingerprints(stages)
     store = open_store(context.root)
     found = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
@@ -162,6 +163,12 @@ def run(
         if left := sentence(record):
             console.print(f"{name}: {left}", **PLAIN)
     return result
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
 
 
 def _task(

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
@@ -99,12 +100,28 @@ def digest(value: Any, field: str = "config") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def load_body(body: Callable[..., Any] | str) -> Callable[..., Any]:
+    """The function itself, of a body that may be given by its full name: imports its module."""
+    if not isinstance(body, str):
+        return body
+    module, _, name = body.rpartition(".")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def body_name(body: Any) -> str:
     """Where another process finds a stage's body: `module.function`; no part of any identity.
 
     Raises:
-        IdentityError: a lambda, an inner function, a partial or an object.
+        IdentityError: a lambda, an inner function, a partial, an object, or a text that is no full
+            name.
     """
+    if isinstance(body, str):
+        if "." not in body or not all(part.isidentifier() for part in body.split(".")):
+            raise IdentityError(
+                f"the body {body!r} is not a function's full name, such as package.module.function"
+            )
+        return body
     name, module = getattr(body, "__qualname__", None), getattr(body, "__module__", None)
     if not name or not module or "<" in name:
         raise IdentityError(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 _EVERY = 0.2  # seconds between two reports of one handle
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -70,6 +71,8 @@ class Display:
     """One bar a stage on a terminal; elsewhere a line per stage every ten seconds or so."""
 
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._console, self._titles = console, dict(titles)
         self._width = max(map(len, self._titles.values()), default=0)
         self._bars = Progress(

@@ -18,9 +18,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from pipeline.durable.address import ClusterError, check_head, check_socket_room, job_config
 from pipeline.durable.progress import PLAIN
@@ -28,6 +26,9 @@ from pipeline.durable.stage import RunContext, Stage
 from pipeline.redact import redact
 from pipeline.store import open_store
 from pipeline.tracking import spool
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Set before Ray is imported; what the user has set stays.
 _ENVIRONMENT = {

@@ -33,7 +33,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(Generic[ConfigT]):
-    """What stages do: a body, and the identity of what it computes. Defined beside the body."""
+    """What stages do: a body, and the identity of what it computes."""
 
     id: str
     """Chosen once and never changed, wherever the body moves: finished stages are known by it.
@@ -41,13 +41,15 @@ class Kind(Generic[ConfigT]):
     had then."""
     version: int
     """To be raised whenever the body computes something else: results of old versions are left."""
-    body: Callable[[StageContext, ConfigT], Mapping[str, Any]]
-    """A function at the top of a module: (context, config) to outputs, which are JSON."""
+    body: Callable[[StageContext, ConfigT], Mapping[str, Any]] | str
+    """A function at the top of a module: (context, config) to outputs, which are JSON. Or its full
+    name: then its module is imported when it runs, and whoever lists stages does without."""
     config: type[ConfigT]
     """The class of its stages' configs."""
-    complete: Callable[[StageContext, ConfigT, Record], Mapping[str, Any]] | None = None
+    complete: Callable[[StageContext, ConfigT, Record], Mapping[str, Any]] | str | None = None
     """Does what a finished stage could not do (pipeline/durable/completion.py): (context, config,
-    record) to the outputs that change, `undone` among them while something is left."""
+    record) to the outputs that change, `undone` among them while something is left. A function or
+    its full name, as `body`."""
     referring_id: str = ""
     """The id of stages whose config has references, where stores know such stages by an id of
     their own; empty: the same id."""

@@ -18,8 +18,6 @@ class Workflow:
     """What `adsc run NAME` runs."""
 
     name: str
-    title: str
-    """One line for people."""
     config: Config
     build: Callable[[Any], list[Stage]]
     """From the config to stages; runs nothing."""

@@ -18,7 +18,6 @@ from pipeline.config import Config
 from pipeline.data.files import describe
 from pipeline.data.templates import MARKER
 from pipeline.durable.stage import Kind, StageContext
-from pipeline.evaluation.scoring import COGNITION
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -32,6 +31,12 @@ CIRCLE = 1_000_000
 LONGEST_INDEX = 64
 """Characters; MMBench: more is a picture, less the index of the row that has it."""
 _HEAD = 1024  # bytes by which a file of another kind is known
+MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
 MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
     "artwork", "OCR",
@@ -325,7 +330,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         read=_scienceqa,
     ),
     "mme": Benchmark(
-        title="MME", needs=(*MME_PERCEPTION, *COGNITION), pictures=".", rule="mme_match", read=_mme
+        title="MME",
+        needs=(*MME_PERCEPTION, *MME_COGNITION),
+        pictures=".",
+        rule="mme_match",
+        read=_mme,
     ),
     "seedbench": Benchmark(
         title="SEED-Bench, pictures",

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.evaluation.benchmarks import MME_COGNITION
+
 Rule = Callable[[str, str], float]
 
 CONTRACTIONS = (
@@ -139,7 +141,6 @@ RULES: Mapping[str, Rule] = {
 
 Mean = Callable[[np.ndarray, np.ndarray], Any]
 """Of values (Q,) where a mask (Q,) holds: a number, or one for each resample of the pictures."""
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
 def pope_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def mme_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[st
     points: dict[str, Any] = {"perception": 0.0, "cognition": 0.0}
     kinds = dict.fromkeys(question.kind for question in asked)
     for kind, mask in zip(kinds, _masks(asked, "kind"), strict=True):
-        part = "cognition" if kind in COGNITION else "perception"
+        part = "cognition" if kind in MME_COGNITION else "perception"
         points[part] = points[part] + 100 * (mean(scores, mask) + mean(both, mask & once))
     return points
 

@@ -4,75 +4,15 @@ The checkpoint is a folder (or a hub id where the hub can be reached) of safeten
 processor. Weights in any other format are refused: nothing is unpickled.
 """
 
-import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import AutoProcessor
 
 import adsc
-from adsc.costs.geometries import HUB_IDS, geometry
-from adsc.weight_files import original_layout, original_name
-from pipeline.config import ADDED, Config
-from pipeline.durable.record import manifest
-from pipeline.durable.stage import Kind, StageContext
+from pipeline.durable.stage import StageContext
+from pipeline.kinds.base import BaseConfig, BaseError, folder_digest
 from pipeline.packaged import resolve
-
-
-class BaseConfig(Config):
-    """Which checkpoint."""
-
-    source: str
-    """A folder, a hub id such as llava-hf/llava-1.5-7b-hf, or package://NAME/FOLDER for a folder
-    that ships inside an installed package."""
-    revision: str | None = Field(None, json_schema_extra=ADDED)
-    """Commit, branch or tag of a hub id; null is its main branch. `adsc eval` takes the commit."""
-    digest: str | None = None
-    """`folder_digest` of the folder, so that changed weights are another checkpoint; null skips
-    the check."""
-
-
-class BaseError(ValueError):
-    """The checkpoint can't be used; the message says why."""
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of a checkpoint's files."""
-    lines = [f"{file.path} {file.sha256}\n" for file in manifest(folder)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def pin_digest(config: BaseConfig) -> BaseConfig:
-    """With the digest of a checkpoint that ships in a package, so that new weights there are
-    another base. Folders of users are taken as they are: hashing a large one takes minutes."""
-    if config.digest is not None or not config.source.startswith("package://"):
-        return config
-    if not resolve(config.source).is_dir():
-        raise BaseError(f"there is no folder {config.source!r} in this installation")
-    return config.model_copy(update={"digest": folder_digest(resolve(config.source))})
-
-
-def num_decoder_layers(source: str) -> int | None:
-    """Decoder layers of a known hub id, or by the checkpoint's config.json; None where that isn't
-    at hand.
-
-    Raises:
-        BaseError: it is a checkpoint of LLaVA's own code.
-    """
-    if other := original_name(source):
-        raise BaseError(f"can't compress {source}: {other}")
-    if source in HUB_IDS:
-        return int(geometry(source).get_text_config().num_hidden_layers)
-    file = resolve(source) / "config.json"
-    if not file.is_file():
-        return None
-    config = json.loads(file.read_text())
-    if other := original_layout(config):
-        raise BaseError(f"can't compress {source}: {other}")
-    return int((config.get("text_config") or config)["num_hidden_layers"])
 
 
 def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
@@ -103,6 +43,3 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise BaseError(f"{config.source} holds weights that are not finite")
     return {"parameters": parameters, "architecture": type(model).__name__}
-
-
-BASE = Kind(id="pipeline.stages.base.base", version=1, body=base, config=BaseConfig)

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData, split_folder
 from pipeline.data.templates import find_template
-from pipeline.durable.stage import Input, Kind, StageContext
+from pipeline.durable.stage import Input, StageContext
 from pipeline.evaluation.answers import (
     Job,
     Shard,
@@ -96,15 +96,6 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     )
     ctx.track.artifact(ctx.out / "results.json")
     return {"arms": summary, "majority": found["majority"]["accuracy"]}
-
-
-EVALUATE = Kind(
-    id="pipeline.stages.evaluate.evaluate",
-    referring_id="pipeline.stages.search.evaluate_found",
-    version=4,
-    body=evaluate,
-    config=EvaluateConfig,
-)
 
 
 def _first(arms: Sequence[ArmConfig], checkpoint: str) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -19,31 +18,14 @@ import adsc
 from adsc.attachment.adapters import FIELD
 from adsc.method import Method
 from adsc.plan import PruningPlan
-from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
-from pipeline.durable.stage import Kind, StageContext
-from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan, build_method
+from pipeline.durable.stage import StageContext
+from pipeline.evaluation.methods import build_method
+from pipeline.kinds.merge import MergeConfig
 from pipeline.publishing.probe import write_named_probe
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
-
-
-class MergeConfig(MethodConfig):
-    """What the merged checkpoint carries, and how closely it must match."""
-
-    plan: Plan = ""
-    """The plan that the checkpoint runs with; it is stored in its config."""
-    method: PeerConfig | None = Field(None, json_schema_extra=ADDED)
-    """The peer that it runs with instead."""
-    plans: dict[str, str] = Field({}, json_schema_extra=ADDED)
-    """The plans of an elastic checkpoint by name; they are stored in its config beside `plan`."""
-    probe_rows: int = Field(4, gt=0)
-    """Conversations on which merged and adapter model are compared."""
-    tolerance: float = Field(1e-3, gt=0)
-    """Largest allowed difference of a logit, as a share of the largest logit."""
-    max_shard_size: str = "4GB"
-    """Size of a safetensors shard."""
 
 
 class MergeMismatch(RuntimeError):
@@ -87,15 +69,6 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     write_named_probe(model, probe, ctx.out)
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}
-
-
-MERGE = Kind(
-    id="pipeline.stages.merge.merge",
-    referring_id="pipeline.stages.search.merge_found",
-    version=1,
-    body=merge,
-    config=MergeConfig,
-)
 
 
 def _carry_plan(adapter_config: Path, method: PruningPlan | Method) -> None:

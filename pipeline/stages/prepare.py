@@ -27,7 +27,7 @@ from pipeline.data.rendering import Renderer
 from pipeline.data.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
 from pipeline.data.sources import Chunk, SourceError, find_files, index_file, locate
 from pipeline.data.worker import TASK, YIELD_BYTES, Work, render_chunks
-from pipeline.durable.stage import Input, Kind, StageContext
+from pipeline.durable.stage import Input, StageContext
 
 STORE_BYTES = 256 << 20  # of Ray's object store beside what its cores have in hand
 Render = Callable[[list[dict[str, Any]], Work], Iterable[pa.Table]]
@@ -70,9 +70,6 @@ def prepare(ctx: StageContext, config: PrepareConfig) -> dict[str, Any]:
         "quarantined": quarantined,
         "splits": manifest["splits"],
     }
-
-
-PREPARE = Kind(id="pipeline.stages.prepare.prepare", version=3, body=prepare, config=PrepareConfig)
 
 
 def prepare_data(

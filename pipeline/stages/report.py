@@ -14,11 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
-from pipeline.config import Config
-from pipeline.durable.stage import Input, Kind, StageContext
+from pipeline.durable.stage import Input, StageContext
 from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.kinds.report import ReportConfig
 from pipeline.redact import flatten
 from pipeline.reporting import figures
 from pipeline.reporting.results import Arm, Interval, Results, Sample
@@ -26,17 +24,6 @@ from pipeline.reporting.results import Arm, Interval, Results, Sample
 TEMPLATE = Path(__file__).with_name("report.html")
 ACROSS = 6
 """Tasks, or kinds of questions, in one table side by side."""
-
-
-class ReportConfig(Config):
-    """What the report shows."""
-
-    pictures: int = Field(default=4, ge=0)
-    """How many sample pictures are shown, with questions and each arm's answers."""
-    questions: int = Field(default=4, ge=1)
-    """At most so many questions a picture."""
-    thumbnail: int = Field(default=240, ge=16)
-    """Longest side of a picture in pixels."""
 
 
 def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
@@ -59,9 +46,6 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     ctx.track.note(sentence)
     ctx.progress(2, 2, "done")
     return {"finding": sentence, "html": "report.html", "png": "report.png"}
-
-
-REPORT = Kind(id="pipeline.stages.report.report", version=4, body=report, config=ReportConfig)
 
 
 def _across(names: list[str]) -> list[list[str]]:

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 from transformers import AutoConfig
 
 from adsc.plan import PruningPlan
-from pipeline.config import Config
 from pipeline.data.prepared import PreparedData
 from pipeline.data.shards import ShardWriter
-from pipeline.durable.stage import Kind, StageContext
+from pipeline.durable.stage import StageContext
+from pipeline.kinds.search import SearchDataConfig, SearchStageConfig
 from pipeline.search.config import UNITS, SearchConfig
 from pipeline.search.keys import own_settings, written
 from pipeline.search.space import Costs, Space
@@ -29,8 +28,6 @@ from pipeline.search.study import Study, Trial
 from pipeline.stages.evaluate import workers_that_fit
 from pipeline.stages.train import train_stage
 from pipeline.store import Store, open_store
-from pipeline.training.config import TrainConfig
-from pipeline.training.curriculum import CurriculumConfig
 
 PREFILL = "prefill.json"
 """Measured times in the search's folder, which a resumed search goes on with."""
@@ -38,30 +35,6 @@ PREFILL = "prefill.json"
 
 class SearchFailed(RuntimeError):
     """No trial finished; the message holds the reasons."""
-
-
-class SearchDataConfig(Config):
-    """What is taken out of the training split."""
-
-    rows: int = Field(256, gt=0)
-    """Conversations to judge trials on."""
-    confirm_rows: int = Field(256, gt=0)
-    """Further ones to compare the best plan on."""
-    train_rows: int = Field(20_000, gt=0)
-    """At most so many of the others to train on."""
-    seed: int = 0
-    """Which ones."""
-
-
-class SearchStageConfig(Config):
-    """A search, and how its trials train."""
-
-    search: SearchConfig
-    """Space, budget and study."""
-    train: TrainConfig = TrainConfig()
-    """Trainings of trials; an untrained search takes the precision from it alone."""
-    curriculum: CurriculumConfig = CurriculumConfig()
-    """For trials of full fidelity."""
 
 
 def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
@@ -115,11 +88,6 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
         "train": len(parts["train"]),
         "held_out": held,
     }
-
-
-SEARCH_DATA = Kind(
-    id="pipeline.stages.search.search_data", version=1, body=search_data, config=SearchDataConfig
-)
 
 
 def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
@@ -185,9 +153,6 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     told_on = ("plan", "value", "cost", "unit", "finding", "space", "counts", "known", "confirmed")
     outputs = {key: results[key] for key in told_on}
     return outputs | ({"settings": results["settings"]} if config.search.over else {})
-
-
-SEARCH = Kind(id="pipeline.stages.search.search", version=1, body=search, config=SearchStageConfig)
 
 
 def _prefill(job: Any, store: Store) -> dict[int, float]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.durable.progress import ProgressHandle
-from pipeline.durable.stage import Input, Kind, StageContext
+from pipeline.durable.stage import Input, StageContext
 from pipeline.tracking import gauges
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.config import MOMENTS, TrainConfig
@@ -276,12 +276,3 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             shutil.copyfile(Path(folder) / MOMENTS, ctx.out / MOMENTS)
     metrics = result.metrics
     return {"plan": config.runs_with, "steps": metrics["step"], "loss": metrics["loss"]}
-
-
-TRAIN = Kind(
-    id="pipeline.stages.train.train_stage",
-    referring_id="pipeline.stages.search.train_found",
-    version=2,
-    body=train_stage,
-    config=TrainConfig,
-)

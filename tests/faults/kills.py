@@ -32,7 +32,7 @@ from pipeline.durable import record as records
 from pipeline.durable.graph import fingerprints
 from pipeline.durable.record import Record
 from pipeline.store import open_store
-from workflows.commands.main import load_workflow
+from workflows.registry import load_workflow
 
 SIZE = (
     "data.train_pictures=60",

@@ -18,8 +18,9 @@ import pytest
 
 from pipeline.durable.address import ClusterError, check_head, check_socket_room
 from pipeline.durable.session import settle
+from pipeline.kinds.export import ExportConfig
 from pipeline.publishing.manifest import ExportError
-from pipeline.stages.export import ExportConfig, check_in_fresh_process
+from pipeline.stages.export import check_in_fresh_process
 from pipeline.store.cache import folder as cache_folder
 from pipeline.tracking.address import explained
 from pipeline.tracking.spool import Journal, folder

@@ -28,7 +28,7 @@ from pipeline.durable import graph
 from pipeline.durable import record as records
 from pipeline.durable.record import Record
 from pipeline.durable.stage import RunContext, Stage, adopted
-from pipeline.stages.train import TRAIN
+from pipeline.kinds.train import TRAIN
 from pipeline.store import open_store
 from pipeline.training.config import LoraSettings, TrainConfig
 from tests.faults.kills import VICTIMS, processes

@@ -13,7 +13,7 @@ from pipeline.durable import completion, graph
 from pipeline.durable import record as records
 from pipeline.durable.record import Record
 from pipeline.durable.stage import Kind, RunContext, Stage, StageContext
-from pipeline.stages.export import ExportConfig
+from pipeline.kinds.export import ExportConfig
 from pipeline.store import open_store
 from pipeline.tracking.names import model_name
 from tests.pipeline import toy

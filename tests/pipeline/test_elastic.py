@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 import adsc
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
+from pipeline.kinds.export import ExportConfig
+from pipeline.kinds.merge import MergeConfig
 from pipeline.publishing.manifest import ExportError, verify_folder
 from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.export import ExportConfig, compare_logits, export
-from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.export import compare_logits, export
+from pipeline.stages.merge import merge
 from pipeline.tracking import tracker as tracking
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context

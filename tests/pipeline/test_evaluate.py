@@ -28,9 +28,10 @@ from pipeline.evaluation.generation import (
 )
 from pipeline.evaluation.methods import MethodError, parse_method
 from pipeline.evaluation.speed import measure
+from pipeline.kinds.merge import MergeConfig
 from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
+from pipeline.stages.merge import MergeMismatch, merge
 from pipeline.stages.prepare import SCHEMA
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context

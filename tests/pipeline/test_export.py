@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adsc
+from pipeline.kinds.export import ExportConfig
 from pipeline.publishing.manifest import ExportError, verify_folder, write_manifest
 from pipeline.publishing.publish import pull
 from pipeline.reporting.card import Card, write_card
-from pipeline.stages.export import ExportConfig, compare_logits, export, main, runs_behind
+from pipeline.stages.export import compare_logits, export, main, runs_behind
 from pipeline.store import open_store
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.config import PrepareConfig
 from pipeline.data.conversations import BadRecord, parse_turns, picture_sources
 from pipeline.data.layouts import READ, foreign_marker, lost_content
 from pipeline.data.sources import SourceError, index_file, iter_records
-from pipeline.stages.prepare import PrepareConfig, prepare
+from pipeline.stages.prepare import prepare
 from tests.pipeline.contexts import stage_context
 from tests.small import Small
 

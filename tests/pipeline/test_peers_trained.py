@@ -11,9 +11,10 @@ from adsc.method import Method
 from pipeline.config import ConfigError, edit
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig, parse_method
+from pipeline.kinds.merge import MergeConfig
 from pipeline.reporting.results import Results
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.merge import merge
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context

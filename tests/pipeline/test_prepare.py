@@ -18,18 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoProcessor
 
+from pipeline.data.config import PrepareConfig
 from pipeline.data.mixture import Source
 from pipeline.data.pictures import FolderPictures, PictureLimits
 from pipeline.data.shards import ShardWriter
 from pipeline.data.sources import find_files
-from pipeline.stages.prepare import (
-    PrepareConfig,
-    TooManyBadRecords,
-    _plan,
-    _rendered,
-    _write_split,
-    prepare,
-)
+from pipeline.stages.prepare import TooManyBadRecords, _plan, _rendered, _write_split, prepare
 from pipeline.store import StoreError, open_store
 from tests.pipeline.contexts import stage_context
 from tests.small import Small

@@ -8,7 +8,7 @@ from adsc.plan import PlanError
 from pipeline.config import ConfigError
 from pipeline.durable.stage import Stage
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.stages.merge import MergeConfig
+from pipeline.kinds.merge import MergeConfig
 from pipeline.training.config import TrainConfig
 from workflows.demo.workflow import demo_paper as demo
 

@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from adsc import PruningPlan
+from pipeline.kinds.report import ReportConfig
 from pipeline.reporting.results import Results, ResultsError
-from pipeline.stages.report import ReportConfig, finding, remarks, render, report
+from pipeline.stages.report import finding, remarks, render, report
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
 

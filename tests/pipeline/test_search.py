@@ -25,20 +25,14 @@ from pipeline.durable.identity import canonical
 from pipeline.durable.reference import references, resolve
 from pipeline.durable.stage import Input
 from pipeline.evaluation.methods import FoundPlan, MethodConfig
+from pipeline.kinds.search import SearchDataConfig, SearchStageConfig
 from pipeline.search import tuning
 from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, Job, TrialRefused, segments
 from pipeline.search.tuning import Worker, ended, goes_on, kept_trials, key_of, run_trials
-from pipeline.stages.search import (
-    SearchDataConfig,
-    SearchFailed,
-    SearchStageConfig,
-    compared,
-    search,
-    search_data,
-)
+from pipeline.stages.search import SearchFailed, compared, search, search_data
 from pipeline.stages.train import train_stage
 from pipeline.store import open_store
 from pipeline.store.local import LocalStore

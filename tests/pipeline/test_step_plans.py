@@ -14,7 +14,8 @@ from adsc.curriculum import drawn_name, grown_plan
 from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ConfigError, edit
 from pipeline.durable.identity import digest
-from pipeline.stages.merge import MergeConfig, merge
+from pipeline.kinds.merge import MergeConfig
+from pipeline.stages.merge import merge
 from pipeline.training.config import DistillSettings, GrowSettings, TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
 from pipeline.training.loop import train

@@ -14,7 +14,7 @@ from pydantic import Field
 from pipeline.config import Config, ConfigError, edit
 from pipeline.evaluation.methods import MethodError, parse_method
 from pipeline.values import ValueSyntaxError, read_value
-from workflows.commands.main import load_workflow
+from workflows.registry import load_workflow
 
 
 class Settings(Config):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from workflows.commands.main import WORKFLOWS, build_parser, load_workflow, main
+from workflows.commands.main import build_parser, main
+from workflows.registry import WORKFLOWS, load_workflow
 
 
 @pytest.mark.parametrize(

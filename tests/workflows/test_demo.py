@@ -18,7 +18,7 @@ from pipeline.durable.graph import fingerprints
 from pipeline.durable.record import Record
 from pipeline.store import open_store
 from tests.small import SMALL_DEMO, Small
-from workflows.commands.main import load_workflow
+from workflows.registry import load_workflow
 
 
 def command(

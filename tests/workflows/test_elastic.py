@@ -14,7 +14,8 @@ from pipeline.durable.record import Record
 from pipeline.reporting.results import Results
 from pipeline.store import open_store
 from tests.small import SMALL_DEMO, Small
-from workflows.commands.main import load_workflow, main
+from workflows.commands.main import main
+from workflows.registry import load_workflow
 
 PLANS = {"28": "1:1/4", "13": "0:1/4,2:1/2"}
 CHANGES = (

@@ -18,7 +18,7 @@ from pipeline.durable.stage import Input
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.scoring import RULES
-from pipeline.stages.base import resolve
+from pipeline.packaged import resolve
 from pipeline.store import open_store
 from tests.benchmark_files import QUESTIONS, WRITERS
 from tests.small import Small

@@ -15,8 +15,8 @@ from pipeline.config import ConfigError, edit
 from pipeline.durable import graph
 from pipeline.evaluation.methods import PeerConfig, build_method
 from pipeline.evaluation.scoring import exact_match
+from pipeline.packaged import resolve
 from pipeline.reporting.results import Results
-from pipeline.stages.base import resolve
 from tests.small import Small
 from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 from workflows.demo.workflow import BASE

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.durable.identity import digest
-from workflows.demo.fashion import CLASSES, FashionConfig, load_things, places
+from workflows.demo.fashion import CLASSES, load_things, places
 from workflows.demo.fashion_grids import make_record, write_grids
 from workflows.demo.fashion_variants import (
     Place,
@@ -19,6 +19,7 @@ from workflows.demo.fashion_variants import (
     listed_right,
     load_grounds,
 )
+from workflows.demo.pictures import FashionConfig
 
 QUIET = lambda *_: None  # noqa: E731
 

@@ -19,10 +19,10 @@ from pipeline.durable.stage import Kind, Stage
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.benchmarks import BenchmarksConfig
 from tests.benchmark_files import WRITERS
-from workflows.commands.main import WORKFLOWS, load_workflow
 from workflows.demo.workflow import demo_paper as demo
 from workflows.evaluation import evaluation_stages
 from workflows.evidence.workflow import evidence
+from workflows.registry import WORKFLOWS, load_workflow
 
 FROZEN = Path(__file__).with_name("fingerprints.json")
 CHECKPOINT = "package://workflows/assets/tiny_base"

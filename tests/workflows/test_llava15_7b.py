@@ -12,13 +12,13 @@ from adsc.plan import PruningPlan
 from pipeline.config import ConfigError
 from pipeline.durable import record as records
 from pipeline.durable.graph import fingerprints
-from pipeline.stages.merge import MergeConfig
+from pipeline.kinds.merge import MergeConfig
 from pipeline.store import open_store
 from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context
-from workflows.commands.main import load_workflow, main
+from workflows.commands.main import main
 from workflows.llava15_7b import PAPER_PLANS, PLANS, HoldOutConfig, hold_out
-from workflows.registry import WORKFLOWS
+from workflows.registry import WORKFLOWS, load_workflow
 from workflows.renamed import FORMERLY, former
 
 SHORT = "<image>\nWhat is it?\nAnswer the question using a single word or phrase."

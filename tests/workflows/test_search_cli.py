@@ -69,7 +69,7 @@ def test_a_run_goes_on_from_the_search(
     from pipeline.durable import graph
     from pipeline.durable import record as records
     from pipeline.store import open_store
-    from workflows.commands.main import load_workflow
+    from workflows.registry import load_workflow
 
     own = [change for change in SMALL_DEMO if not change.startswith("plan=")]
     changes = [*own, f"base.source={small.base}", *SEARCH]

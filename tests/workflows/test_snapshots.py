@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from workflows.commands.main import main
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"

@@ -23,7 +23,8 @@ from pipeline.durable.identity import digest
 from pipeline.durable.stage import Stage
 from pipeline.evaluation.methods import build_method
 from workflows.commands.main import main
-from workflows.demo.fashion import KINDS, FashionConfig
+from workflows.demo.fashion import KINDS
+from workflows.demo.pictures import FashionConfig
 from workflows.demo.workflow import BASE
 from workflows.evaluation import setup_for
 from workflows.evidence import local

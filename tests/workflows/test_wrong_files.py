@@ -17,11 +17,12 @@ from pipeline.data.conversations import BadRecord
 from pipeline.data.pictures import PictureLimits, open_pictures
 from pipeline.data.prepared import FLAT, split_folder
 from pipeline.evaluation.benchmarks import BenchmarkError, convert_one, find_files
-from pipeline.stages.base import BaseError
+from pipeline.kinds.base import BaseError
 from tests.benchmark_files import WRITERS
 from tests.small import Small
-from workflows.commands.main import load_workflow, main
+from workflows.commands.main import main
 from workflows.evaluation import evaluation_stages
+from workflows.registry import load_workflow
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 Captured = pytest.CaptureFixture[str]

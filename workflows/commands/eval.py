@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflows.commands import terminal
+from workflows.commands.options import add_ray, add_root, add_workers, positive, run_context
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from pipeline.durable.stage import RunContext
 
 EXAMPLES = """examples:
   adsc eval CHECKPOINT --tasks questions.json --methods dense plan:2:1/4,4:1/4 fastv:22
@@ -39,8 +38,7 @@ textvqa, vizwiz, pope, scienceqa, mme, seedbench, mmbench, mmbench_cn (docs/eval
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
-    """The words of the command; those about cluster and store are the caller's."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a folder, s3://..., package://..., or a hub id")
     parser.add_argument(
         "--tasks",
@@ -73,15 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and report there")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    add_root(parser)
+    add_workers(parser)
+    add_ray(parser)
 
 
-def run(options: argparse.Namespace, context: RunContext, console: Console) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the stages, print the table or the JSON, copy what was asked for."""
     from pipeline.durable import graph
     from pipeline.durable.stage import Input
     from pipeline.publishing.publish import check_target
     from workflows.evaluation import evaluation_stages, setup_for
 
+    console = terminal.console(data=options.json)
     if options.out is not None:
         check_target(options.out)
     stages = evaluation_stages(
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace, context: RunContext, console: Console) -> i
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
-    context = dataclasses.replace(context, setup=setup_for(options.checkpoint))
+    context = dataclasses.replace(run_context(options, "eval"), setup=setup_for(options.checkpoint))
     found = graph.run(stages, context, console)
     evaluated, reported = Input(found["evaluate"]), Input(found["report"])
     results = json.loads((evaluated.folder / "results.json").read_text())

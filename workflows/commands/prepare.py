@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.data.config import PrepareConfig
     from pipeline.durable.stage import Input
-    from pipeline.stages.prepare import PrepareConfig
 
 EXAMPLES = """examples:
   adsc prepare llava_v1_5_mix665k.json --images /data/pictures --model llava-hf/llava-1.5-7b-hf \\
@@ -38,7 +38,6 @@ OUT, and the list of them in OUT.quarantine.jsonl. docs/data.md explains every r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `adsc prepare`."""
     parser.add_argument("data", nargs="+", metavar="DATA", help="file, glob, folder or address")
     parser.add_argument(
         "--images",
@@ -69,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0, help="seed of which records a mix takes")
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
     parser.add_argument("--json", action="store_true", help="counts as JSON in the last line")
-    parser.set_defaults(run=run)
 
 
 def _share(text: str) -> float:
@@ -212,10 +210,10 @@ def _beside(out: Path) -> Iterator[Path]:
 
 
 def _config(options: argparse.Namespace, model: Path) -> PrepareConfig:
+    from pipeline.data.config import PrepareConfig
     from pipeline.data.files import GLOB, is_remote
     from pipeline.data.mixture import Source
     from pipeline.data.sources import find_files
-    from pipeline.stages.prepare import PrepareConfig
 
     places = [p if is_remote(p) else str(Path(p).absolute()) for p in options.data]
     for place in places:

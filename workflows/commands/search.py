@@ -9,15 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from workflows.commands import terminal
+from workflows.commands.options import (
+    add_ray,
+    add_workers,
+    add_workflow,
+    positive,
+    run_context,
+)
+from workflows.registry import load_workflow
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.durable.stage import RunContext, Stage
+    from pipeline.durable.stage import Stage
     from pipeline.durable.workflow import Workflow
     from pipeline.search.config import SearchConfig
 
@@ -40,8 +48,7 @@ SHOWN = 10
 """Trials in the table at the end."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[type], Any]) -> None:
-    """The words of the command; those about workflow, cluster and store are the caller's."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     number = positive(float)
     for name, unit in (
         ("average", "vision tokens of a picture per decoder layer, on average"),
@@ -74,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[type], An
     parser.add_argument(
         "--dry-run", action="store_true", help="print the space and the first trials only"
     )
+    add_workflow(parser)
+    add_workers(parser)
+    add_ray(parser)
 
 
 def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
@@ -134,17 +144,17 @@ def search_stages(workflow: Workflow) -> list[Stage]:
     return [stage for stage in by_name.values() if stage.name in wanted]
 
 
-def run(
-    workflow: Workflow, options: argparse.Namespace, context: RunContext, console: Console
-) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the stages, print what was found."""
     from pipeline.durable import graph
     from pipeline.durable.stage import Input
 
+    workflow = edited(load_workflow(options.workflow, options.changes), options)
+    console = terminal.console(data=options.json)
     if options.dry_run:
         show_space(workflow.config, console)
         return 0
-    found = graph.run(search_stages(workflow), context, console)
+    found = graph.run(search_stages(workflow), run_context(options, workflow.name), console)
     made = Input(found["search"])
     results = json.loads((made.folder / "results.json").read_text())
     if options.json:

@@ -1,5 +1,4 @@
-"""What all commands share with the terminal: its streams, a console, tables, numbers, and parsers
-with examples.
+"""What all commands share with the terminal: its streams, a console, tables and numbers.
 
 Heavy imports wait until something is printed. What a command says is its own business.
 """
@@ -86,9 +85,22 @@ def number(
     return parse
 
 
-def console() -> Console:
-    """A terminal's own width; elsewhere (a job's log, a pipe) wide enough for every table."""
+def note(text: str | None) -> None:
+    """A line for people, beside the output."""
+    if text:
+        print(f"adsc: {text}", file=sys.stderr)
+
+
+def console(data: bool = False) -> Console:
+    """A terminal's own width; elsewhere (a job's log, a pipe) wide enough for every table.
+
+    Args:
+        data: what is printed goes to a program: people read progress on the other stream.
+    """
     from rich.console import Console
+
+    if data:
+        return Console(stderr=True, width=200)
 
     class Piped(Console):
         def on_broken_pipe(self) -> None:
@@ -104,15 +116,3 @@ def table(*columns: str, title: str | None = None) -> Table:
     from rich.table import Table
 
     return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-
-
-def add_command(commands: Any, name: str, help_text: str, examples: str) -> argparse.ArgumentParser:
-    """A subcommand's parser; `commands` is what `add_subparsers` returned."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser

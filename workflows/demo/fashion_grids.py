@@ -1,4 +1,4 @@
-"""The stage that makes the demo's data: grids of Fashion-MNIST things, plain or harder."""
+"""What the stage `pictures` does: grids of Fashion-MNIST things, plain or harder."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.durable.stage import Kind, Stage, StageContext
+from pipeline.durable.stage import StageContext
 from workflows.demo.fashion import (
     STREAMS,
-    FashionConfig,
     ask,
     compose,
     conversation,
@@ -19,6 +18,7 @@ from workflows.demo.fashion import (
     write_splits,
 )
 from workflows.demo.fashion_variants import make_variant, write_lists
+from workflows.demo.pictures import FashionConfig
 
 
 def make_record(index: int, split: str, config: FashionConfig) -> tuple[dict, Image.Image]:
@@ -32,24 +32,10 @@ def make_record(index: int, split: str, config: FashionConfig) -> tuple[dict, Im
     return conversation(name, f"{name}.png", ask(rng, contents, config.each)), picture
 
 
-def pictures(config: FashionConfig) -> Stage:
-    """The stage that makes the data."""
-    return COMPOSE_FASHION.stage(
-        name="pictures",
-        title="pictures: real things in grids",
-        config=config,
-    )
-
-
 def compose_fashion(ctx: StageContext, config: FashionConfig) -> dict:
     """Stage: write a JSON file of each split and images/ in LLaVA's layout."""
     write_grids(ctx.out, config, ctx.progress)
     return {"train_pictures": config.train_pictures, "test_pictures": config.test_pictures}
-
-
-COMPOSE_FASHION = Kind(
-    id="workflows.fashion.compose_fashion", version=1, body=compose_fashion, config=FashionConfig
-)
 
 
 def write_grids(

@@ -21,7 +21,6 @@ from PIL import Image
 from workflows.demo.fashion import (
     CLASSES,
     STREAMS,
-    FashionConfig,
     ask,
     ask_numbers,
     conversation,
@@ -30,6 +29,7 @@ from workflows.demo.fashion import (
     places,
     shuffle,
 )
+from workflows.demo.pictures import FashionConfig
 
 GROUNDS = Path(__file__).parent.parent / "assets" / "grounds"
 SIDES = (18, 27)

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pipeline.config import ADDED, OPERATIONAL, Config
+from pipeline.data.config import PrepareConfig
 from pipeline.data.conversations import parse_turns
 from pipeline.data.sources import iter_records
 from pipeline.data.templates import TEMPLATES
@@ -30,21 +31,14 @@ from pipeline.durable import record as records
 from pipeline.durable.stage import Input, Kind, Stage, StageContext
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
-from pipeline.stages.evaluate import EVALUATE
-from pipeline.stages.merge import MERGE, MergeConfig
-from pipeline.stages.prepare import PREPARE, PrepareConfig
-from pipeline.stages.train import TRAIN
+from pipeline.kinds.evaluate import EVALUATE
+from pipeline.kinds.merge import MERGE, MergeConfig
+from pipeline.kinds.prepare import PREPARE
+from pipeline.kinds.train import TRAIN
 from pipeline.store import open_store
 from pipeline.training.config import TrainConfig
-from workflows.demo.fashion import (
-    CLASSES,
-    THING,
-    FashionConfig,
-    compose,
-    draw_contents,
-    load_things,
-)
-from workflows.demo.fashion_grids import pictures
+from workflows.demo.fashion import CLASSES, compose, draw_contents, load_things
+from workflows.demo.pictures import THING, FashionConfig, pictures
 from workflows.demo.tiny_llava import (
     TinyLlavaConfig,
     build_model,
@@ -239,7 +233,6 @@ def _normalised(grids: torch.Tensor, pictures: Any) -> torch.Tensor:
 def tiny_base() -> Workflow:
     return Workflow(
         name="tiny_base",
-        title="train the small LLaVA that ships here, from nothing",
         config=TinyBaseConfig(),
         build=build,
     )

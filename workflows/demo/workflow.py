@@ -9,16 +9,15 @@ teacher) is trained and asked beside it; `demo_paper` is that recipe alone.
 
 from typing import Any
 
+from pipeline.data.config import PrepareConfig
 from pipeline.durable.stage import Stage
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.kinds.base import BaseConfig
+from pipeline.kinds.export import ExportConfig
 from pipeline.recipe import ComparedConfig, CompressConfig, CurriculumConfig, compress
-from pipeline.stages.base import BaseConfig
-from pipeline.stages.export import ExportConfig
-from pipeline.stages.prepare import PrepareConfig
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
-from workflows.demo.fashion import FashionConfig
-from workflows.demo.fashion_grids import pictures
+from workflows.demo.pictures import FashionConfig, pictures
 
 BASE = "package://workflows/assets/tiny_base"
 
@@ -48,7 +47,6 @@ def demo() -> Workflow:
     )
     return Workflow(
         name="demo",
-        title="compress the small LLaVA that ships here, in minutes on two cores",
         config=config,
         build=build,
     )
@@ -59,7 +57,6 @@ def demo_paper() -> Workflow:
     config = DemoConfig(plan=plan, curriculum=way, train=_train(steps=100), **_SHARED)
     return Workflow(
         name="demo_paper",
-        title="the demo by the paper's recipe alone: drops, a reverse curriculum, no teacher",
         config=config,
         build=build,
     )

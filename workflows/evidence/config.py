@@ -8,12 +8,12 @@ from pydantic import Field
 
 from adsc.curriculum import curriculum
 from pipeline.config import ADDED, Config, edit
+from pipeline.data.config import PrepareConfig
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import MethodConfig, PeerConfig
-from pipeline.stages.base import BaseConfig
-from pipeline.stages.prepare import PrepareConfig
+from pipeline.kinds.base import BaseConfig
 from pipeline.training.config import TrainConfig
-from workflows.demo.fashion import FashionConfig
+from workflows.demo.pictures import FashionConfig
 from workflows.demo.tiny_base import TinyBaseConfig
 from workflows.stamps.base import StampsBaseConfig
 from workflows.stamps.scenes import ScenesConfig

@@ -24,9 +24,9 @@ from typing import Any, Literal
 from pipeline.data.config import PrepareConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
-from pipeline.stages.base import BaseConfig
+from pipeline.kinds.base import BaseConfig
 from pipeline.training.config import LoraSettings, TrainConfig
-from workflows.demo.fashion import FashionConfig
+from workflows.demo.pictures import FashionConfig
 from workflows.demo.workflow import BASE
 from workflows.evidence.config import AdaptedConfig, BudgetConfig, EvidenceConfig, Recipe
 

@@ -13,7 +13,7 @@ from pipeline.data.config import PrepareConfig
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
-from pipeline.stages.base import BaseConfig
+from pipeline.kinds.base import BaseConfig
 from pipeline.training.config import LoraSettings, TrainConfig
 from workflows.evidence.config import BudgetConfig, EvidenceConfig
 from workflows.evidence.workflow import build
@@ -84,7 +84,6 @@ def _budget(name: str, label: str, plan: str, average: float) -> BudgetConfig:
 def stamps() -> Workflow:
     return Workflow(
         name="stamps",
-        title="the evidence on pretrained parts, which are installed apart: nights on two cores",
         config=stamps_config(),
         build=build,
         setup="workflows.stamps_tower.register",

@@ -21,7 +21,8 @@ from pipeline.evaluation.generation import (
 from pipeline.evaluation.methods import MethodConfig, build_method
 from pipeline.evaluation.speed import measure_and_count
 from pipeline.evaluation.table import Scored, results
-from pipeline.stages.report import ReportConfig, report
+from pipeline.kinds.report import ReportConfig
+from pipeline.stages.report import report
 from workflows.evidence.config import (
     CONTROL,
     BudgetConfig,

@@ -20,19 +20,18 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.config import PrepareConfig
 from pipeline.durable.stage import Stage
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
+from pipeline.kinds.base import BaseConfig
+from pipeline.kinds.evaluate import EVALUATE
+from pipeline.kinds.merge import MergeConfig
+from pipeline.kinds.report import REPORT, ReportConfig
 from pipeline.recipe import base_and_prepare, train_and_merge
-from pipeline.stages.base import BaseConfig
-from pipeline.stages.evaluate import EVALUATE
-from pipeline.stages.merge import MergeConfig
-from pipeline.stages.prepare import PrepareConfig
-from pipeline.stages.report import REPORT, ReportConfig
 from pipeline.training.config import LoraSettings, TrainConfig
-from workflows.demo.fashion import FashionConfig
-from workflows.demo.fashion_grids import pictures
+from workflows.demo.pictures import FashionConfig, pictures
 from workflows.demo.tiny_base import TinyBaseConfig, TowerConfig
 from workflows.demo.tiny_llava import TinyLlavaConfig
 from workflows.demo.workflow import BASE
@@ -174,7 +173,6 @@ def evidence_576_config() -> EvidenceConfig:
 def evidence() -> Workflow:
     return Workflow(
         name="evidence",
-        title="ADSC's choices and its peers, trained alike: hours on two cores",
         config=evidence_config(),
         build=build,
     )

@@ -20,9 +20,10 @@ from pipeline.durable.identity import canonical
 from pipeline.durable.progress import ProgressHandle
 from pipeline.durable.record import Record
 from pipeline.durable.stage import Input, Inputs, RunContext, StageContext
+from pipeline.kinds.merge import MergeConfig
+from pipeline.packaged import resolve
 from pipeline.redact import flatten
-from pipeline.stages.base import resolve
-from pipeline.stages.merge import MergeConfig, merge
+from pipeline.stages.merge import merge
 from pipeline.stages.prepare import prepare_data
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.loop import Sources, train

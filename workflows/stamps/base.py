@@ -26,9 +26,9 @@ from transformers import (
 from pipeline.config import Config
 from pipeline.data.config import PrepareConfig
 from pipeline.durable.stage import Kind, Stage, StageContext
-from pipeline.stages.merge import MERGE, MergeConfig
-from pipeline.stages.prepare import PREPARE
-from pipeline.stages.train import TRAIN
+from pipeline.kinds.merge import MERGE, MergeConfig
+from pipeline.kinds.prepare import PREPARE
+from pipeline.kinds.train import TRAIN
 from pipeline.training.config import TrainConfig
 from workflows.stamps.parts import DECODER, TOWER, locate
 from workflows.stamps_tower import LiteConfig, LiteTower, folded

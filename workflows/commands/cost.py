@@ -1,0 +1,7 @@
+"""`adsc cost`: what adsc/cli.py says of a plan's cost."""
+
+from adsc.cli import COST_EXAMPLES as EXAMPLES
+from adsc.cli import add_cost_arguments as add_arguments
+from adsc.cli import run_cost as run
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]

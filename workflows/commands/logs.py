@@ -1,0 +1,63 @@
+"""`adsc logs`: what a job printed, so far or until it ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from workflows.commands.options import add_job_server
+
+EXAMPLES = """examples:
+  adsc logs --address http://head:8265 adsc-demo-1f0c2ab94d3e-1
+  adsc logs --address http://head:8265 --follow            (the newest job)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_job_server(parser)
+    parser.add_argument("job", nargs="?", help="a job's id (default: the newest)")
+    parser.add_argument("--follow", action="store_true", help="go on until the job ends")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the log."""
+    from pipeline.cluster.jobs import JobError, connected, found, ours
+
+    with connected(options.address) as client:
+        jobs = ours(client)
+        if not options.job and not jobs:
+            raise JobError(f"there are no jobs of adsc at {options.address}")
+        job = options.job or jobs[-1].submission_id
+        found(client, job)
+        if options.follow:
+            return follow_job(client, job, options.address)
+        print(client.get_job_logs(job), end="")
+    return 0
+
+
+def follow_job(client: Any, job: str, address: str) -> int:
+    """Print what a job prints until it ends; Ctrl-C leaves it running.
+
+    Raises:
+        JobFailed: it ended without success.
+    """
+    from pipeline.cluster.jobs import JobFailed, follow, found
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    try:
+        status = follow(client, job, write)
+    except KeyboardInterrupt:
+        more = f"--address {address} {job}"
+        print(
+            f"\nadsc: the job goes on. `adsc logs --follow {more}` looks again, "
+            f"`adsc cancel {more}` stops it",
+            file=sys.stderr,
+        )
+        return 130
+    if status != "SUCCEEDED":
+        message = found(client, job).message or ""
+        raise JobFailed(f"{job} {status}: {message.strip().splitlines()[0] if message else ''}")
+    return 0

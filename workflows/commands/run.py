@@ -1,0 +1,119 @@
+"""`adsc run`: a workflow, here or on a Ray cluster; what is finished is not repeated."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflows.commands import dry_run, terminal
+from workflows.commands.options import add_ray, add_workers, add_workflow, run_context
+from workflows.registry import load_workflow
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.durable.record import Record
+    from pipeline.durable.stage import RunContext
+
+EXAMPLES = """examples:
+  adsc run demo
+  adsc run demo --set plan=1:1/3,4:1/3 --set curriculum.order=forward
+  adsc run demo --set train.learning_rate=1e-3 --dry-run
+  adsc run llava15_7b --dry-run --workers 8 --gpu-type a100-80gb --gpu-price 1.80
+  adsc run demo --root s3://bucket/adsc --mlflow http://mlflow:5000
+  adsc run demo --address ray://head:10001 --workers 8 --gpus 1
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workflow(parser)
+    add_workers(parser)
+    dry_run.add_options(parser)
+    add_ray(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what isn't finished; print results, and what to look at next."""
+    from pipeline.durable import graph
+    from pipeline.durable.session import settle
+    from pipeline.store import check_for_runs, open_store
+    from workflows.renamed import former
+
+    workflow = load_workflow(options.workflow, options.changes)
+    stages = workflow.stages()
+    store = open_store(options.root)
+    check_for_runs(store.root)
+    console = terminal.console()
+    _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
+    another = former(workflow, options.changes, store)
+    if options.dry_run:
+        terminal.note(another)
+        return dry_run.show(console, workflow.config, options)
+    if another:
+        raise ValueError(another)
+    context = dataclasses.replace(run_context(options, options.workflow), setup=workflow.setup)
+    found = graph.run(stages, context, console)
+    if told := settle(context.root, context.tracking_uri, context.cache):
+        console.print(told, markup=False)
+    _print_results(console, found)
+    _print_next(console, found, context)
+    return 0
+
+
+def _print_states(console: Console, states: Sequence[Any], titles: dict[str, str]) -> None:
+    table = terminal.table("stage", "what", "state")
+    for state in states:
+        title = titles[state.name].partition(": ")[2] or titles[state.name]
+        table.add_row(state.name, title, state.state)
+    console.print(table)
+
+
+def _print_results(console: Console, found: dict[str, Record]) -> None:
+    if "evaluate" not in found:
+        return
+    outputs = found["evaluate"].outputs
+    table = terminal.table(
+        "arm", "plan", "accuracy", "of control", "vision tokens", "GFLOPs", "KV KiB", "prefill ms",
+        title="Accuracy and cost of one question",
+    )  # fmt: skip
+    for name, arm in outputs["arms"].items():
+        retention = arm["retention"]
+        table.add_row(
+            name,
+            arm["plan"] or "-",
+            f"{arm['accuracy']:.3f}",
+            "-" if retention is None else f"{100 * retention:.1f} %",
+            f"{arm['average_vision_tokens']:.1f}",
+            f"{arm['flops'] / 1e9:.3f}",
+            f"{arm['kv_cache_bytes'] / 1024:.0f}",
+            f"{arm['prefill_ms']:.1f}",
+        )
+    table.add_row("majority answer", "-", f"{outputs['majority']:.3f}", "-", "0", "-", "-", "-")
+    console.print(table)
+
+
+def _print_next(console: Console, found: dict[str, Record], context: RunContext) -> None:
+    from pipeline.redact import redact
+
+    programs = Path(sys.executable).parent
+    uri = redact(context.tracking_uri or "")
+    served = uri.startswith("http")
+    lines = [uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"]
+    if not uri:
+        lines = []
+    if "report" in found:
+        lines.append(f"{found['report'].uri}/report.html")
+    if "export" in found and "evaluate" in found:
+        picture = f"{found['evaluate'].uri}/pictures/0.png"
+        lines.append(
+            f"{programs}/adsc chat {shlex.quote(found['export'].uri)} "
+            f'{shlex.quote(picture)} "is there a bag?"'
+        )
+    console.print("Next: browse the runs, read the report, ask the checkpoint", markup=False)
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)

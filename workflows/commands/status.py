@@ -1,0 +1,75 @@
+"""`adsc status`: the jobs of a cluster, or one with its stages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from workflows.commands.options import add_job_server
+
+EXAMPLES = """examples:
+  adsc status --address http://head:8265                   (all jobs of adsc)
+  adsc status --address http://head:8265 adsc-demo-1f0c2ab94d3e-1
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_job_server(parser)
+    parser.add_argument("job", nargs="?", help="a job's id; without one all are listed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print jobs, or a job and its stages."""
+    from pipeline.cluster.jobs import connected, found, ours
+
+    with connected(options.address) as client:
+        jobs = [found(client, options.job)] if options.job else ours(client)
+        rows = [_row(job) for job in jobs]
+    if options.job:
+        rows[0]["message"] = jobs[0].message or ""
+        rows[0]["stages"] = _stages(jobs[0].metadata or {})
+    if options.json:
+        print(json.dumps(rows[0] if options.job else rows))
+        return 0
+    names = ("job", "status", "started", "minutes", "root")
+    lines = [names, *(tuple(row[name] for name in names) for row in rows)]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+    if options.job:
+        print(rows[0]["message"])
+        for name, state in rows[0]["stages"].items():
+            print(f"  {name}  {state}")
+    return 0
+
+
+def _row(job: Any) -> dict[str, Any]:
+    started = (job.start_time or 0) / 1000
+    ended = (job.end_time / 1000) if job.end_time else time.time()
+    return {
+        "job": job.submission_id,
+        "status": str(job.status.value),
+        "started": datetime.fromtimestamp(started).astimezone().isoformat(timespec="seconds"),
+        "minutes": round((ended - started) / 60, 1),
+        "root": (job.metadata or {}).get("root", ""),
+    }
+
+
+def _stages(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The states of a job's stages, as far as its store can be read from here."""
+    from pipeline.durable import graph
+    from pipeline.store import open_store
+    from workflows.registry import load_workflow
+
+    try:
+        workflow = load_workflow(metadata["workflow"], json.loads(metadata["changes"]))
+        states = graph.state(open_store(metadata["root"]), workflow.stages())
+    except (KeyError, ValueError) as error:
+        return {"stages": f"can't be read from here: {error}"}
+    return {state.name: state.state for state in states}
