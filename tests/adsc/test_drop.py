@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import DynamicCache
 
 import adsc
+from tests.adsc.attached import BATCHES, STAGES, attached, rows_of
 from tests.adsc.tiny import (
     IMAGE,
     LAYERS,
@@ -22,38 +21,9 @@ from tests.adsc.tiny import (
     row,
 )
 
-STAGES = [(2, 0.5), (4, 0.25)]
 # The worst measured difference is 1.4e-5 for logits of size 5 in fp32; a wrong token, mask or
 # position is above 1e-2.
 CLOSE = {"rtol": 0, "atol": 5e-5}
-BATCHES = {
-    "one row": [row(3, 0, 5)],
-    "same images": [row(3, 0, 5), row(7, 0, 2)],
-    "no images in a row": [row(3, 0, 5), row(9)],
-    "two and one and none": [row(2, 0, 3, 0, 4), row(4, 0, 1), row(6)],
-    "adjacent images": [row(2, 0, 0, 3), row(1, 0, 0, 9)],
-    "image first and last": [row(0, 3), row(5, 0)],
-    "text only": [row(5), row(8)],
-}
-
-
-def attached(stages: Any = STAGES, implementation: str = "sdpa", **plan: Any) -> Any:
-    model = llava()
-    model.set_attn_implementation(implementation)
-    return adsc.attach(model, adsc.PruningPlan(stages=stages, **plan))
-
-
-def rows_of(output: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, list[int]]]:
-    """Each row's logits at the columns that are left, and these columns without padding."""
-    rows = []
-    for index, logits in enumerate(output.logits):
-        seen = inputs["attention_mask"][index].bool()
-        if hasattr(output, "kept_positions"):
-            kept = output.kept_positions[-1][index]
-            rows.append((logits[kept >= 0], (seen.cumsum(0) - 1)[kept[kept >= 0]].tolist()))
-        else:
-            rows.append((logits[seen], list(range(int(seen.sum())))))
-    return rows
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import adsc
+from tests.adsc.attached import FROM_ZERO, GREEDY, MIXED, STAGES, attached
 from tests.adsc.tiny import (
     LAYERS,
     TOKENS,
@@ -22,20 +23,9 @@ from tests.adsc.tiny import (
     row,
 )
 
-STAGES = [(2, 0.5), (4, 0.25)]
-FROM_ZERO = [(0, 0.5), (3, 0.5)]
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def attached(stages: Any = STAGES, **plan: Any) -> Any:
-    return adsc.attach(llava(), adsc.PruningPlan(stages=stages, **plan))
-
 
 def new_tokens(got: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
     return got[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-MIXED = [row(3, 0, 5), row(2, 0, 3, 0, 4), row(6)]
 
 
 @pytest.mark.parametrize("stages", [STAGES, FROM_ZERO], ids=["from 2", "from 0"])

@@ -21,10 +21,10 @@ from adsc.peers.fastv import FastV
 from adsc.peers.pyramiddrop import PyramidDrop
 from adsc.peers.sparsevlm import SparseVLM
 from adsc.tiles import Region, cut, ragged_counts
+from tests.adsc.cost_cases import CASES, ids, types
 from tests.adsc.counting import counted
-from tests.adsc.peer_reference import LAYERS, TOKENS, llava
-from tests.adsc.test_cost_families import CASES, ids, types
-from tests.adsc.test_peers import MIXED, attached, batch, made
+from tests.adsc.peer_cases import MIXED, attached, made
+from tests.adsc.peer_reference import LAYERS, TOKENS, batch, llava
 
 
 @pytest.fixture(scope="module")

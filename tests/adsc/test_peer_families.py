@@ -10,9 +10,8 @@ import torch
 
 import adsc
 from adsc import peers
-from tests.adsc.test_families import rows_for
 from tests.adsc.tiny import kept_of
-from tests.adsc.zoo import CASES, IMAGE, VIDEO, units_of
+from tests.adsc.zoo import CASES, IMAGE, VIDEO, rows_for, units_of
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 EVERY = [

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 import adsc
 from adsc import peers
+from tests.adsc.peer_cases import CLOSE, attached, expected
 from tests.adsc.peer_reference import alone, batch, llava, row
-from tests.adsc.test_peers import CLOSE, attached, expected
 from tests.adsc.tiny import IMAGE
 
 ROWS = [row(3, 0, 7), row(2, 0, 3, 0, 6), row(6)]

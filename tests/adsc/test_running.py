@@ -15,11 +15,10 @@ from adsc import peers
 from adsc.attachment.supervised import head, hidden_states
 from adsc.peers.visionzip import _PASSES
 from tests.adsc import peer_reference as larger
-from tests.adsc.test_families import rows_for
-from tests.adsc.test_generation import GREEDY, MIXED
-from tests.adsc.test_peers import attached
+from tests.adsc.attached import GREEDY, MIXED
+from tests.adsc.peer_cases import attached
 from tests.adsc.tiny import TOKENS, batch, llava, row
-from tests.adsc.zoo import CASES, IMAGE, VIDEO
+from tests.adsc.zoo import CASES, IMAGE, VIDEO, rows_for
 
 PLAN, OTHER = "2:2/3,4:1/2", "1:1/2"
 

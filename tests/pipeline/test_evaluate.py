@@ -32,12 +32,11 @@ from pipeline.stages.evaluate import ArmConfig, EvaluateConfig, evaluate
 from pipeline.stages.merge import MergeConfig, MergeMismatch, merge
 from pipeline.stages.prepare import SCHEMA
 from pipeline.training.loop import train
-from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_training import CONFIG, Plain, sources
+from tests.pipeline.contexts import DATA, QUICK, stage_context
+from tests.pipeline.training_runs import CONFIG, Plain, sources
 from tests.small import Small
 
 PLAN = CONFIG.plan
-DATA = {"template": "vicuna_short", "digest": "0" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,6 @@ ARMS = (
     ArmConfig(name="dense_lora", label="control", checkpoint="merge", trained=True),
     ArmConfig(name="plan_trained", label="plan", checkpoint="merge", plan=PLAN, trained=True),
 )
-QUICK = {"prefill_rounds": 2, "decode_rounds": 1, "decode_tokens": 3, "max_new_tokens": 4}
 
 
 def test_evaluate_writes_results_that_the_report_reads(inputs: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from pipeline.stages.train import TrainingRefused, train_stage
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
+from tests.pipeline.training_runs import CONFIG, LORA, Plain, sources, trained, worst_difference
 from tests.small import Small
 
 EXACT = CONFIG.model_copy(update={"lora": LORA.model_copy(update={"dropout": 0.0})})

@@ -9,28 +9,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.config import ConfigError, edit
 from pipeline.durable import graph
 from pipeline.evaluation.methods import PeerConfig, build_method
 from pipeline.evaluation.scoring import exact_match
 from pipeline.reporting.results import Results
-from pipeline.stages.base import resolve
 from tests.small import Small
+from tests.workflows.evidence_model import SHARES, demo_model
 from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
-from workflows.demo.workflow import BASE
 from workflows.evidence import command
 from workflows.evidence import config as evidence
 from workflows.evidence import local as evidence_here
 from workflows.evidence.config import BudgetConfig, EvidenceConfig, arms, trainings
-
-SHARES = {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}
-
-
-def demo_model() -> torch.nn.Module:
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(resolve(BASE)))
 
 
 def large_model() -> torch.nn.Module:

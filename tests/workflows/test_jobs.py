@@ -23,7 +23,7 @@ from pipeline.durable.graph import fingerprints
 from pipeline.durable.record import Record
 from pipeline.store import open_store
 from pipeline.tracking.gauges import GAUGES, STATES
-from tests.infra.test_monitoring import BUILT_IN
+from tests.infra.documents import BUILT_IN
 from tests.small import SMALL_DEMO, Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
 from workflows.commands.main import main

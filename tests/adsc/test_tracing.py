@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import adsc
 from adsc.dropping.memo import remembered
-from tests.adsc.test_generation import attached
+from tests.adsc.attached import attached
 from tests.adsc.tiny import IMAGE, batch, llava, row
 from tests.adsc.zoo import CASES
 
