@@ -14,6 +14,7 @@ import adsc
 from tests.adsc.attached import BATCHES, GREEDY, MIXED, STAGES, attached, rows_of
 from tests.adsc.flash import handed
 from tests.adsc.tiny import alone, batch, llava, pixels, reference, row
+from tests.matrix import matrix
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
 
@@ -26,8 +27,7 @@ def flash(**plan: Any) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@matrix(rows=BATCHES, side=["left", "right"])
 def test_flash_inputs_give_the_reference(rows, side):
     inputs = batch(rows, side)
     for index, (logits, columns) in enumerate(rows_of(flash()(**inputs), inputs)):

@@ -17,6 +17,7 @@ from tests.adsc.attached import STAGES, attached
 from tests.adsc.rows import ANSWERS, PROMPTS, both_sides
 from tests.adsc.tiny import IMAGE, PAD, TOKENS, alone, batch, llava, pixels, reference, row
 from tests.adsc.zoo import CASES
+from tests.matrix import matrix
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
 
@@ -35,8 +36,7 @@ def wanted_at(inputs: dict[str, Tensor], index: int, columns: list[int]) -> dict
     return found
 
 
-@pytest.mark.parametrize("count", [1, 3, 6, 9, 30, 99])
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@matrix(count=[1, 3, 6, 9, 30, 99], side=["left", "right", "both"])
 def test_the_last_columns_are_those_of_each_row_alone(count, side):
     if side == "both":
         inputs = both_sides(PROMPTS, ANSWERS)

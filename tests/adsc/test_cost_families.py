@@ -27,10 +27,10 @@ from tests.adsc.cost_cases import (
     types,
 )
 from tests.adsc.counting import counted
+from tests.matrix import matrix
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", CASES)
+@matrix(name=CASES.keys(), attention=["eager", "sdpa"])
 def test_exact(name: str, attention: str) -> None:
     case = CASES[name]
     if name == "paligemma 2, sliding" and attention == "sdpa":

@@ -20,15 +20,14 @@ from tests.adsc.tiny import (
     reference,
     row,
 )
+from tests.matrix import matrix
 
 # The worst measured difference is 1.4e-5 for logits of size 5 in fp32; a wrong token, mask or
 # position is above 1e-2.
 CLOSE = {"rtol": 0, "atol": 5e-5}
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@matrix(rows=BATCHES, side=["left", "right"], implementation=["sdpa", "eager"])
 def test_rows_of_a_batch_equal_the_reference(rows, side, implementation):
     inputs = batch(rows, side)
     model = attached(implementation=implementation)
@@ -41,9 +40,15 @@ def test_rows_of_a_batch_equal_the_reference(rows, side, implementation):
         torch.testing.assert_close(logits, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("anchor", ["last", "first", "center"])
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("stages", [[(0, 0.5)], [(0, 0.3), (1, 0.5), (5, 0.1)], [(3, 1.0)]])
+@matrix(
+    stages={
+        "one": [(0, 0.5)],
+        "three": [(0, 0.3), (1, 0.5), (5, 0.1)],
+        "all kept": [(3, 1.0)],
+    },
+    positions=["keep", "reindex"],
+    anchor=["last", "first", "center"],
+)
 def test_anchors_positions_and_layers(anchor, positions, stages):
     inputs = batch([row(3, 0, 5, 0, 2), row(1, 0, 2)])
     model = attached(stages, anchor=anchor, positions=positions)
@@ -55,9 +60,11 @@ def test_anchors_positions_and_layers(anchor, positions, stages):
         torch.testing.assert_close(logits, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("stages", [STAGES, [(0, 0.5), (3, 0.5)]], ids=["from 2", "from 0"])
-@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@matrix(
+    rows=BATCHES,
+    stages={"from 2": STAGES, "from 0": [(0, 0.5), (3, 0.5)]},
+    positions=["keep", "reindex"],
+)
 def test_cached_generation_equals_full_recomputation(rows, stages, positions):
     inputs = batch(rows)
     model = attached(stages, positions=positions)

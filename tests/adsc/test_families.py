@@ -7,13 +7,13 @@ import torch
 
 import adsc
 from tests.adsc.zoo import CASES, reference, rows_for
+from tests.matrix import matrix
 
 # The worst measured difference is 3.3e-5 (PaliGemma) for logits of size 5 to 8 in fp32.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", CASES)
+@matrix(name=CASES.keys(), implementation=["sdpa", "eager"])
 def test_rows_of_a_batch_equal_the_reference(name, implementation):
     case = CASES[name]
     if name == "paligemma2" and implementation == "sdpa":

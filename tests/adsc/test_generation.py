@@ -22,6 +22,7 @@ from tests.adsc.tiny import (
     reference,
     row,
 )
+from tests.matrix import matrix
 
 
 def new_tokens(got: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
@@ -69,11 +70,18 @@ def test_assisted_decoding_equals_greedy(assistant, stages):
     assert new_tokens(got, inputs)[0] == greedy_reference(llava(), alone(inputs, 0), 12, stages)
 
 
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("stages", [STAGES, FROM_ZERO], ids=["from 2", "from 0"])
-@pytest.mark.parametrize("image", [False, True], ids=["words", "an image"])
-@pytest.mark.parametrize("opening", ["image", "words"])
-def test_a_conversation_goes_on_on_the_same_cache(opening, image, stages, positions):
+@matrix(
+    opened={
+        "image, words": ("image", False),
+        "image, image": ("image", True),
+        "words, words": ("words", False),
+        "words, image": ("words", True),
+    },
+    stages={"from 2": STAGES, "from 0": FROM_ZERO},
+    positions=["keep", "reindex"],
+)
+def test_a_conversation_goes_on_on_the_same_cache(opened, stages, positions):
+    opening, image = opened
     first = row(3, 0, 5) if opening == "image" else row(4)
     model = attached(stages, positions=positions)
     cache = DynamicCache(config=model.config.get_text_config())

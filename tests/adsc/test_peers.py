@@ -19,10 +19,10 @@ from tests.adsc.peer_cases import (
     stage_counts,
 )
 from tests.adsc.peer_reference import LAYERS, TOKENS, alone, batch, llava, row
+from tests.matrix import matrix
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", peers.NAMES)
+@matrix(name=peers.NAMES, implementation=["sdpa", "eager"])
 def test_rows_of_a_batch_equal_the_paper(name, implementation):
     model, plain = attached(name, implementation), llava(attention="eager")
     for side in ("left", "right") if implementation == "sdpa" else ("right",):

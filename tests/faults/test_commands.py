@@ -90,6 +90,7 @@ def shadows(tmp_path: Path) -> Path:
     return where
 
 
+@pytest.mark.ray
 def test_a_run_from_a_folder_that_shadows_packages(shadows: Path, tmp_path: Path) -> None:
     """A real Ray of its own: its workers import the toy pipeline and all that Ray needs."""
     import json

@@ -25,6 +25,8 @@ from tests.pipeline.training_runs import CONFIG, Plain, sources
 from tests.small import Small
 from workflows.commands.main import main
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 PLANS = {"28": "1:1/4", "13": "0:1/4,2:1/2", "5": "0:1/8,2:1/4"}
 DEFAULT = "13"
 BUDGETS = [*PLANS, "dense"]

@@ -19,6 +19,8 @@ from tests.pipeline.contexts import DATA, QUICK, stage_context
 from tests.pipeline.training_runs import CONFIG, Plain, sources, trained, worst_difference
 from tests.small import Small
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 PEERS = {
     "fastv": PeerConfig(name="fastv", average=28, options={"layer": 1}),
     "pyramiddrop": PeerConfig(name="pyramiddrop", average=28, options={"layers": (1, 2, 3)}),

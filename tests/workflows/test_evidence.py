@@ -166,6 +166,7 @@ def test_one_machine_runs_what_is_missing(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_address")
 def test_ray_runs_a_small_evidence(small: Small, tmp_path: Path) -> None:
     budget = (
         "[{name: b, label: less, plan: '1:1/4,2:1/2', "

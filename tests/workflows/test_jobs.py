@@ -140,6 +140,7 @@ def a_job(code: str) -> Submission:
     )
 
 
+@pytest.mark.ray
 def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> None:
     work = a_job("import pipeline, time; print(pipeline.__file__, flush=True); time.sleep(600)")
     ids: list[tuple[str, bool]] = []
@@ -162,6 +163,7 @@ def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> No
     client.stop_job(again)
 
 
+@pytest.mark.ray
 def test_following_passes_everything_on_once_and_tells_of_failures(
     client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +182,7 @@ def test_following_passes_everything_on_once_and_tells_of_failures(
     assert name in {row["job"] for row in json.loads(capsys.readouterr().out)}
 
 
+@pytest.mark.ray
 def test_gauges_are_on_the_nodes_metrics_page(client: Any) -> None:
     """All of them, and those of Ray's own that the dashboard draws on any machine."""
     rates = GAUGES.keys() - {"adsc_stage_state"}
