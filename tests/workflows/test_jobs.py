@@ -66,7 +66,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(capsys: pytest.CaptureFixtu
     for words in (["status"], ["logs"], ["cancel", "adsc-demo-1"]):
         before = time.monotonic()
         assert main([*words, "--address", address]) == 2
-        assert time.monotonic() - before < 10
+        assert time.monotonic() - before < 60
         assert f"nothing answers at {address}" in capsys.readouterr().err
 
 
