@@ -16,14 +16,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/adsc run demo
 
-# Two processes, a file each at a time; TESTS='-n 0' runs all in one.
-TESTS ?= -n 2 --dist loadfile
+# Two processes, a file each at a time, the longest first (tests/conftest.py); TESTS='-n 0' runs all
+# in one.
+TESTS ?= -n 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu' --durations=20
 
-# The library's tests, which need no Ray.
+# What starts no Ray.
 test-unit: install
-	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu' tests/adsc adsc
+	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu and not ray'
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 # A shell starts what it puts into the background with interrupts ignored, and processes that tests
 # start would inherit that.
@@ -21,6 +22,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BUCKET = "lab"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts Ray, and run its files first: they take minutes, whole workflows the most,
+    and no process is left with one of them at the end."""
+    for item in items:
+        if "ray_address" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+    long = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: (item.path not in long, "workflows" not in item.path.parts))
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +59,10 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ray_address(s3_endpoint: str) -> Iterator[str]:
-    """One Ray for all tests, also for driver processes that a test starts: its address."""
+    """One Ray for all tests, also for driver processes that a test starts: its address.
+
+    A test that uses Ray asks for it: none is started by the way.
+    """
     import ray
 
     with socket.socket() as probe:

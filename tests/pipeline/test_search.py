@@ -498,6 +498,8 @@ def test_a_trial_that_raises_is_recorded_and_no_other_ends(
 
 # On Ray
 
+on_ray = pytest.mark.usefixtures("ray_address")
+
 
 def stage_of(
     small: Small, held: Path, folder: Path, config: SearchConfig, **run: Any
@@ -510,6 +512,7 @@ def stage_of(
     return ctx, SearchStageConfig(search=config, train=TRAIN)
 
 
+@on_ray
 def test_a_search_resumes_and_repeats_no_trial(small: Small, held: Path, tmp_path: Path) -> None:
     config = SearchConfig(
         average=32, tolerance=0.1, trials=10, startup=2, rows=6, confirm_rows=6, rungs=(2,)
@@ -541,6 +544,7 @@ def test_a_search_resumes_and_repeats_no_trial(small: Small, held: Path, tmp_pat
     assert more["space"] == outputs["space"]
 
 
+@on_ray
 def test_trials_that_fail_are_told_and_all_of_them_end_the_stage(
     small: Small, held: Path, tmp_path: Path
 ) -> None:
@@ -560,6 +564,7 @@ def study_of(job: Job) -> Study:
     return Study(Space(Costs(model, job.search), job.search), job.search)
 
 
+@on_ray
 def test_a_trial_whose_worker_is_lost_begins_again(
     small: Small, held: Path, tmp_path: Path
 ) -> None:
@@ -582,6 +587,8 @@ def test_a_trial_whose_worker_is_lost_begins_again(
     assert len(study.trials) == 6
 
 
+@on_ray
+@pytest.mark.slow
 def test_a_trial_that_always_loses_its_worker_is_recorded(
     small: Small, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,6 +605,7 @@ def test_a_trial_that_always_loses_its_worker_is_recorded(
     assert "lost 2 times" in study.trials[0].reason
 
 
+@on_ray
 def test_a_trial_that_cannot_be_kept_ends_the_search(
     small: Small, held: Path, tmp_path: Path
 ) -> None:
@@ -616,6 +624,7 @@ def test_a_trial_that_cannot_be_kept_ends_the_search(
     assert [trial.number for trial in kept_trials(store)] == [0]
 
 
+@on_ray
 @pytest.mark.slow
 def test_a_trial_of_several_workers_is_a_ray_train_run(
     small: Small, held: Path, tmp_path: Path
@@ -633,6 +642,7 @@ def test_a_trial_of_several_workers_is_a_ray_train_run(
     assert both["value"] == pytest.approx(one["value"], rel=1e-4)
 
 
+@on_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"average": (20, 40)}, {"prefill_ms": (0.1, 1000.0)}])
 def test_fronts_are_found_with_trials_on_s3(

@@ -18,7 +18,7 @@ from pipeline.evaluation.generation import Questions, build_inputs
 from pipeline.evaluation.intervals import Bootstrap
 from pipeline.evaluation.methods import PeerConfig, build_method
 from tests.small import Small
-from tests.workflows.test_evidence import SHARES, demo_model
+from tests.workflows.evidence_model import SHARES, demo_model
 from workflows.demo.tiny_llava import IMAGE_TOKEN
 from workflows.evidence import __main__ as command
 from workflows.evidence import config as evidence

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import adsc
-from tests.adsc.test_training import _collate, _Rows
+from tests.adsc.rows import Rows, collate
 from tests.adsc.tiny import batch, llava, row
 
 PLAN = adsc.PruningPlan.parse("2:1/2,4:1/4")
@@ -148,7 +148,7 @@ def test_the_trainers_checkpoints_of_an_adapter_hold_the_plan(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=_Rows(), data_collator=_collate)
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), data_collator=collate)
     trainer.train()
     for step in (1, 2):
         loaded = PeftModel.from_pretrained(llava(), tmp_path / f"checkpoint-{step}")
