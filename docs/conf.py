@@ -24,19 +24,20 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 OUTSIDE = {
-    "../CONTRIBUTING.md": "contributing.md",
-    "../CHANGELOG.md": "changelog.md",
-    "../infra/README.md": "infra.md",
-    "../README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "infra/README.md": "infra.md",
+    "README.md": "index.md",
 }
 """Files of the repository that pages link to, and the pages of the site that include them."""
 
 
 def setup(app):
-    """Links that lead out of docs/ on GitHub lead to a page of the site."""
+    """Make links that lead out of docs/ on GitHub lead to a page of the site."""
     app.connect("source-read", _lead_to_the_site)
 
 
 def _lead_to_the_site(app, name, source):
+    up = "../" * name.count("/")
     for outside, page in OUTSIDE.items():
-        source[0] = source[0].replace(f"]({outside}", f"]({page}")
+        source[0] = source[0].replace(f"](../{up}{outside}", f"]({up}{page}")
