@@ -28,18 +28,27 @@ from workflows.cli import build_parser
 from workflows.registry import WORKFLOWS, load_workflow
 
 DEFAULT_FOLDER = Path(__file__).parent / "reference"
-SECTIONS = {"Args": "Arguments", "Attributes": "Attributes", "Returns": "Returns", "Raises": "Raises"}
+SECTIONS = {
+    "Args": "Arguments",
+    "Attributes": "Attributes",
+    "Returns": "Returns",
+    "Raises": "Raises",
+}
 LISTS = ("Args", "Attributes", "Raises")
 MARKS = {"operational": "reruns nothing", "added": "reruns nothing at its default"}
 
 
 def main() -> None:
-    """Write every page into the folder given on the command line."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_FOLDER
+    """Write the pages into the folder given on the command line."""
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_FOLDER)
+
+
+def write(folder: Path) -> None:
+    """Write every page into `folder`, which is made if it isn't there."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"library": library, "commands": commands, "config": config, "schemas": schemas}
-    for name, write in pages.items():
-        (folder / f"{name}.md").write_text("\n".join(write()) + "\n", encoding="utf-8")
+    for name, page in pages.items():
+        (folder / f"{name}.md").write_text("\n".join(page()) + "\n", encoding="utf-8")
 
 
 # The library
