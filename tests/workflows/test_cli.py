@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from workflows.cli import WORKFLOWS, build_parser, load_workflow, main
+from pipeline.record import Record
+from pipeline.stage import RunContext
+from workflows import terminal
+from workflows.cli import WORKFLOWS, _print_next, build_parser, load_workflow, main
 
 
 @pytest.mark.parametrize(
@@ -116,3 +119,23 @@ def test_show_prints_every_key_that_set_takes(
     changes = [f"{key}={json.loads(value)}" for key, value in lines.items() if value[0] == '"']
     assert load_workflow("demo", changes).config == load_workflow("demo").config
     assert os.environ.get("ADSC_ROOT") is None
+
+
+def test_the_lines_at_the_end_of_a_run_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of the report opens it in the browser that the environment names."""
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    report = Record(stage="report", fingerprint="0", attempt="0", uri=str(folder))
+    monkeypatch.setenv("PATH", os.defpath)
+    context = RunContext(root=str(tmp_path), workflow="demo", tracking_uri=None)
+    _print_next(terminal.console(), {"report": report}, context)
+    activate, opening = (line.strip() for line in capsys.readouterr().out.splitlines()[1:])
+    for line, shown in (
+        (f"{activate}\ncommand -v adsc", str(Path(sys.executable).parent / "adsc")),
+        (opening, (folder / "report.html").as_uri()),
+    ):
+        environment = os.environ | {"BROWSER": "echo %s"}
+        ran = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+        assert shown in ran.stdout, ran
