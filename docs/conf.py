@@ -7,9 +7,10 @@ _PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_tex
 
 project = "ADSC"
 author = "the ADSC authors"
+copyright = author
 release = _PROJECT["version"]
 extensions = ["myst_parser", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "search.md"]
 
 html_theme = "furo"
 html_title = f"ADSC {release}"
@@ -23,21 +24,24 @@ myst_heading_anchors = 4
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-OUTSIDE = {
+ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "infra/README.md": "infra.md",
     "README.md": "index.md",
+    "docs/search.md": "searching.md",
 }
-"""Files of the repository that pages link to, and the pages of the site that include them."""
+"""Files that pages link to, and the pages of the site that stand in for them: those outside docs/,
+and search.md, because Sphinx's own search page has that address."""
 
 
 def setup(app):
-    """Make links that lead out of docs/ on GitHub lead to a page of the site."""
+    """Make links to files that are no page of the site lead to one that is."""
     app.connect("source-read", _lead_to_the_site)
 
 
 def _lead_to_the_site(app, name, source):
     up = "../" * name.count("/")
-    for outside, page in OUTSIDE.items():
-        source[0] = source[0].replace(f"](../{up}{outside}", f"]({up}{page}")
+    for file, page in ELSEWHERE.items():
+        link = f"../{up}{file}".replace(f"../{up}docs/", up)
+        source[0] = source[0].replace(f"]({link}", f"]({up}{page}")
