@@ -13,6 +13,7 @@ import doctest
 import importlib.util
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,12 @@ def test_code_names_pages_that_exist():
                 named = re.findall(r"\bdocs/[\w/-]+\.md", file.read_text())
                 lost += [f"{file}: {page}" for page in named if not (ROOT / page).exists()]
     assert not lost
+
+
+def test_make_help_lists_every_target():
+    targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"^make ([a-z-]+)  +\S", shown.stdout, re.M) == targets
 
 
 # Console blocks
