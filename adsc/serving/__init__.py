@@ -1,8 +1,9 @@
 """Serving compressed checkpoints on vLLM: drops inside the decoder, KV only for tokens that stay.
 
 `register` is the entry point of vLLM's plugin group `vllm.general_plugins`: it runs in each of
-vLLM's processes and is all that a server needs. What is arithmetic stands here (`settings`, `kept`);
-whatever imports vLLM stands in `engine`. Without this package vLLM serves a checkpoint dense.
+vLLM's processes and is all that a server needs. What is arithmetic stands here (`settings`,
+`kept`, `step`); whatever imports vLLM stands in `engine`. Without this package vLLM serves a
+checkpoint dense.
 """
 
 from importlib.metadata import PackageNotFoundError, version

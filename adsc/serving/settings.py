@@ -119,7 +119,7 @@ def plan_in(config: Any) -> PruningPlan | None:
         raise UnservedPlan(
             f"this checkpoint drops tokens by {plan.name}, which looks at them: vLLM serves pruning "
             "plans only; serve it through transformers, or dense with "
-            "--hf-overrides '{\"adsc\": \"dense\"}'"
+            '--hf-overrides \'{"adsc": "dense"}\''
         )
     if plan.positions != "keep":
         raise UnservedPlan(
@@ -136,7 +136,7 @@ def check_family(config: Any) -> None:
         name = names.get(config.model_type, config.model_type)
         raise UnservedPlan(
             f"{name} with a pruning plan is not served on vLLM yet, only LLaVA-1.5 is: serve it "
-            "through transformers, or dense with --hf-overrides '{\"adsc\": \"dense\"}'"
+            'through transformers, or dense with --hf-overrides \'{"adsc": "dense"}\''
         )
     tower, decoder = config.vision_config.model_type, config.text_config.model_type
     if tower not in TOWERS or decoder not in DECODERS:

@@ -129,7 +129,10 @@ def _whole_part(batch: _Batch, number: int) -> Part:
     """A part that all rows reach, as in each step that only decodes."""
     ends = batch.computed + batch.scheduled
     dropped = np.array(
-        [one.dropped(number, int(end)) if one else 0 for one, end in zip(batch.kept, ends)],
+        [
+            one.dropped(number, int(end)) if one else 0
+            for one, end in zip(batch.kept, ends, strict=True)
+        ],
         dtype=np.int32,
     )
     owner = np.repeat(np.arange(len(ends)), batch.scheduled)
@@ -170,9 +173,7 @@ def _part_with_drops(batch: _Batch, number: int, before: np.ndarray) -> tuple[Pa
     return part, left
 
 
-def _pooling(
-    batch: _Batch, number: int, before: np.ndarray, left: np.ndarray
-) -> Pooling | None:
+def _pooling(batch: _Batch, number: int, before: np.ndarray, left: np.ndarray) -> Pooling | None:
     """The groups of all images that this step computes; an image is computed in one step."""
     anchors, members = [], []
     for r, one in enumerate(batch.kept):

@@ -80,9 +80,9 @@ def picture(number: int) -> Image.Image:
 
 
 def prompts() -> list[Prompt]:
-    """Two dozen, of 12 to 700 tokens with 0 to 4 pictures: apart, adjoining, first, in two turns."""
+    """Two dozen, of 12 to 700 tokens with 0 to 4 pictures: apart, adjoining, first, in turns."""
     draw = random.Random(3)
-    words = "what colour is the big round shape in the top left corner of this picture".split()
+    words = ["what", "colour", "is", "the", "big", "round", "shape", "in", "top", "left", "corner"]
 
     def say(count: int) -> str:
         return " ".join(draw.choice(words) for _ in range(count))

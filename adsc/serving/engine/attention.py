@@ -1,7 +1,8 @@
 """Attention of one part of the decoder: vLLM's own layer and kernels, other metadata.
 
-`current` is the step that runs. A model runner sets it before vLLM builds metadata; builders and the
-model's forward read it, all in one thread. It is None outside of real steps (profiling, dummies).
+`current` is the step that runs. A model runner sets it before vLLM builds metadata; builders and
+the model's forward read it, all in one thread. It is None outside of real steps (profiling,
+dummies).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ current: Step | None = None
 
 
 class PartAttention(Attention):
-    """An attention layer of one part. vLLM's LLaMA builds its layers itself and registers each under
-    its name, so a built one changes its class by `join`."""
+    """An attention layer of one part. vLLM's LLaMA builds its layers itself and registers each
+    under its name, so one that is built changes its class, then calls `join`."""
 
     def join(self, part: int) -> None:
         self.part = part
@@ -56,7 +57,7 @@ def narrowed(backend: Any) -> Any:
 
 def narrow(metadata: Any, part: Part, block_size: int) -> Any:
     """`CommonAttentionMetadata` of a whole step -> of the rows that reach a part, which lie side by
-    side in the part's blocks. The group's slot mapping is rewritten in place: the layers read it."""
+    side in its blocks. The group's slot mapping is rewritten in place: the layers read it."""
     device = metadata.seq_lens.device
     new = copy(metadata)
     dropped = torch.from_numpy(part.dropped)

@@ -1,8 +1,8 @@
 """KV cache: a spec for each part of the decoder, and blocks for kept tokens only.
 
 Parts hold different numbers of tokens, so they become different KV cache groups of vLLM's hybrid
-allocator, each with a block table of its own; block ids come from one pool. Groups have equally many
-layers: vLLM takes those of the smallest part and splits the others, see docs/serving.md.
+allocator, each with a block table of its own; block ids come from one pool. Groups have equally
+many layers: vLLM takes those of the smallest part and splits the others, see docs/serving.md.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def refuse_features(config: Any) -> None:
     if wanted := [name for name, on in features.items() if on]:
         raise UnservedPlan(
             f"not served with a pruning plan: {', '.join(wanted)}. Leave it out, or serve dense with "
-            "--hf-overrides '{\"adsc\": \"dense\"}'"
+            '--hf-overrides \'{"adsc": "dense"}\''
         )
 
 
