@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc.cli import add_commands
-from workflows import dry_run, eval_cli, export_cli, jobs_cli, prepare_cli, search_cli, terminal
+from workflows import (
+    dry_run,
+    eval_cli,
+    export_cli,
+    jobs_cli,
+    prepare_cli,
+    search_cli,
+    serve_cli,
+    terminal,
+)
 from workflows.registry import WORKFLOWS, load_workflow
 from workflows.terminal import add_command
 
@@ -107,6 +116,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     not allow below subcommands."""
     parser, commands = _parsers()
     command = commands.get(arguments[0]) if arguments else None
+    if command and arguments[0] == serve_cli.NAME:
+        return serve_cli.parse(command, arguments[1:])
     return command.parse_intermixed_args(arguments[1:]) if command else parser.parse_args(arguments)
 
 
@@ -189,6 +200,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     chat.set_defaults(run=_chat)
     export_cli.add_commands(commands)
+    serve_cli.add_commands(commands)
     jobs_cli.add_commands(commands, _add_run_options)
     add_commands(commands)
     return parser, dict(commands.choices)

@@ -2,8 +2,8 @@
 
 A plan with d drops cuts the decoder into parts 0..d; a token that is dropped before a layer is gone
 in that layer's part and in all later ones. Everything here is fixed when a checkpoint is loaded.
-What can't be served as it was trained is refused by name: a plan that is left out answers otherwise,
-and nobody would be told.
+What can't be served as it was trained is refused by name: served without its plan, a checkpoint
+answers otherwise, and nobody would be told.
 
 Legend: n vision tokens of one image, P parts of the decoder.
 """
@@ -25,6 +25,8 @@ from adsc.tiles import Group
 
 FIELD = "adsc"
 """Where the plan stands in config.json; a string there names one of the checkpoint's plans."""
+DENSE = 'dense, with --hf-overrides \'{"adsc": "dense"}\''
+"""The way out of every refusal."""
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 DECODERS = ("llama",)
 
@@ -73,7 +75,7 @@ class ServedPlan:
 
     @cached_property
     def groups(self) -> list[tuple[Group, ...]]:
-        """For each part, the groups whose means enter it; empty for plain drops, part 0, an exit."""
+        """For each part, the groups whose means enter it; none for drops, part 0 and an exit."""
         if self.plan.pool is None:
             return [()] * self.parts
         image = self.image
@@ -117,9 +119,8 @@ def plan_in(config: Any) -> PruningPlan | None:
         return None
     if isinstance(plan, Method):
         raise UnservedPlan(
-            f"this checkpoint drops tokens by {plan.name}, which looks at them: vLLM serves pruning "
-            "plans only; serve it through transformers, or dense with "
-            '--hf-overrides \'{"adsc": "dense"}\''
+            f"this checkpoint drops tokens by {plan.name}, which looks at them: vLLM serves "
+            f"pruning plans only; serve it through transformers, or {DENSE}"
         )
     if plan.positions != "keep":
         raise UnservedPlan(

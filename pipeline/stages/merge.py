@@ -23,7 +23,7 @@ from pipeline.config import ADDED
 from pipeline.data.prepared import PreparedData
 from pipeline.data.templates import find_template
 from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan, build_method
-from pipeline.probe import write_named_probe
+from pipeline.probe import PROBE, write_named_probe
 from pipeline.stage import Kind, StageContext
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
@@ -83,7 +83,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")
         _carry_plan(ctx.out / "adapter" / "adapter_config.json", method)
-    save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
+    save_file({**probe, "logits": got.contiguous()}, ctx.out / PROBE)
     write_named_probe(model, probe, ctx.out)
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}

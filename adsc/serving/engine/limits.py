@@ -14,7 +14,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from adsc.families import FAMILIES
-from adsc.serving.settings import ServedPlan, UnservedPlan, check_family, plan_in, served_plan
+from adsc.serving.settings import (
+    DENSE,
+    ServedPlan,
+    UnservedPlan,
+    check_family,
+    plan_in,
+    served_plan,
+)
 
 logger = init_logger("vllm.adsc")
 
@@ -59,8 +66,7 @@ def refuse_features(config: Any) -> None:
     }
     if wanted := [name for name, on in features.items() if on]:
         raise UnservedPlan(
-            f"not served with a pruning plan: {', '.join(wanted)}. Leave it out, or serve dense with "
-            '--hf-overrides \'{"adsc": "dense"}\''
+            f"not served with a pruning plan: {', '.join(wanted)}. Leave it out, or serve {DENSE}"
         )
 
 
@@ -72,8 +78,8 @@ def refuse_lengths(config: Any, served: ServedPlan) -> None:
     least = served.image.tokens + scheduler.max_num_seqs - 1
     if scheduler.max_num_batched_tokens < least:
         raise UnservedPlan(
-            f"max_num_batched_tokens = {scheduler.max_num_batched_tokens}: plan {served.text!r} takes "
-            f"means, so a step must hold an image of {served.image.tokens} tokens beside "
+            f"max_num_batched_tokens = {scheduler.max_num_batched_tokens}: plan {served.text!r} "
+            f"takes means, so a step must hold an image of {served.image.tokens} tokens beside "
             f"{scheduler.max_num_seqs - 1} others that decode; use at least {least}, or fewer "
             "max_num_seqs"
         )

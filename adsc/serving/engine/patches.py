@@ -1,11 +1,11 @@
 """Methods of vLLM 0.32 that are wrapped for want of an interface, each with its reason.
 
 `GPUModelRunner` (the first model runner, which its CPU runner extends): attention metadata must be
-built from which rows reach which part. The second runner asks a model for a state that prepares them
-(`state`); the first has no such place between knowing a step's requests and building metadata.
+built from which rows reach which part. The second runner asks a model for a state that prepares
+them (`state`); the first has no such place between knowing a step's requests and building metadata.
 
-`InputProcessor.process_inputs`: requests that a plan can't serve must be refused where the client is
-told, in the front end. vLLM has a hook for platforms there, none for models.
+`InputProcessor.process_inputs`: requests that a plan can't serve must be refused where the client
+is told, in the front end. vLLM has a hook for platforms there, none for models.
 """
 
 from __future__ import annotations

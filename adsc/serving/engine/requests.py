@@ -1,4 +1,4 @@
-"""What a request brings, in vLLM's terms, and what is refused of it before it reaches the engine."""
+"""What a request brings, in vLLM's terms, and what of it is refused before the engine sees it."""
 
 from __future__ import annotations
 

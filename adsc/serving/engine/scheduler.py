@@ -1,8 +1,8 @@
 """The scheduler: it tells block managers where a request's images are, and cuts no image in two
 where a plan takes means.
 
-vLLM takes another scheduler by its setting `scheduler_cls`; which of its own two this one extends is
-known only once the engine is configured.
+vLLM takes another scheduler by its setting `scheduler_cls`; which of its own two this one extends
+is known only once the engine is configured.
 """
 
 from __future__ import annotations
