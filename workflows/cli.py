@@ -107,8 +107,9 @@ def _main(arguments: list[str]) -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     from pipeline.failure import RunFailed
     from pipeline.jobs import JobFailed
+    from workflows.serving import ServingError
 
-    return (ValueError, RunFailed, JobFailed)
+    return (ValueError, RunFailed, JobFailed, ServingError)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -71,6 +71,11 @@ def fetched(options: argparse.Namespace) -> str:
     """A folder of this machine, verified where it has a manifest; or a hub id, as it was given."""
     given: str = options.checkpoint
     if given.startswith("models:/"):
+        if importlib.util.find_spec("mlflow") is None:
+            raise ValueError(
+                f"{given} is MLflow's, which is not installed here: pip install mlflow, or fetch "
+                "the checkpoint elsewhere and give its folder"
+            )
         from pipeline.tracking.address import chosen
         from pipeline.tracking.mlflow_registry import fetch_checkpoint
 

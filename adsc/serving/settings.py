@@ -137,7 +137,7 @@ def check_family(config: Any) -> None:
         name = names.get(config.model_type, config.model_type)
         raise UnservedPlan(
             f"{name} with a pruning plan is not served on vLLM yet, only LLaVA-1.5 is: serve it "
-            'through transformers, or dense with --hf-overrides \'{"adsc": "dense"}\''
+            f"through transformers, or {DENSE}"
         )
     tower, decoder = config.vision_config.model_type, config.text_config.model_type
     if tower not in TOWERS or decoder not in DECODERS:

@@ -213,14 +213,9 @@ def fetch_checkpoint(uri: str | None, model: str) -> Path:
     """
     if uri in (None, "off"):
         raise TrackingError("which MLflow? Give --mlflow URI, or set MLFLOW_TRACKING_URI")
-    try:
-        from mlflow.artifacts import download_artifacts
-        from mlflow.exceptions import MlflowException
-    except ImportError:
-        raise TrackingError(
-            f"{model} is MLflow's, which is not installed here: pip install mlflow-skinny, or "
-            "fetch the checkpoint elsewhere and give its folder"
-        ) from None
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
     try:
         place = download_artifacts(model, tracking_uri=uri, registry_uri=uri)
     except MlflowException as error:

@@ -14,7 +14,20 @@ from workflows.cli import WORKFLOWS, build_parser, load_workflow, main
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "ls", "show", "submit", "status", "logs", "cancel", "prepare", "chat", "cost", "plan"],
+    [
+        "run",
+        "ls",
+        "show",
+        "submit",
+        "status",
+        "logs",
+        "cancel",
+        "prepare",
+        "chat",
+        "cost",
+        "plan",
+        "serve",
+    ],  # fmt: skip
 )
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
