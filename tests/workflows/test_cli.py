@@ -27,7 +27,7 @@ from workflows.cli import WORKFLOWS, build_parser, load_workflow, main
         "cost",
         "plan",
         "serve",
-    ],  # fmt: skip
+    ],
 )
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -7,15 +7,21 @@ is known only once the engine is configured.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from adsc.serving.engine.cache import PartManager
 from adsc.serving.engine.requests import kept_of
 from adsc.serving.kept import Kept
-from adsc.serving.settings import served_plan
+from adsc.serving.settings import ServedPlan, served_plan
+
+logger = init_logger("vllm.adsc")
+
+TEXT = 100  # text tokens of the request that the pool is said to hold
 
 
 class _PlanScheduling:
@@ -31,6 +37,7 @@ class _PlanScheduling:
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, PartManager):
                 manager.kept = self.kept
+        logger.info(pool_of(self.served, self.kv_cache_manager))
 
     def add_request(self, request: Any) -> None:
         assert self.served is not None
@@ -61,6 +68,22 @@ class PlanScheduler(_PlanScheduling, Scheduler):
 
 class AsyncPlanScheduler(_PlanScheduling, AsyncScheduler):
     """Of an engine that schedules a step while another one runs."""
+
+
+def pool_of(served: ServedPlan, manager: Any) -> str:
+    """How many requests with one image the pool of blocks holds, for the log."""
+    groups = manager.kv_cache_config.kv_cache_groups
+    tokens = served.image.tokens + TEXT
+    kept = Kept(served, [(0, served.image.tokens)])
+    held = [kept.left(group.kv_cache_spec.part, tokens) for group in groups]
+    size = groups[0].kv_cache_spec.block_size
+    own, dense = (sum(ceil(it / size) for it in them) for them in (held, [tokens] * len(groups)))
+    blocks = manager.block_pool.num_gpu_blocks - 1  # the first is vLLM's own
+    return (
+        f"KV pool: {blocks} blocks of {size} tokens in {len(groups)} groups; a request with one "
+        f"image and {TEXT} text tokens takes {own}, so {blocks // own} run together "
+        f"(dense: {dense}, {blocks // dense})"
+    )
 
 
 def make_scheduler(*, vllm_config: Any, **kwargs: Any) -> PlanScheduler | AsyncPlanScheduler:
