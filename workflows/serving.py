@@ -101,10 +101,9 @@ def fetched(options: argparse.Namespace) -> str:
 
 def _pulled(address: str, expect: str) -> Path:
     """A published checkpoint, copied and verified once for each content."""
-    from pipeline.store import cache
     from pipeline.publishing.manifest import MANIFEST, digest
     from pipeline.publishing.publish import pull
-    from pipeline.store import open_store
+    from pipeline.store import cache, open_store
 
     store = open_store(address)
     text = store.read(MANIFEST)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from adsc.families.table import FAMILIES
 from adsc.families.family import Image
+from adsc.families.table import FAMILIES
 from adsc.method import Method, from_dict
 from adsc.named import find_plan
 from adsc.plan import PruningPlan

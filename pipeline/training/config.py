@@ -245,9 +245,9 @@ class TrainConfig(MethodConfig):
         if self.grow and self.method:
             raise ValueError("grow and method: a peer's choice does not grow; set plan, or no grow")
         check_plans(self.plans, self.weights)
-        taught = [*self.plans.values()] or [self.plan]
         if self.distill is not None and not self.method:
-            check_teacher(self.distill, [one for one in taught if isinstance(one, str) and one])
+            own = [self.plan] if isinstance(self.plan, str) and self.plan else []
+            check_teacher(self.distill, self.plans.values() or own)
         if self.strategy == "ddp" and (self.offload.optimizer or self.offload.parameters):
             raise ValueError("offload needs a ZeRO strategy: set strategy to zero2 or zero3")
         if self.strategy != "zero3" and self.offload.parameters:

@@ -79,7 +79,7 @@ def server(folder: Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "workflows.entry", "serve", str(folder), "--port", str(port),
+        sys.executable, "-m", "workflows.commands.entry", "serve", str(folder), "--port", str(port),
         "--max-model-len", "1024", "--max-num-seqs", "16", "--dtype", "float32",
         "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4}',
     ]  # fmt: skip

@@ -28,7 +28,7 @@ class PartAttention(Attention):
 
     def join(self, part: int) -> None:
         self.part = part
-        self.attn_backend = narrowed(self.attn_backend)
+        self.attn_backend: Any = narrowed(self.attn_backend)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> PartSpec:
         return PartSpec.of(super().get_kv_cache_spec(vllm_config), self.part)

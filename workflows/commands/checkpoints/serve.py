@@ -6,6 +6,7 @@ Options that are not named here are vLLM's own and are handed to its server as t
 from __future__ import annotations
 
 import argparse
+
 from workflows.commands import terminal
 
 EXAMPLES = """examples:
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan",
         help="a named plan of the checkpoint, dense, or a plan such as 2:1/4 (default: its own)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone"
+    )
     parser.add_argument(
         "--port", type=terminal.number(int, above=0, most=65535), default=8000, help="default: 8000"
     )
