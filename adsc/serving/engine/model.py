@@ -83,8 +83,8 @@ class PlanLlama(LlamaForCausalLM):
 class PlanLlava(LlavaForConditionalGeneration):
     """A LLaVA checkpoint; without a plan it is vLLM's own class in everything."""
 
-    # Exports from before 0.2 hold probe.safetensors beside their weights.
-    allow_patterns_overrides = ["model*.safetensors"]
+    # The first that matches: former exports hold probe.safetensors beside their weights.
+    allow_patterns_overrides = ["model*.safetensors", "*.safetensors", "*.bin", "*.pt"]
     # Both names of a CLIP tower's weights: with and without transformers' former `vision_model`.
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_regex={

@@ -24,6 +24,7 @@ from adsc.serving.settings import ServedPlan, served_plan
 from adsc.serving.step import make_step
 
 _MARK = "adsc_wrapped"
+_SERVED = "adsc_served"
 _KEPT = "adsc_kept"  # on the runner's own record of a request, so it goes when that goes
 
 
@@ -76,10 +77,15 @@ def _wrap_processor() -> None:
     @wraps(process)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        # A model's config may hold no plan, or not be one of ours at all.
-        config = self.vllm_config.model_config.hf_config
-        if getattr(config, "model_type", None) == "llava" and (served := served_plan(config)):
+        if not hasattr(self, _SERVED):
+            setattr(self, _SERVED, _served(self.vllm_config.model_config.hf_config))
+        if served := getattr(self, _SERVED):
             check_request(served, request)
         return request
 
     InputProcessor.process_inputs = process_inputs
+
+
+def _served(config: Any) -> ServedPlan | None:
+    """None for models of all other kinds, too: the front end serves them as well."""
+    return served_plan(config) if getattr(config, "model_type", None) == "llava" else None
