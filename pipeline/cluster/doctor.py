@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pipeline.redact import redact
 from pipeline.store import StoreError, open_store
@@ -200,8 +201,10 @@ def _mlflow(uri: str | None) -> Finding:
         return Finding("MLflow", "missing", problem, "name a server, http://HOST:5000")
     if not uri.startswith(("http://", "https://")):
         return Finding("MLflow", "note", f"{shown}: not looked at", "")
+    parts = urlsplit(uri)
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # 401 will do
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+        with urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=10) as answer:
             answer.read(100)
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):

@@ -126,7 +126,8 @@ class _Version(argparse.Action):
         from pipeline.commit import git_commit
 
         commit = git_commit()
-        parser.exit(message=f"adsc {version('adsc')}{f' ({commit})' if commit else ''}\n")
+        print(f"adsc {version('adsc')}{f' ({commit})' if commit else ''}")
+        parser.exit()
 
 
 def _described(name: str) -> dict[str, Any]:
