@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,14 +25,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 BUCKET = "lab"
 
 
+LONGEST = ("workflows", "pipeline")
+"""Folders of tests, the longest files first; the others follow."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray, and run its files first: they take minutes, whole workflows the most,
-    and no process is left with one of them at the end."""
+    """Mark what starts Ray, and run its files first.
+
+    They take minutes: of two processes, none should be left with one of them at the end.
+    """
     for item in items:
         if "ray_address" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
-    long = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: (item.path not in long, "workflows" not in item.path.parts))
+    starts_ray = {
+        item.path
+        for item in items
+        if item.get_closest_marker("ray") and not item.get_closest_marker("slow")
+    }
+    items.sort(key=lambda item: (item.path not in starts_ray, _rank(item.path)))
+
+
+def _rank(path: Path) -> int:
+    return LONGEST.index(path.parent.name) if path.parent.name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")
