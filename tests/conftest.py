@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 
 # A shell starts what it puts into the background with interrupts ignored, and processes that tests
 # start would inherit that.
@@ -86,15 +87,34 @@ def ray_address(s3_endpoint: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         # Ray Train must not ask another Ray on this machine about its workers.
         patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
-        context = ray.init(
-            address="local",  # whatever else runs on this machine
-            num_cpus=4,
-            dashboard_port=port,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-        yield context.address_info["address"]
+        yield _started(port)
         ray.shutdown()
+
+
+def _started(port: int, attempts: int = 3) -> str:
+    """A Ray of its own, whatever else runs on this machine: its address.
+
+    Ray gives a node 30 seconds to come up, which no setting changes and a busy machine may need
+    more than once.
+    """
+    import ray
+
+    while True:
+        attempts -= 1
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=4,
+                dashboard_port=port,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:
+            ray.shutdown()
+            if not attempts or "timed out during startup" not in str(error):
+                raise
+        else:
+            return str(context.address_info["address"])
 
 
 # A fixture for every folder; imported below the environment's settings on purpose.
