@@ -109,7 +109,7 @@ def scienceqa(folder: Path) -> None:
 
 def mme(folder: Path) -> None:
     from pipeline.evaluation.benchmarks import MME_PERCEPTION
-    from pipeline.evaluation.scoring import COGNITION
+    from pipeline.evaluation.benchmarks import MME_COGNITION as COGNITION
 
     home = folder / "MME_Benchmark_release_version"
     for kind in (*MME_PERCEPTION, *COGNITION):
