@@ -10,6 +10,7 @@ Legend: n vision tokens of one image before a drop, m after it; L decoder layers
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,14 @@ class PruningPlan:
             n = kept_count(n, keep)
             counts.append(n)
         return counts
+
+    def share_at(self, layer: int) -> Fraction:
+        """The share of the vision tokens that enters a layer, rounding apart.
+
+        >>> PruningPlan.parse("2:1/2,4:1/4").share_at(4)
+        Fraction(1, 8)
+        """
+        return math.prod((keep for at, keep in self.stages if at <= layer), start=Fraction(1))
 
     def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
         """Vision tokens of one image that enter each decoder layer, one number a layer."""

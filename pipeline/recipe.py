@@ -27,6 +27,7 @@ from pipeline.kinds.report import REPORT, ReportConfig
 from pipeline.kinds.search import SEARCH, SEARCH_DATA, SearchDataConfig, SearchStageConfig
 from pipeline.kinds.train import TRAIN
 from pipeline.search.config import SearchConfig
+from pipeline.search.keys import with_settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
 
@@ -105,6 +106,8 @@ class CompressConfig(Config):
                 f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
                 "and let curriculum.order and curriculum.extreme set the pressure of each training"
             )
+        for ends in zip(*(it.values[:2] for it in self.search.ranges.values()), strict=False):
+            with_settings(self.train, list(zip(self.search.ranges, ends, strict=True)))
         if self.searched and self.curriculum.order in ("explicit", "elastic"):
             raise ValueError(
                 f"plan = search and curriculum.order = {self.curriculum.order} contradict: plans "

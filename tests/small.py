@@ -1,8 +1,11 @@
-"""A small prepared data set and a random small model, made once by the real stages."""
+"""A small prepared data set and a random small model, made once by the stages' own code.
 
-from collections.abc import Iterator
+No Ray is started for it: a test that needs one asks for `ray_address` besides.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -33,15 +36,24 @@ class Small(NamedTuple):
     prepared: Path
 
 
+def in_this_process(tasks: list[dict[str, Any]], work: Any) -> Iterable[Any]:
+    """Chunks to rows, as Ray's workers make them."""
+    import pyarrow as pa
+
+    from pipeline.data.worker import TASK, render_chunks
+
+    return render_chunks(pa.Table.from_pylist(tasks, schema=TASK), work)
+
+
 @pytest.fixture(scope="session")
-def small(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from pipeline.data.config import PrepareConfig
     from pipeline.data.conversations import parse_turns
     from pipeline.data.sources import iter_records
     from pipeline.data.templates import TEMPLATES
-    from pipeline.stages.prepare import prepare
-    from workflows.demo.fashion import FashionConfig
+    from pipeline.stages.prepare import prepare_data
     from workflows.demo.fashion_grids import compose_fashion
+    from workflows.demo.pictures import FashionConfig
     from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
     root = tmp_path_factory.mktemp("small")
@@ -59,8 +71,13 @@ def small(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     build_model(processor, sizes, seed=0).save_pretrained(root / "base")
     processor.save_pretrained(root / "base")
     inputs = {"data": (root / "pictures", {}), "base": (root / "base", {})}
-    prepare(
-        stage_context("prepare", root / "prepared", inputs),
+    ctx = stage_context("prepare", root / "prepared", inputs)
+    prepare_data(
+        ctx.inputs["data"],
+        ctx.inputs["base"],
         PrepareConfig(template="vicuna_short", context=512),
+        ctx.out,
+        ctx.progress,
+        render=in_this_process,
     )
-    yield Small(root / "pictures", root / "base", root / "prepared")
+    return Small(root / "pictures", root / "base", root / "prepared")

@@ -137,6 +137,19 @@ def test_no_string_names_a_module_above(package: str) -> None:
     assert not {path: found for path in files if (found := list(upward_names(package, path)))}
 
 
+def other_tests(path: Path) -> Iterator[str]:
+    """Modules of tests that a file imports: what several need belongs beside them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests"):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+            yield from (name for name in names if name.rpartition(".")[2].startswith("test_"))
+
+
+def test_no_test_imports_another() -> None:
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert not {path: found for path in files if (found := list(other_tests(path)))}
+
+
 def test_these_tests_see_what_they_refuse(tmp_path: Path) -> None:
     texts = {
         "pipeline/a/one.py": "def f():\n    from pipeline.b import two",
@@ -158,3 +171,6 @@ def test_these_tests_see_what_they_refuse(tmp_path: Path) -> None:
     )
     assert list(upward_names("pipeline", files["pipeline.b.five"])) == ["workflows", "workflows.x"]
     assert list(upward_names("workflows", files["pipeline.b.five"])) == []
+    shared = tmp_path / "test_six.py"
+    shared.write_text("from tests.a.test_seven import made\nfrom tests.a.eight import test_nine")
+    assert list(other_tests(shared)) == ["tests.a.test_seven", "test_nine"]

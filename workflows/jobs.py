@@ -2,7 +2,7 @@
 
     python -m workflows.jobs '{"root": ..., "expected": ...}' run demo
 
-The commands that submit jobs and look at them are in workflows/commands/submit.py.
+The commands that submit jobs and look at them are in workflows/commands/cluster/submit.py.
 """
 
 import json

@@ -19,7 +19,7 @@ from typing import Any
 from adsc.attachment.after_import import after_import
 from adsc.method import from_dict
 from adsc.named import CONFIG_FIELD as FIELD
-from adsc.named import PLANS_FIELD
+from adsc.named import PLANS_FIELD, names_in
 
 
 class PlanWarning(UserWarning):
@@ -120,18 +120,20 @@ def _around_saving(save: Any) -> Any:
                 PlanWarning,
                 stacklevel=3,
             )
+        named = getattr(base.config, PLANS_FIELD, None)
         for config in (getattr(self, "peft_config", None) or {}).values():
-            _note(config, None if plan is None else plan.to_dict())
+            _note(config, FIELD, None if plan is None else plan.to_dict())
+            _note(config, PLANS_FIELD, named)
         return save(self, *args, **kwargs)
 
     return save_pretrained
 
 
-def _note(config: Any, data: Any) -> None:
+def _note(config: Any, field: str, data: Any) -> None:
     if data is not None:
-        setattr(config, FIELD, data)
-    elif hasattr(config, FIELD):
-        delattr(config, FIELD)
+        setattr(config, field, data)
+    elif hasattr(config, field):
+        delattr(config, field)
 
 
 def _around_loading(load: Any) -> Any:
@@ -145,6 +147,7 @@ def _around_loading(load: Any) -> Any:
         fresh = set(configs) - before or {name or "default"}
         for one in fresh & set(configs):
             _apply(self, getattr(configs[one], FIELD, None))
+            _name(self, getattr(configs[one], PLANS_FIELD, None))
         return loaded
 
     return load_adapter
@@ -169,11 +172,30 @@ def _apply(model: Any, data: Any) -> None:
         )
 
 
+def _name(model: Any, data: Any) -> None:
+    """An adapter's named plans go to a base without any."""
+    if data is None:
+        return
+    from adsc.attachment.attach import base_model, name_plans
+
+    base = base_model(model)
+    named, current = names_in({PLANS_FIELD: data}), names_in(base.config)
+    if not current:
+        name_plans(model, named)
+    elif current != named:
+        warnings.warn(
+            f"the adapter was trained for the plans {', '.join(named)}, and its base has others, "
+            f"{', '.join(current)}, which stay: adsc.name_plans(model, plans) changes them",
+            PlanWarning,
+            stacklevel=4,
+        )
+
+
 def _with_plan(to_dict: Any) -> Any:
     def with_plan(self: Any) -> dict[str, Any]:
         found: dict[str, Any] = to_dict(self)
-        data = getattr(self, FIELD, None)
-        return found if data is None else found | {FIELD: data}
+        held = {field: getattr(self, field, None) for field in (FIELD, PLANS_FIELD)}
+        return found | {field: data for field, data in held.items() if data is not None}
 
     return with_plan
 
@@ -182,9 +204,10 @@ def _without_plan(from_peft_type: Any) -> Any:
     """PEFT's configs know no plan: it is put on them once they are made."""
 
     def without_plan(cls: Any, **kwargs: Any) -> Any:
-        data = kwargs.pop(FIELD, None)
+        held = {field: kwargs.pop(field, None) for field in (FIELD, PLANS_FIELD)}
         config = from_peft_type(cls, **kwargs)
-        _note(config, data)
+        for field, data in held.items():
+            _note(config, field, data)
         return config
 
     return without_plan

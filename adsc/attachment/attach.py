@@ -35,7 +35,7 @@ def attach(
     model: M,
     plan: PruningPlan | Method | str | Iterable[tuple[int, float]],
     *,
-    logits: str = "kept",
+    logits: str | None = None,
 ) -> M:
     """Make a model drop vision tokens by a plan or a method, in place.
 
@@ -48,7 +48,8 @@ def attach(
             name of one of the model's own plans (`plans_of`), or `dense`.
         logits: `kept` computes logits of the tokens that are left; `full` hands out as many as
             there are columns, for a caller that pairs them with columns from the front: a dropped
-            one has those of the last before it that was kept. Not saved with the model.
+            one has those of the last before it that was kept. None leaves what an attached model
+            has, and begins with `kept`. Not saved with the model.
 
     Returns:
         The same model.
@@ -57,7 +58,7 @@ def attach(
         UnsupportedModel: the architecture is not one of those that are known.
         PlanError: the plan does not fit the model, or the model has none of that name.
     """
-    if logits not in ("kept", "full"):
+    if logits not in (None, "kept", "full"):
         raise PlanError(f"logits {logits!r} is unknown; choose one of kept, full")
     base = base_model(model)
     family, inner = find_family(base)
@@ -70,6 +71,7 @@ def attach(
         check_attention(plan.name, decoder)
     layers = [gathered(layer) for layer in decoder.layers]
     check_plan(base, plan)
+    full = logits == "full" if logits is not None else _has_full_logits(base)
     _remove_hooks(base)
     setattr(base.config, CONFIG_FIELD, plan.to_dict())
     if not plan.stages:
@@ -79,7 +81,7 @@ def attach(
         names = tuple(inspect.signature(bare(module).forward).parameters)
         path = "" if module is inner else path
         head = "none" if module is inner else _head_of(base)
-        enter = EnterModel(family, plan, path, names, head, logits == "full")
+        enter = EnterModel(family, plan, path, names, head, full)
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(LeaveModel(module is inner), with_kwargs=True)
     for part in inner.children():
@@ -201,6 +203,11 @@ def attached_plan(base: nn.Module) -> PruningPlan | Method | None:
     """The plan or method whose hooks are on a model; its config may say something else."""
     hooks = base._forward_pre_hooks.values()
     return next((hook.plan for hook in hooks if isinstance(hook, EnterModel)), None)
+
+
+def _has_full_logits(base: nn.Module) -> bool:
+    hooks = base._forward_pre_hooks.values()
+    return any(isinstance(hook, EnterModel) and hook.full for hook in hooks)
 
 
 def base_model(model: Any) -> Any:

@@ -32,7 +32,8 @@ def check_call(decoder: Any, own: type) -> None:
             "depend on where images are: the trace would drop wrong tokens of the next input. "
             "Use torch.compile, or trace after adsc.detach(model)"
         )
-    for name, module in (("the decoder", decoder), ("a decoder layer", decoder.layers[0])):
+    layers = ((f"decoder layer {number}", layer) for number, layer in enumerate(decoder.layers))
+    for name, module in (("the decoder", decoder), *layers):
         if _is_compiled(module, own):
             raise UnsupportedModel(
                 f"{name} is compiled on its own, and a call's schedule can't cross its border: "

@@ -10,6 +10,7 @@ kind.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 ROLES = ("human", "gpt")
@@ -248,6 +249,29 @@ def find_template(name: str, processor: Any) -> Template | OwnTemplate:
             f"with it would not learn to stop. Name another with template={'|'.join(TEMPLATES)}"
         )
     return own
+
+
+def special_tokens(processor: Any, prompts: Sequence[str]) -> dict[str, bool]:
+    """What a processor is to be told about rendered prompts: to put no second BOS token before
+    those that begin with one."""
+    bos = processor.tokenizer.bos_token
+    begins = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)
+    return {"add_special_tokens": False} if begins else {}
+
+
+def begin_with_bos(folder: Path) -> None:
+    """Let a checkpoint's chat template write the BOS token that its tokenizer adds by itself:
+    serving engines add none to a rendered conversation."""
+    from transformers import AutoTokenizer
+
+    file = folder / "chat_template.jinja"
+    if not file.is_file():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    bos, text = tokenizer.bos_token, file.read_text()
+    adds = bos and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    if adds and "bos_token" not in text and bos not in text:
+        file.write_text("{{ bos_token }}" + text)
 
 
 def _own_template(processor: Any) -> OwnTemplate | None:

@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import socket
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,30 +264,3 @@ def settle(root: str, tracking_uri: str | None, cache: str) -> str | None:
 def _tell(console: Console, text: str | None) -> None:
     if text:
         console.print(text, **PLAIN)
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files differ from it; None outside of git. Of code
-    that was shipped to a cluster, where there is no git, ADSC_COMMIT names the commit."""
-    if commit := os.environ.get("ADSC_COMMIT"):
-        return commit
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        # An environment inside somebody else's repository must not lend its commit.
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True,
-            check=True,
-        )
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

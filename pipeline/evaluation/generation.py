@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from pipeline.data.conversations import MARKER
 from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData
-from pipeline.data.templates import message_parts
+from pipeline.data.templates import message_parts, special_tokens
 from pipeline.evaluation.scoring import Rule, exact_match, references
 
 CACHE_BYTES = 64 * 2**20
@@ -196,6 +196,7 @@ def encode(
             return_tensors="pt",
             padding=True,
             padding_side="left",
+            **special_tokens(processor, prompts),
         )
     )
 

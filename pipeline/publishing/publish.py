@@ -191,9 +191,8 @@ def _is_published(store: Store, text: bytes) -> bool:
 @contextlib.contextmanager
 def _claimed(store: Store, text: bytes) -> Iterator[None]:
     """Nobody uploads other content there; after a failure the claim stays, and the same goes on."""
-    if _patiently(lambda: store.create(CLAIM, text)) is not None:
-        _patiently(lambda: store.check_conditions(CLAIM, text))
-    else:
+    found: bytes | None = text
+    if _patiently(lambda: store.create(CLAIM, text)) is None:
         found = _patiently(lambda: store.read(CLAIM))
         if found is not None and found != text:
             raise ExportError(
@@ -201,6 +200,8 @@ def _claimed(store: Store, text: bytes) -> Iterator[None]:
                 f"{digest(found)[:12]}, this one has {digest(text)[:12]}): finish that one, delete "
                 "what is there, or choose another name"
             )
+    if found is not None:  # else somebody has just finished
+        _patiently(lambda: store.check_conditions(CLAIM, text))
     try:
         _is_published(store, text)  # by somebody who was faster than our claim
     except ExportError:

@@ -64,6 +64,10 @@ def _body(folder: Path, card: Card) -> str:
     return f"""
 # {_cell(card.name)}
 
+**Load it with `adsc` (transformers), or serve it with `adsc serve` (vLLM and adsc's plugin). Other
+loaders run it dense: it answers, but with all vision tokens in every layer, slower and with a
+larger KV cache, and not as it was trained.**
+
 A vision-language model that drops vision tokens inside its decoder, by a fixed plan and without
 scoring them, and was trained to live with that (ADSC, arXiv 2602.12618). Base: {base}.
 
@@ -77,9 +81,10 @@ model = adsc.from_pretrained("FOLDER")  # attaches the plan that stands in confi
 processor = AutoProcessor.from_pretrained("FOLDER")
 ```
 {_named_use(card)}
-`transformers` alone loads the weights too, but then runs dense, which is not what was trained.
+`adsc serve FOLDER` answers over the OpenAI API. `transformers` or vLLM alone load the weights too,
+if at all, but then run dense, which is not what was trained.
 `python -m pipeline.stages.export FOLDER` checks a copy: files against manifest.json, then logits
-against probe.safetensors{_named_probe(card)}. `adapter/`, if there, holds the LoRA
+against probe/probe.safetensors{_named_probe(card)}. `adapter/`, if there, holds the LoRA
 weights by themselves; they go on the base. evaluation.json has the scores and costs below as
 numbers, data_manifest.json the data.
 
@@ -137,7 +142,7 @@ One checkpoint for several budgets: `adsc.from_pretrained("FOLDER", plan="{first
 
 
 def _named_probe(card: Card) -> str:
-    return " and, for each named plan, probe_plans.safetensors" if card.plans else ""
+    return " and, for each named plan, probe/probe_plans.safetensors" if card.plans else ""
 
 
 def _listed(card: Card) -> str:

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from adsc.plan import PruningPlan, kept_count
 from pipeline.reporting.figure_style import COLOURS, MARKERS, MUTED, STYLE
+from pipeline.search.keys import written
 from pipeline.search.study import Study, Trial
 
 LISTED = 20
@@ -64,7 +65,8 @@ def write_page(folder: Path, results: dict[str, Any], study: Study) -> None:
         return f'<td class="n">{trial.value:.4f}</td><td class="n">{trial.cost:.5g}</td>'
 
     rows = "".join(
-        f"<tr><td><code>{said(it.plan)}</code></td>{cells(it)}<td>{said(it.name)}</td><td>"
+        f"<tr><td><code>{said(it.plan)} {said(written(it.settings))}</code></td>{cells(it)}"
+        f"<td>{said(it.name)}</td><td>"
         + " → ".join(f"{rung.resource}: {rung.value:.4f}" for rung in it.rungs)
         + "</td></tr>"
         for it in good[:LISTED]
@@ -110,14 +112,23 @@ def importances(study: Study) -> dict[str, float]:
     if len(done) < FEW:
         return {}
     n, depth = study.space.of.num_vision_tokens, study.space.of.num_layers
-    points = [_choices(PruningPlan.parse(trial.plan), n, depth) for trial in done]
+    points = [
+        _choices(PruningPlan.parse(trial.plan), n, depth) | dict(trial.settings or study.own)
+        for trial in done
+        if trial.settings or study.own or not study.ranges
+    ]
+    done = [it for it in done if it.settings or study.own or not study.ranges]
+    if len(done) < FEW:
+        return {}
     anchors = sorted({point["anchor"] for point in points})
     kinds: dict[str, BaseDistribution] = {
         name: FloatDistribution(
             min(point[name] for point in points), max(point[name] for point in points)
         )
         for name in points[0]
-        if name != "anchor" and len({point[name] for point in points}) > 1
+        if name != "anchor"
+        and all(isinstance(point[name], int | float) for point in points)
+        and len({point[name] for point in points}) > 1
     }
     if len(anchors) > 1:
         kinds["anchor"] = CategoricalDistribution(anchors)
@@ -244,4 +255,6 @@ def _timeline(axes: Axes, study: Study) -> None:
 
 def _budget(study: Study) -> str:
     name, low, high = study.config.budget
+    if study.config.plan:
+        return f"plan {study.config.plan}"
     return f"{name} {low:.5g} to {high:.5g}"

@@ -5,9 +5,10 @@ A config says what is computed. How many trials run at once, and on what, is the
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import ADDED, OPERATIONAL, Config
+from pipeline.search.keys import Range, full_key, read_range
 
 Budget = float | tuple[float, float] | None
 UNITS = {
@@ -56,6 +57,12 @@ class SearchConfig(Config):
     """The first layer at which a drop is legal; above 0 for models that add vision features to
     their first layers (Qwen3-VL)."""
 
+    plan: str = Field("", json_schema_extra=ADDED)
+    """The one plan of all trials, where only training keys are searched; then there is no
+    budget."""
+    over: dict[str, str] = Field({}, json_schema_extra=ADDED)
+    """Keys of the training that trials vary, with their ranges: `{"train.learning_rate":
+    "1e-4..1e-2,log", "train.lora.rank": "8,16,32", "train.distill.weight": "0..1"}`."""
     known: tuple[str, ...] = ()
     """Further plans to try first, beside those that everybody knows (Space.known)."""
     trials: int = Field(64, gt=0)
@@ -92,12 +99,32 @@ class SearchConfig(Config):
     workers_per_trial: int = Field(1, gt=0, json_schema_extra=OPERATIONAL)
     """Above 1 a trial trains by Ray Train on so many workers."""
 
+    @field_validator("over")
+    @classmethod
+    def _are_ranges(cls, over: dict[str, str]) -> dict[str, str]:
+        over = {full_key(key): text for key, text in over.items()}
+        for key, text in over.items():
+            read_range(key, text)
+        return over
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.over and self.fidelity == "untrained":
+            raise ValueError(
+                f"over = {', '.join(self.over)} and fidelity = untrained contradict: only trials "
+                "that train differ by it; set search.fidelity=lora and search.rungs"
+            )
+        if self.plan and not self.over:
+            raise ValueError(f"plan = {self.plan!r} leaves nothing to search: set search.over")
         given = [name for name in UNITS if getattr(self, name) is not None]
         if len(given) > 1:
             said = " and ".join(f"{name} = {getattr(self, name)}" for name in given)
             raise ValueError(f"{said} contradict: a search has one budget, leave out all but one")
+        if self.plan and given:
+            raise ValueError(
+                f"plan = {self.plan!r} and {given[0]} = {getattr(self, given[0])} contradict: "
+                "search plans at a budget, or training keys with one plan"
+            )
         for name in given:
             low, high = _pair(getattr(self, name))
             if not 0 < low <= high or (low == high and isinstance(getattr(self, name), tuple)):
@@ -143,7 +170,14 @@ class SearchConfig(Config):
                 return name, *value
             if value is not None:
                 return name, value * (1 - self.tolerance), value * (1 + self.tolerance)
+        if self.plan:
+            return "average", 0.0, float("inf")
         raise ValueError(f"a search needs a budget: set one of {', '.join(UNITS)}")
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """What the keys in `over` may be."""
+        return {key: read_range(key, text) for key, text in self.over.items()}
 
     @property
     def front(self) -> bool:

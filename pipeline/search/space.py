@@ -147,6 +147,10 @@ class Space:
     def __init__(self, costs: Costs, config: SearchConfig) -> None:
         self.of, self.config, self.anchors = costs, config, config.anchors
         self._words = self._words_of(costs.num_layers)
+        self.left_out: dict[str, str] = {}
+        if config.plan:
+            self._only(PruningPlan.parse(config.plan))
+            return
         _, low, high = config.budget
         target = (costs.total(low) + costs.total(high)) / 2
         slack = costs.total(high) - target
@@ -167,7 +171,15 @@ class Space:
             raise PlanError(self._unreachable(nearest))
         self.costs = np.array([costs.value(total) for total in totals])
         self.codes = np.array([self.code(stages) for stages in self.stages])
-        self.left_out: dict[str, str] = {}
+
+    def _only(self, plan: PruningPlan) -> None:
+        plan.check_layers(self.of.num_layers)
+        if not plan.stages:
+            raise PlanError(f"search.plan = {self.config.plan!r} drops nothing; name a plan")
+        self._words, self.stages = plan, [plan.stages]
+        self.anchors = (plan.anchor,)  # type: ignore[assignment]
+        self.costs = np.array([self.of.of(plan)])
+        self.codes = np.array([self.code(plan.stages)])
 
     def _words_of(self, layers: int) -> PruningPlan:
         """What all plans have in common: their exit and their pool."""
@@ -287,6 +299,8 @@ class Space:
         Raises:
             PlanError: a plan of `config.known` that doesn't meet the budget.
         """
+        if self.config.plan:
+            return {"as configured": self.candidate(0, self.anchors[0])}
         name, low, high = self.config.budget
         levels = [low, (low + high) / 2, high] if self.config.front else [(low + high) / 2]
         found: dict[str, Candidate] = {}

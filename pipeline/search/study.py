@@ -15,6 +15,7 @@ import numpy as np
 
 from adsc.plan import PruningPlan
 from pipeline.search.config import SearchConfig
+from pipeline.search.keys import Settings, drawn
 from pipeline.search.space import SHARES, Candidate, Space
 
 State = Literal["finished", "stopped", "failed"]
@@ -30,6 +31,8 @@ class Proposal(NamedTuple):
     cost: float
     code: tuple[float, ...]
     known: bool
+    settings: Settings = ()
+    """Of the training; empty: the workflow's own."""
 
 
 class Rung(NamedTuple):
@@ -52,6 +55,7 @@ class Trial:
     plan: str
     cost: float
     known: bool
+    settings: Settings = ()
     state: State
     reason: str = ""
     """Why it failed."""
@@ -79,7 +83,8 @@ class Trial:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trial:
         """The inverse of `to_dict`."""
-        lists = {name: tuple(data[name]) for name in ("rows", "confirm", "weights")}
+        lists: dict[str, Any] = {name: tuple(data[name]) for name in ("rows", "confirm", "weights")}
+        lists["settings"] = tuple((key, value) for key, value in data.get("settings", ()))
         return cls(**{**data, **lists, "rungs": tuple(Rung(*rung) for rung in data["rungs"])})
 
 
@@ -91,9 +96,12 @@ class Study:
     config: SearchConfig
     trials: list[Trial] = field(default_factory=list)
     """Those that are over; of an earlier process's, too."""
+    own: Settings = ()
+    """The workflow's own values of `config.over`, where they are in its ranges."""
 
     def __post_init__(self) -> None:
         self.known = self.space.known()
+        self.ranges = self.config.ranges
         self.running: dict[int, Proposal] = {}
         self._rungs: dict[int, dict[int, tuple[float, float]]] = {}
         for trial in self.trials:
@@ -107,24 +115,28 @@ class Study:
         if number is None:
             return None
         tried = {trial.plan for trial in self.trials} | {it.plan for it in self.running.values()}
+        if self.ranges:  # a plan may come again, with other settings
+            tried = set()
         if number < len(self.known):
             name, found = list(self.known.items())[number]
             proposal = Proposal(number, name, *found, known=True)
         else:
-            drawn = number < len(self.known) + self.config.startup
-            who = "random" if drawn else self.config.sampler
-            candidate = (
-                self.space.draw(np.random.default_rng([self.config.seed, number]), tried)
-                if who == "random"
-                else self._ask(number, tried)
-            )
+            at_random = number < len(self.known) + self.config.startup
+            who = "random" if at_random else self.config.sampler
+            rng = np.random.default_rng([self.config.seed, number])
+            settings: Settings = ()
+            if who == "random":
+                candidate = self.space.draw(rng, tried)
+                settings = drawn(self.ranges, rng)
+            else:
+                candidate, settings = self._ask(number, tried)
             if candidate is None:
                 return None
-            proposal = Proposal(number, who, *candidate, known=False)
+            proposal = Proposal(number, who, *candidate, known=False, settings=settings)
         self.running[number] = proposal
         return proposal
 
-    def _ask(self, number: int, tried: set[str]) -> Candidate | None:
+    def _ask(self, number: int, tried: set[str]) -> tuple[Candidate | None, Settings]:
         import optuna
         from optuna.distributions import CategoricalDistribution, FloatDistribution
         from optuna.trial import TrialState, create_trial
@@ -135,6 +147,7 @@ class Study:
         space: dict[str, Any] = dict.fromkeys(names, FloatDistribution(0, 1))
         if len(anchors) > 1:
             space["anchor"] = CategoricalDistribution(anchors)
+        space |= {key: one.distribution() for key, one in self.ranges.items()}
         sampler = optuna.samplers.TPESampler(
             seed=(1_000_003 * self.config.seed + number) % 2**32,  # of 32 bits in numpy
             n_startup_trials=0,
@@ -145,11 +158,15 @@ class Study:
             sampler=sampler, directions=["minimize"] * (2 if self.config.front else 1)
         )
 
-        def tell(plan: str, **outcome: Any) -> None:
+        def tell(plan: str, settings: Settings, **outcome: Any) -> None:
+            settings = settings or self.own
+            if self.ranges and not settings:
+                return  # of a training outside of the ranges
             parsed = PruningPlan.parse(plan)
             # Where the trial really was, which a sampler's point only was near.
             point: dict[str, Any] = dict(zip(names, self.space.code(parsed.stages), strict=True))
             point |= {"anchor": parsed.anchor} if len(anchors) > 1 else {}
+            point |= dict(settings)
             study.add_trial(create_trial(params=point, distributions=space, **outcome))
 
         for trial in sorted(self.trials, key=lambda it: it.number):
@@ -157,22 +174,23 @@ class Study:
                 continue
             values = [self.config.sign * trial.value]
             if self.config.front:
-                tell(trial.plan, values=[*values, trial.cost])
+                tell(trial.plan, trial.settings, values=[*values, trial.cost])
             elif trial.state == "finished":
-                tell(trial.plan, values=values)
+                tell(trial.plan, trial.settings, values=values)
             else:
                 steps = {it.resource: self.config.sign * it.value for it in trial.rungs}
-                tell(trial.plan, state=TrialState.PRUNED, intermediate_values=steps)
+                tell(trial.plan, trial.settings, state=TrialState.PRUNED, intermediate_values=steps)
         for proposal in self.running.values():
             if PruningPlan.parse(proposal.plan).anchor in anchors:
-                tell(proposal.plan, state=TrialState.RUNNING)
+                tell(proposal.plan, proposal.settings, state=TrialState.RUNNING)
         point = study.ask(space).params
         code = [point[name] for name in names]
+        settings = tuple((key, point[key]) for key in self.ranges)
         wanted = point.get("anchor", anchors[0])
         for anchor in (wanted, *(other for other in anchors if other != wanted)):
             if found := self.space.nearest(code, anchor, tried):
-                return found
-        return None
+                return found, settings
+        return None, settings
 
     def goes_on(self, number: int, rung: int, value: float) -> bool:
         """Whether a running trial goes on after a rung: it is among the best 1/eta of those that

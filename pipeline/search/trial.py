@@ -35,6 +35,7 @@ from pipeline.evaluation.generation import Questions, build_inputs, generate_bat
 from pipeline.evaluation.scoring import exact_match
 from pipeline.evaluation.speed import measure
 from pipeline.search.config import SearchConfig
+from pipeline.search.keys import Settings, with_settings
 from pipeline.store import open_store
 from pipeline.training.adapters import load_trained
 from pipeline.training.batches import COLUMNS, collate
@@ -92,13 +93,15 @@ class Reached:
     """At the last rung."""
 
 
-def segments(job: Job, plan: str) -> list[TrainConfig]:
-    """The trainings of a trial with this plan, one a rung; empty where it trains nothing.
+def segments(job: Job, plan: str, settings: Settings = ()) -> list[TrainConfig]:
+    """The trainings of a trial with this plan and these settings, one a rung; empty where it trains
+    nothing.
 
     Raises:
+        ConfigError: a setting that the training does not take.
         TrialRefused: short trainings of which nobody said how long they are.
     """
-    config, base = job.search, job.train
+    config, base = job.search, with_settings(job.train, settings)
     if config.fidelity == "untrained":
         return []
     if config.fidelity == "curriculum":
@@ -155,16 +158,16 @@ class Bench:
             self._loaded = loaded.to(self.device)
         return self._loaded
 
-    def trial(self, number: int, plan: str) -> Iterator[Reached]:
+    def trial(self, number: int, plan: str, settings: Settings = ()) -> Iterator[Reached]:
         """Run a trial, handing out each rung; closing the iterator ends it there."""
-        trainings = segments(self.job, plan)
+        trainings = segments(self.job, plan, settings)
         if not trainings:
             yield from self._untrained(plan)
             return
         with tempfile.TemporaryDirectory(prefix="adsc-trial-") as scratch:
             several = self.job.search.workers_per_trial > 1
             run = self._trained_by_ray if several else self._trained_here
-            yield from run(number, plan, trainings, Path(scratch))
+            yield from run(number, plan, trainings, Path(scratch), settings)
 
     def _untrained(self, plan: str) -> Iterator[Reached]:
         config = self.job.search
@@ -178,7 +181,12 @@ class Bench:
             yield Reached(resource=end, judged=so_far, confirm=confirm)
 
     def _trained_here(
-        self, number: int, plan: str, trainings: Sequence[TrainConfig], scratch: Path
+        self,
+        number: int,
+        plan: str,
+        trainings: Sequence[TrainConfig],
+        scratch: Path,
+        settings: Settings,
     ) -> Iterator[Reached]:
         start: Path | None = None
         steps = 0
@@ -200,7 +208,12 @@ class Bench:
             yield Reached(resource=steps, judged=judged, confirm=confirm)
 
     def _trained_by_ray(
-        self, number: int, plan: str, trainings: Sequence[TrainConfig], scratch: Path
+        self,
+        number: int,
+        plan: str,
+        trainings: Sequence[TrainConfig],
+        scratch: Path,
+        settings: Settings,
     ) -> Iterator[Reached]:
         import ray
 
@@ -210,7 +223,7 @@ class Bench:
         job, run = self.job, self.job.run
         store, inputs = open_store(job.storage), dict(job.inputs)
         # A number can come back with another plan after a kill; a training must not.
-        home = f"trainings/{number:05d}-{digest(plan)[:8]}"
+        home = f"trainings/{number:05d}-{digest([plan, *settings] if settings else plan)[:8]}"
         elsewhere = ray.remote(
             num_cpus=run.cpus_per_worker,
             num_gpus=run.gpus_per_worker,

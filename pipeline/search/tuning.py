@@ -77,7 +77,8 @@ class Worker(tune.Trainable):
         try:
             self._bench = self._bench or Bench(self._job)
             if self._trial is None:
-                self._trial = self._bench.trial(self._proposal.number, self._proposal.plan)
+                one = self._proposal
+                self._trial = self._bench.trial(one.number, one.plan, one.settings)
             reached = next(self._trial)
             seconds = time.time() - self._started
             self._reached.append(Rung(reached.resource, reached.judged.value, seconds))
@@ -232,6 +233,7 @@ def ended(proposal: Proposal, progress: Progress) -> Trial:
         plan=proposal.plan,
         cost=proposal.cost,
         known=proposal.known,
+        settings=proposal.settings,
         state="failed" if progress.failed else "stopped" if last is None else "finished",
         reason=progress.failed,
         rungs=progress.rungs,

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from adsc import PruningPlan
 from adsc.named import names_in
+from adsc.serving.names import unknown_names
+from pipeline.data.templates import begin_with_bos, special_tokens
 from pipeline.durable.record import UNDONE, behind
 from pipeline.durable.stage import Input, StageContext
 from pipeline.kinds.export import ExportConfig
@@ -37,7 +39,13 @@ from pipeline.publishing.manifest import (
     verify_folder,
     write_manifest,
 )
-from pipeline.publishing.probe import read_named_probe, write_named_probe
+from pipeline.publishing.probe import (
+    PROBE,
+    find_probe,
+    put_aside,
+    read_named_probe,
+    write_named_probe,
+)
 from pipeline.publishing.publish import publish
 from pipeline.reporting.card import Card, write_card
 from pipeline.store import open_store
@@ -46,7 +54,6 @@ from pipeline.tracking.names import model_name
 if TYPE_CHECKING:
     from pipeline.durable.record import Record
 
-PROBE = "probe.safetensors"
 EVALUATION = "evaluation.json"
 """What was measured of this checkpoint and of the models that it was compared with."""
 DATA = "data_manifest.json"
@@ -63,7 +70,7 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
             something else at the place where it is to be published.
     """
     merged, evaluated, data = ctx.inputs["merge"], ctx.inputs["evaluate"], ctx.inputs.get("data")
-    if not (merged.folder / PROBE).is_file():
+    if not find_probe(merged.folder).is_file():
         raise ExportError(
             f"{merged.folder} has no {PROBE}; the merge stage writes it beside the weights"
         )
@@ -147,10 +154,13 @@ def assemble(source: Path, out: Path, card: Card, described: Mapping[str, bytes]
     """A checkpoint with its card, files that describe it, and its manifest.
 
     Raises:
-        ExportError: a file that doesn't belong there.
+        ExportError: a file that doesn't belong there; a tensor that the serving engine can't place.
     """
     if source != out:
         shutil.copytree(source, out, dirs_exist_ok=True)
+    put_aside(out)
+    check_names(out)
+    begin_with_bos(out)
     _name_base(out / "adapter" / "adapter_config.json", card.base)
     for name, text in described.items():
         (out / name).write_bytes(text)
@@ -159,6 +169,25 @@ def assemble(source: Path, out: Path, card: Card, described: Mapping[str, bytes]
         path.chmod(0o644)  # PEFT writes adapters that only their owner can read
     lineage = {"commit": card.commit, "data": card.data_digest, "fingerprints": card.lineage}
     write_manifest(out, lineage)
+
+
+def check_names(folder: Path) -> None:
+    """Raise an ExportError for tensors that vLLM with our plugin has no place for, of a checkpoint
+    that it serves with its plan."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names += tensors.keys()
+    if strange := unknown_names(config, names):
+        raise ExportError(
+            f"{folder} holds tensors that no serving engine has a place for: "
+            f"{', '.join(strange[:5])}{' ...' if strange[5:] else ''}; save the model with "
+            "save_pretrained, as its own class"
+        )
 
 
 def complete(source: Path, out: Path, config: ExportConfig) -> None:
@@ -187,7 +216,7 @@ def complete(source: Path, out: Path, config: ExportConfig) -> None:
     )
     ignore = shutil.ignore_patterns(*BOOKKEEPING)
     shutil.copytree(source, out, dirs_exist_ok=True, ignore=ignore)
-    if not (out / PROBE).is_file():
+    if not find_probe(out).is_file():
         _write_probe(out)
     assemble(out, out, card, {})
 
@@ -223,7 +252,8 @@ def _write_probe(folder: Path) -> None:
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": asked}], add_generation_prompt=True
         )
-        probe = dict(processor(text=[prompt], images=[picture], return_tensors="pt"))
+        special = special_tokens(processor, [prompt])
+        probe = dict(processor(text=[prompt], images=[picture], return_tensors="pt", **special))
     except (ValueError, AttributeError) as error:
         raise ExportError(
             f"{folder} has no processor with a chat template, to make a probe with: {error}"
@@ -323,7 +353,7 @@ def compare_logits(folder: Path) -> dict[str, float]:
 
     AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     model = adsc.from_pretrained(folder).eval()
-    probe = load_file(folder / PROBE)
+    probe = load_file(find_probe(folder))
     expected = {"": probe.pop("logits")} | read_named_probe(folder)
     missing = sorted(expected.keys() - {"", *adsc.plans_of(model)})
     if missing:

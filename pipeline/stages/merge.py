@@ -23,7 +23,7 @@ from pipeline.data.templates import find_template
 from pipeline.durable.stage import StageContext
 from pipeline.evaluation.methods import build_method
 from pipeline.kinds.merge import MergeConfig
-from pipeline.publishing.probe import write_named_probe
+from pipeline.publishing.probe import PROBE, write_named_probe
 from pipeline.training.adapters import load_trained, merge_trained
 from pipeline.training.batches import collate
 
@@ -65,7 +65,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")
         _carry_plan(ctx.out / "adapter" / "adapter_config.json", method)
-    save_file({**probe, "logits": got.contiguous()}, ctx.out / "probe.safetensors")
+    save_file({**probe, "logits": got.contiguous()}, ctx.out / PROBE)
     write_named_probe(model, probe, ctx.out)
     ctx.track.metrics({"merge.worst_logit_difference": worst, "merge.largest_logit": scale})
     return {"plan": config.runs_with, "worst_logit_difference": worst, "largest_logit": scale}

@@ -22,6 +22,7 @@ from pipeline.data.shards import ShardWriter
 from pipeline.durable.stage import StageContext
 from pipeline.kinds.search import SearchDataConfig, SearchStageConfig
 from pipeline.search.config import UNITS, SearchConfig
+from pipeline.search.keys import own_settings, written
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Study, Trial
 from pipeline.stages.evaluate import workers_that_fit
@@ -116,7 +117,8 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     ctx.progress(0, config.search.trials, "listing plans that meet the budget")
     space = Space(Costs(model, config.search, times), config.search)
     segments(job, space.candidate(0, space.anchors[0]).plan)  # what is refused, is now
-    study = Study(space, config.search, kept_trials(store))
+    own = own_settings(config.train, config.search.ranges)
+    study = Study(space, config.search, kept_trials(store), own)
     ctx.track.metrics({"search.plans": len(space)})
 
     with ThreadPoolExecutor(1, thread_name_prefix="tracking") as tracking:
@@ -149,7 +151,8 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
         ctx.inputs["data"].uri, "search conversations", ctx.inputs["data"].outputs["digest"][:12]
     )
     told_on = ("plan", "value", "cost", "unit", "finding", "space", "counts", "known", "confirmed")
-    return {key: results[key] for key in told_on}
+    outputs = {key: results[key] for key in told_on}
+    return outputs | ({"settings": results["settings"]} if config.search.over else {})
 
 
 def _prefill(job: Any, store: Store) -> dict[int, float]:
@@ -195,6 +198,7 @@ def _results(
     states = [trial.state for trial in study.trials]
     results: dict[str, Any] = {
         "plan": best.plan,
+        "settings": dict(best.settings or study.own),
         "value": best.value,
         "cost": best.cost,
         "unit": UNITS[config.budget[0]],
@@ -228,11 +232,20 @@ def compared(one: Trial, other: Trial, seed: int) -> dict[str, float]:
 
 def _finding(results: dict[str, Any], config: SearchConfig) -> str:
     what = "loss" if config.objective == "loss" else "share of right answers"
-    said = (
-        f"Of {results['space']:,} plans that meet the budget, {sum(results['counts'].values())} "
-        f"were tried ({results['counts']['failed']} failed); the best, {results['plan']} at "
-        f"{results['cost']:.4g} {results['unit']}, has a {what} of {results['value']:.4f}"
-    )
+    count, failed = sum(results["counts"].values()), results["counts"]["failed"]
+    best = results["plan"]
+    if settings := written(tuple(results["settings"].items())):
+        best = f"{best} with {settings},"
+    if config.plan:
+        said = (
+            f"{count} trainings with {config.plan} were tried ({failed} failed); the best, {best}"
+        )
+    else:
+        said = (
+            f"Of {results['space']:,} plans that meet the budget, {count} were tried ({failed} "
+            f"failed); the best, {best} at {results['cost']:.4g} {results['unit']},"
+        )
+    said += f" has a {what} of {results['value']:.4f}"
     known = results["known"]
     if known is None:
         return f"{said}; no known placement finished to compare it with."
@@ -262,6 +275,7 @@ def _table(study: Study) -> pa.Table:
                 "name": trial.name,
                 "known": trial.known,
                 "plan": trial.plan,
+                "settings": json.dumps(dict(trial.settings)),
                 "drops": len(plan.stages),
                 "layers": [layer for layer, _ in plan.stages],
                 "keeps": [float(keep) for _, keep in plan.stages],

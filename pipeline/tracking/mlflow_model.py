@@ -90,7 +90,11 @@ class VisionLanguageModel(PythonModel):
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": asked}], add_generation_prompt=True
         )
-        inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt")
+        bos = self.processor.tokenizer.bos_token
+        special = not (bos and prompt.startswith(bos))  # no second one
+        inputs = self.processor(
+            text=[prompt], images=[picture], return_tensors="pt", add_special_tokens=special
+        )
         inputs = inputs.to(self.device)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

@@ -204,6 +204,28 @@ def _budgets(tags: Mapping[str, str]) -> str:
     return "One checkpoint for several budgets:\n\n" + "\n".join(lines) + "\n\n"
 
 
+def fetch_checkpoint(uri: str | None, model: str) -> Path:
+    """A registered model's checkpoint, `models:/name@alias` or `models:/name/version`, as a folder
+    of this machine.
+
+    Raises:
+        TrackingError: no MLflow is named, or it has no such model.
+    """
+    if uri in (None, "off"):
+        raise TrackingError("which MLflow? Give --mlflow URI, or set MLFLOW_TRACKING_URI")
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        place = download_artifacts(model, tracking_uri=uri, registry_uri=uri)
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at {redact(str(uri))} has no {model}: {error}") from None
+    found = sorted(Path(place).glob("artifacts/*/config.json"))
+    if not found:
+        raise TrackingError(f"{model} holds no checkpoint: `adsc run` registers models that do")
+    return found[0].parent
+
+
 def log_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:
     """`mlflow.pyfunc.log_model`, with explicit ids instead of an active run and global
     addresses."""

@@ -6,7 +6,7 @@ Fields marked OPERATIONAL decide how a stage is computed and not what: they are 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -124,6 +124,23 @@ def teacher_plan(distill: DistillSettings) -> "PruningPlan":
     return PruningPlan() if distill.teacher == DENSE else PruningPlan.parse(distill.teacher)
 
 
+def check_teacher(distill: DistillSettings, plans: Iterable[str]) -> None:
+    """Raise ValueError if a teacher has fewer vision tokens than a student, at any layer."""
+    from adsc.plan import PruningPlan
+
+    teacher = teacher_plan(distill)
+    for text in plans:
+        student = PruningPlan.parse(text)
+        for layer, _ in teacher.stages:
+            own, other = teacher.share_at(layer), student.share_at(layer)
+            if own < other:
+                raise ValueError(
+                    f"distill.teacher = {distill.teacher} keeps {own} of the vision tokens at "
+                    f"layer {layer}, and the plan {text}, which it teaches, {other}: name a milder "
+                    "teacher, or dense"
+                )
+
+
 class GrowSettings(Config):
     """Compression that grows from step to step, towards the plan (adsc.curriculum.grown_plan)."""
 
@@ -228,6 +245,9 @@ class TrainConfig(MethodConfig):
         if self.grow and self.method:
             raise ValueError("grow and method: a peer's choice does not grow; set plan, or no grow")
         check_plans(self.plans, self.weights)
+        if self.distill is not None and not self.method:
+            own = [self.plan] if isinstance(self.plan, str) and self.plan else []
+            check_teacher(self.distill, self.plans.values() or own)
         if self.strategy == "ddp" and (self.offload.optimizer or self.offload.parameters):
             raise ValueError("offload needs a ZeRO strategy: set strategy to zero2 or zero3")
         if self.strategy != "zero3" and self.offload.parameters:

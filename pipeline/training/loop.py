@@ -179,7 +179,11 @@ def _prepare(
         [p for n, p in trainable.named_parameters() if p.requires_grad and (".lora_" in n) is lora]
         for lora in (True, False)
     ]
-    strategy.prepare(trainable, [{"params": group} for group in groups if group])
+    try:
+        strategy.prepare(trainable, [{"params": group} for group in groups if group])
+    except BaseException:
+        objective.remove()
+        raise
     return objective, plans
 
 

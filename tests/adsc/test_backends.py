@@ -1,7 +1,6 @@
 """Attention backends beyond sdpa and eager: what each is handed, and that all agree.
 
-Flash attention has no kernel on a CPU. A stand-in takes its very inputs (no mask, or a 2-D mask of
-keys; position ids that tell packed samples) and computes what the kernel would.
+For flash attention a stand-in takes the kernels' inputs: see `flash.py`.
 """
 
 from __future__ import annotations
@@ -10,42 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
-from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
 import adsc
-from tests.adsc.test_drop import BATCHES, rows_of
-from tests.adsc.test_generation import GREEDY, MIXED, STAGES, attached
+from tests.adsc.attached import BATCHES, GREEDY, MIXED, STAGES, attached, rows_of
+from tests.adsc.flash import handed
 from tests.adsc.tiny import alone, batch, llava, pixels, reference, row
+from tests.matrix import matrix
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
-handed: list[Any] = []
-
-
-def _flash_stand_in(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """(B, H, Q, D) attention as the flash kernels do it: causal from the bottom right corner."""
-    rows, heads, width, _ = query.shape
-    length = key.shape[2]
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    slots = torch.arange(length)
-    mask = (slots[None, :] <= slots[-width:, None])[None, None]
-    if attention_mask is not None:
-        assert attention_mask.shape == (rows, length)
-        mask = mask & attention_mask.bool()[:, None, None]
-    elif _is_packed_sequence(kwargs.get("position_ids"), rows):
-        samples = (kwargs["position_ids"].flatten() == 0).cumsum(0)
-        mask = mask & (samples[:, None] == samples[None])
-    if module.__class__.__name__ == "LlamaAttention":
-        handed.append(None if attention_mask is None else attention_mask.shape)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("stand_in", _flash_stand_in)
-AttentionMaskInterface.register("stand_in", flash_attention_mask)
 
 
 def flash(**plan: Any) -> Any:
@@ -56,8 +27,7 @@ def flash(**plan: Any) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@matrix(rows=BATCHES, side=["left", "right"])
 def test_flash_inputs_give_the_reference(rows, side):
     inputs = batch(rows, side)
     for index, (logits, columns) in enumerate(rows_of(flash()(**inputs), inputs)):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, QuantizedCache
 
 import adsc
-from tests.adsc.test_generation import FROM_ZERO, GREEDY, MIXED, STAGES, attached
+from tests.adsc.attached import FROM_ZERO, GREEDY, MIXED, STAGES, attached
 from tests.adsc.tiny import LAYERS, TOKENS, alone, batch, greedy_reference, llava, row
 from tests.adsc.zoo import CASES
 

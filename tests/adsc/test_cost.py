@@ -19,6 +19,7 @@ from adsc.errors import CostError
 from adsc.plan import PlanError
 from adsc.solve import solve_plans
 from tests.adsc.counting import counted
+from tests.matrix import matrix
 
 IMAGE_TOKEN = 7
 
@@ -79,8 +80,7 @@ LLAVAS = {
 }
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", LLAVAS)
+@matrix(name=LLAVAS.keys(), attention=["eager", "sdpa"])
 def test_dense_llava_is_exact(name, attention):
     model = llava(attention, **LLAVAS[name])
     span = 17 if LLAVAS[name].get("vision_feature_select_strategy") == "full" else 16

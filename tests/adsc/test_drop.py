@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import DynamicCache
 
 import adsc
+from tests.adsc.attached import BATCHES, STAGES, attached, rows_of
 from tests.adsc.tiny import (
     IMAGE,
     LAYERS,
@@ -21,44 +20,14 @@ from tests.adsc.tiny import (
     reference,
     row,
 )
+from tests.matrix import matrix
 
-STAGES = [(2, 0.5), (4, 0.25)]
 # The worst measured difference is 1.4e-5 for logits of size 5 in fp32; a wrong token, mask or
 # position is above 1e-2.
 CLOSE = {"rtol": 0, "atol": 5e-5}
-BATCHES = {
-    "one row": [row(3, 0, 5)],
-    "same images": [row(3, 0, 5), row(7, 0, 2)],
-    "no images in a row": [row(3, 0, 5), row(9)],
-    "two and one and none": [row(2, 0, 3, 0, 4), row(4, 0, 1), row(6)],
-    "adjacent images": [row(2, 0, 0, 3), row(1, 0, 0, 9)],
-    "image first and last": [row(0, 3), row(5, 0)],
-    "text only": [row(5), row(8)],
-}
 
 
-def attached(stages: Any = STAGES, implementation: str = "sdpa", **plan: Any) -> Any:
-    model = llava()
-    model.set_attn_implementation(implementation)
-    return adsc.attach(model, adsc.PruningPlan(stages=stages, **plan))
-
-
-def rows_of(output: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, list[int]]]:
-    """Each row's logits at the columns that are left, and these columns without padding."""
-    rows = []
-    for index, logits in enumerate(output.logits):
-        seen = inputs["attention_mask"][index].bool()
-        if hasattr(output, "kept_positions"):
-            kept = output.kept_positions[-1][index]
-            rows.append((logits[kept >= 0], (seen.cumsum(0) - 1)[kept[kept >= 0]].tolist()))
-        else:
-            rows.append((logits[seen], list(range(int(seen.sum())))))
-    return rows
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@matrix(rows=BATCHES, side=["left", "right"], implementation=["sdpa", "eager"])
 def test_rows_of_a_batch_equal_the_reference(rows, side, implementation):
     inputs = batch(rows, side)
     model = attached(implementation=implementation)
@@ -71,9 +40,15 @@ def test_rows_of_a_batch_equal_the_reference(rows, side, implementation):
         torch.testing.assert_close(logits, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("anchor", ["last", "first", "center"])
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("stages", [[(0, 0.5)], [(0, 0.3), (1, 0.5), (5, 0.1)], [(3, 1.0)]])
+@matrix(
+    stages={
+        "one": [(0, 0.5)],
+        "three": [(0, 0.3), (1, 0.5), (5, 0.1)],
+        "all kept": [(3, 1.0)],
+    },
+    positions=["keep", "reindex"],
+    anchor=["last", "first", "center"],
+)
 def test_anchors_positions_and_layers(anchor, positions, stages):
     inputs = batch([row(3, 0, 5, 0, 2), row(1, 0, 2)])
     model = attached(stages, anchor=anchor, positions=positions)
@@ -85,9 +60,11 @@ def test_anchors_positions_and_layers(anchor, positions, stages):
         torch.testing.assert_close(logits, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("stages", [STAGES, [(0, 0.5), (3, 0.5)]], ids=["from 2", "from 0"])
-@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@matrix(
+    rows=BATCHES,
+    stages={"from 2": STAGES, "from 0": [(0, 0.5), (3, 0.5)]},
+    positions=["keep", "reindex"],
+)
 def test_cached_generation_equals_full_recomputation(rows, stages, positions):
     inputs = batch(rows)
     model = attached(stages, positions=positions)

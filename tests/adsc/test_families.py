@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import adsc
-from tests.adsc.zoo import CASES, Case, reference
+from tests.adsc.zoo import CASES, reference, rows_for
+from tests.matrix import matrix
 
 # The worst measured difference is 3.3e-5 (PaliGemma) for logits of size 5 to 8 in fp32.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-def rows_for(case: Case) -> list[list[Any]]:
-    """One and two pictures, adjacent ones, and words only."""
-    first, second, third = case.pictures(case.model())
-    return [[3, first, 4], [2, second, 1, third, 6], [5], [1, second, first, 2]]
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", CASES)
+@matrix(name=CASES.keys(), implementation=["sdpa", "eager"])
 def test_rows_of_a_batch_equal_the_reference(name, implementation):
     case = CASES[name]
     if name == "paligemma2" and implementation == "sdpa":

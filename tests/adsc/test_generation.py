@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import adsc
+from tests.adsc.attached import FROM_ZERO, GREEDY, MIXED, STAGES, attached
 from tests.adsc.tiny import (
     LAYERS,
     TOKENS,
@@ -21,21 +22,11 @@ from tests.adsc.tiny import (
     reference,
     row,
 )
-
-STAGES = [(2, 0.5), (4, 0.25)]
-FROM_ZERO = [(0, 0.5), (3, 0.5)]
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def attached(stages: Any = STAGES, **plan: Any) -> Any:
-    return adsc.attach(llava(), adsc.PruningPlan(stages=stages, **plan))
+from tests.matrix import matrix
 
 
 def new_tokens(got: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
     return got[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-MIXED = [row(3, 0, 5), row(2, 0, 3, 0, 4), row(6)]
 
 
 @pytest.mark.parametrize("stages", [STAGES, FROM_ZERO], ids=["from 2", "from 0"])
@@ -79,11 +70,18 @@ def test_assisted_decoding_equals_greedy(assistant, stages):
     assert new_tokens(got, inputs)[0] == greedy_reference(llava(), alone(inputs, 0), 12, stages)
 
 
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("stages", [STAGES, FROM_ZERO], ids=["from 2", "from 0"])
-@pytest.mark.parametrize("image", [False, True], ids=["words", "an image"])
-@pytest.mark.parametrize("opening", ["image", "words"])
-def test_a_conversation_goes_on_on_the_same_cache(opening, image, stages, positions):
+@matrix(
+    opened={
+        "image, words": ("image", False),
+        "image, image": ("image", True),
+        "words, words": ("words", False),
+        "words, image": ("words", True),
+    },
+    stages={"from 2": STAGES, "from 0": FROM_ZERO},
+    positions=["keep", "reindex"],
+)
+def test_a_conversation_goes_on_on_the_same_cache(opened, stages, positions):
+    opening, image = opened
     first = row(3, 0, 5) if opening == "image" else row(4)
     model = attached(stages, positions=positions)
     cache = DynamicCache(config=model.config.get_text_config())

@@ -21,10 +21,11 @@ from adsc.peers.fastv import FastV
 from adsc.peers.pyramiddrop import PyramidDrop
 from adsc.peers.sparsevlm import SparseVLM
 from adsc.tiles import Region, cut, ragged_counts
+from tests.adsc.cost_cases import CASES, ids, types
 from tests.adsc.counting import counted
-from tests.adsc.peer_reference import LAYERS, TOKENS, llava
-from tests.adsc.test_cost_families import CASES, ids, types
-from tests.adsc.test_peers import MIXED, attached, batch, made
+from tests.adsc.peer_cases import MIXED, attached, made
+from tests.adsc.peer_reference import LAYERS, TOKENS, batch, llava
+from tests.matrix import matrix
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +197,7 @@ def test_a_method_in_a_config_that_is_not_known_is_refused():
         FastV(stages=((1, Fraction(1, 3)), (2, Fraction(1, 2))))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-@pytest.mark.parametrize("name", peers.NAMES)
+@matrix(name=peers.NAMES, tower=["clip", "siglip"], attention=["eager", "sdpa"])
 def test_cost_is_exact(name, tower, attention):
     model = llava(tower, attention)
     method = made(name, model)

@@ -10,9 +10,9 @@ import torch
 
 import adsc
 from adsc import peers
-from tests.adsc.test_families import rows_for
 from tests.adsc.tiny import kept_of
-from tests.adsc.zoo import CASES, IMAGE, VIDEO, units_of
+from tests.adsc.zoo import CASES, IMAGE, VIDEO, rows_for, units_of
+from tests.matrix import matrix, pairs
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 EVERY = [
@@ -43,7 +43,7 @@ def attached(name: str, family: str, implementation: str = "sdpa") -> Any:
     return adsc.attach(model, peers.make(name, model, 13, **how))
 
 
-@pytest.mark.parametrize(("name", "family"), PAIRS)
+@pairs(("name", "family"), PAIRS)
 def test_a_row_of_a_batch_is_the_row_alone(name, family):
     case = CASES[family]
     model, rows = attached(name, family), rows_for(case)
@@ -68,7 +68,7 @@ def test_a_row_of_a_batch_is_the_row_alone(name, family):
                 assert left == method.tokens_per_layer(len(unit), layers)[-1]
 
 
-@pytest.mark.parametrize(("name", "family"), PAIRS)
+@pairs(("name", "family"), PAIRS)
 def test_cached_generation_equals_one_forward_with_labels(name, family):
     case = CASES[family]
     model, rows = attached(name, family), rows_for(case)[:2]
@@ -90,8 +90,7 @@ def test_cached_generation_equals_one_forward_with_labels(name, family):
         assert logits[0, -5:-1].argmax(-1).tolist() == answers[index].tolist()
 
 
-@pytest.mark.parametrize("name", ["pool", "visionzip", "fastv"])
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+@matrix(name=["pool", "visionzip", "fastv"], family=["llava_next", "qwen2_5_vl"])
 def test_beams_share_their_pictures(name, family):
     """One a row: before 5.2x transformers itself repeats the pictures of other rows wrongly."""
     case = CASES[family]

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 
 import adsc
 from adsc import peers
+from tests.adsc.peer_cases import CLOSE, attached, expected
 from tests.adsc.peer_reference import alone, batch, llava, row
-from tests.adsc.test_peers import CLOSE, attached, expected
 from tests.adsc.tiny import IMAGE
+from tests.matrix import matrix
 
 ROWS = [row(3, 0, 7), row(2, 0, 3, 0, 6), row(6)]
 ANSWER = 2  # the last words of a row
@@ -62,8 +63,7 @@ def gradients(model: Any, **inputs: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", peers.NAMES)
+@matrix(name=peers.NAMES, reentrant=[False, True])
 def test_gradient_checkpointing_chooses_once_and_changes_nothing(name, reentrant, monkeypatch):
     """With adapters whose dropout must draw the same numbers in both runs of a layer."""
     config = LoraConfig(

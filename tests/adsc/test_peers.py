@@ -2,86 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import DynamicCache
 
 import adsc
 from adsc import peers
+from tests.adsc import flash  # noqa: F401  (registers the stand-in)
 from tests.adsc import peer_reference as paper
+from tests.adsc.peer_cases import (
+    CLOSE,
+    GREEDY,
+    MIXED,
+    attached,
+    expected,
+    stage_counts,
+)
 from tests.adsc.peer_reference import LAYERS, TOKENS, alone, batch, llava, row
-
-# The worst measured difference is 2.0e-5 for logits of size 5 in fp32.
-CLOSE = {"rtol": 0, "atol": 1e-4}
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-MIXED = [row(3, 0, 5), row(2, 0, 3, 0, 6), row(6), row(1, 0, 0, 9)]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "stride": {"average": 16},
-    "random": {"average": 10, "seed": 3},
-    "pool": {"average": 10},
-    "fastv": {"average": 16},
-    "pyramiddrop": {"average": 14},
-    "sparsevlm": {"average": 18, "tolerance": 0.05},
-    "visionzip": {"average": 10},
-    "dart": {"average": 20},
-    "divprune": {"average": 9},
-    "tome": {"average": 10},
-    "downsample": {"average": 10},
-}
+from tests.matrix import matrix
 
 
-def made(name: str, model: Any, **more: Any) -> Any:
-    return peers.make(name, model, **SETTINGS[name] | more)
-
-
-def attached(name: str, attention: str = "sdpa", **more: Any) -> Any:
-    model = llava(attention=attention)
-    return adsc.attach(model, made(name, model, **more))
-
-
-def rule_of(name: str, method: Any) -> Any:
-    layers = [layer for layer, _ in method.stages]
-    if name == "stride":
-        last = [
-            [((j + 1) * TOKENS) // m - 1 for j in range(m)]
-            for m in method.tokens_after_drops(TOKENS)
-        ]
-        return lambda state, image, m, stage: dict.fromkeys(
-            state.images[image][token] for token in last[stage]
-        )
-    return {
-        "random": lambda: paper.random(3),
-        "pool": lambda: paper.pool,
-        "fastv": lambda: paper.fastv(layers[0]),
-        "pyramiddrop": lambda: paper.pyramiddrop(layers),
-        "sparsevlm": lambda: paper.sparsevlm(layers),
-        "visionzip": lambda: paper.visionzip(2),
-        "dart": lambda: paper.dart(layers[0]),
-        "divprune": lambda: paper.divprune,
-        "tome": lambda: paper.tome(layers[0]),
-        "downsample": lambda: paper.pool,
-    }[name]()
-
-
-def stage_counts(method: Any) -> list[tuple[int, int]]:
-    each = method.tokens_per_layer(TOKENS, LAYERS)
-    return [(layer, each[layer]) for layer, _ in method.stages]
-
-
-def expected(name: str, model: Any, inputs: Any, query: int | None = None) -> Any:
-    """The reference of one row by an eager model of the same weights."""
-    method = made(name, model)
-    rule, counts = rule_of(name, method), stage_counts(method)
-    if name == "downsample" and "pixel_values" in inputs:
-        pictures = paper.low_resolution(inputs["pixel_values"], counts[0][1])
-        inputs = inputs | {"pixel_values": pictures}
-    return paper.reference(model, inputs, rule, counts, method.positions, query)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", peers.NAMES)
+@matrix(name=peers.NAMES, implementation=["sdpa", "eager"])
 def test_rows_of_a_batch_equal_the_paper(name, implementation):
     model, plain = attached(name, implementation), llava(attention="eager")
     for side in ("left", "right") if implementation == "sdpa" else ("right",):
@@ -236,8 +177,6 @@ def test_detach_restores_the_model_bit_for_bit(name):
 @pytest.mark.parametrize("name", peers.NAMES)
 def test_flash_inputs_give_the_same(name):
     """With the stand-in for flash kernels, which takes their very inputs."""
-    import tests.adsc.test_backends  # noqa: F401  (registers it)
-
     model, inputs = attached(name), batch(MIXED)
     wanted = model(**inputs)
     model.model.language_model.set_attn_implementation("stand_in")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adsc
-from tests.adsc.test_drop import rows_of
+from tests.adsc.attached import rows_of
 from tests.adsc.tiny import TOKENS, batch, kept_of, llava, row
 from tests.adsc.zoo import CASES
 

@@ -23,6 +23,7 @@ from adsc.plan import PruningPlan
 from adsc.tiles import Region, cut, even_tiles, ragged_counts, share
 from tests.adsc.tiny import LAYERS, TOKENS, batch, llava, row
 from tests.adsc.zoo import CASES, Case, Picture, reference
+from tests.matrix import matrix, pairs
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Weights and states are float64 on both sides, but transformers' softmax and norms are float32: the
@@ -310,7 +311,7 @@ def double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return cast(inputs, torch.float64)
 
 
-@pytest.mark.parametrize(("name", "text"), PLANS)
+@pairs(("name", "text"), PLANS)
 def test_rows_of_a_batch_equal_the_reference(name, text):
     case, plan = CASES[name], adsc.PruningPlan.parse(text)
     plain = case.model()
@@ -333,7 +334,7 @@ def test_rows_of_a_batch_equal_the_reference(name, text):
             torch.testing.assert_close(output.logits[index][kept >= 0], wanted, **EXACT)
 
 
-@pytest.mark.parametrize(("name", "text"), PLANS)
+@pairs(("name", "text"), PLANS)
 def test_each_cache_layer_holds_what_its_layer_saw(name, text):
     case, plan = CASES[name], adsc.PruningPlan.parse(text)
     plain = case.model()
@@ -365,7 +366,7 @@ def test_each_cache_layer_holds_what_its_layer_saw(name, text):
     )
 
 
-@pytest.mark.parametrize(("name", "text"), PLANS)
+@pairs(("name", "text"), PLANS)
 def test_generation_with_a_cache_equals_generation_without(name, text):
     case = CASES[name]
     lines = lines_for(case, case.model())
@@ -382,8 +383,7 @@ def test_generation_with_a_cache_equals_generation_without(name, text):
     assert cached[1, inputs["input_ids"].shape[1]] == logits[-1].argmax()
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
-@pytest.mark.parametrize("number", [0, 1, 2])
+@matrix(name=["llava", "llava_next", "qwen2_5_vl", "gemma3"], number=[0, 1, 2])
 def test_gradients_equal_the_reference_and_reach_every_member(name, number):
     case = CASES[name]
     plan = adsc.PruningPlan.parse(plans_for(case)[number])
@@ -429,9 +429,11 @@ POOLED = ["1:1/4;pool=tiles", "2:1/3,4:0;pool=tiles", "0:0.4,3:1/2;pool=runs;anc
 MIXED = [row(3, 0, 5), row(2, 0, 3, 0, 4), row(6)]
 
 
-@pytest.mark.parametrize("text", POOLED)
-@pytest.mark.parametrize("how", [{"num_beams": 3, "num_return_sequences": 2}, {}])
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
+@matrix(
+    text=POOLED,
+    how={"beams": {"num_beams": 3, "num_return_sequences": 2}, "greedy": {}},
+    positions=["keep", "reindex"],
+)
 def test_beams_and_positions(text, how, positions):
     inputs = batch(MIXED)
     model = adsc.attach(llava(), adsc.PruningPlan.parse(text, positions=positions))
@@ -454,7 +456,9 @@ def test_static_caches(text):
     assert [layer.keys.shape[-2] for layer in cache.layers] == [n + 8 + 4 for n in vision]
 
 
-@pytest.mark.parametrize("text", POOLED)
+@pytest.mark.parametrize(
+    "text", [pytest.param(t, marks=() if t == POOLED[1] else pytest.mark.slow) for t in POOLED]
+)
 @torch.no_grad()
 def test_prefill_compiles_into_one_graph(text):
     torch._dynamo.reset()

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import multiprocessing
 
 import adsc
-from tests.adsc.test_generation import STAGES, attached
-from tests.adsc.test_training import _collate
+from tests.adsc.attached import STAGES, attached
+from tests.adsc.rows import collate
 from tests.adsc.tiny import IMAGE, TOKENS, pixels, row
 
 # Pictures differ in number from row to row, so both processes pad and drop differently.
@@ -23,7 +23,7 @@ STEPS = 3
 
 
 def _inputs(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    inputs = _collate(rows)
+    inputs = collate(rows)
     drawn = [pixels(one.count(IMAGE) // TOKENS, seed=sum(one)) for one in rows]
     return inputs | {"pixel_values": torch.cat(drawn)}
 

@@ -15,11 +15,11 @@ from adsc import peers
 from adsc.attachment.supervised import head, hidden_states
 from adsc.peers.visionzip import _PASSES
 from tests.adsc import peer_reference as larger
-from tests.adsc.test_families import rows_for
-from tests.adsc.test_generation import GREEDY, MIXED
-from tests.adsc.test_peers import attached
+from tests.adsc.attached import GREEDY, MIXED
+from tests.adsc.peer_cases import attached
 from tests.adsc.tiny import TOKENS, batch, llava, row
-from tests.adsc.zoo import CASES, IMAGE, VIDEO
+from tests.adsc.zoo import CASES, IMAGE, VIDEO, rows_for
+from tests.matrix import matrix
 
 PLAN, OTHER = "2:2/3,4:1/2", "1:1/2"
 
@@ -45,8 +45,7 @@ def test_a_suspended_call_is_plain_and_another_plan_is_as_if_attached(name):
     assert adsc.plan_of(model) == adsc.PruningPlan(stages=case.drops)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("drops", [True, False], ids=["plan", "dense"])
+@matrix(name=CASES.keys(), drops={"plan": True, "dense": False})
 def test_losses_at_supervised_positions_are_those_of_the_model(name, drops):
     """Measured worst difference 1e-6 (relative)."""
     case = CASES[name]

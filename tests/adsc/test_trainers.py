@@ -17,8 +17,8 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import adsc
-from tests.adsc.test_generation import attached
-from tests.adsc.test_training import _collate, _Rows
+from tests.adsc.attached import attached
+from tests.adsc.rows import Rows, collate
 from tests.adsc.tiny import IMAGE, TOKENS, batch, pixels, processor, row
 
 LORA = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj")
@@ -153,8 +153,8 @@ def _evaluating(model: Any, path: Any, **more: Any) -> Trainer:
     return Trainer(
         model=model,
         args=TrainingArguments(output_dir=str(path), per_device_eval_batch_size=3, **QUIET),
-        eval_dataset=_Rows(),
-        data_collator=_collate,
+        eval_dataset=Rows(),
+        data_collator=collate,
         compute_metrics=_accuracy,
         **more,
     )
@@ -173,7 +173,7 @@ def test_the_trainer_evaluates_metrics_on_labels_of_full_length(tmp_path, anchor
     got = trainer.evaluate()
     right, losses, counted = 0, 0.0, 0
     for index in range(8):  # each row alone, logits at the columns that are left
-        inputs = _collate([_Rows()[index]])
+        inputs = collate([Rows()[index]])
         with torch.no_grad():
             output = model(**inputs)
         labels = inputs["labels"]
@@ -223,7 +223,7 @@ def test_kept_positions_are_a_field_of_the_output():
 
 def _with_own_pictures(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """Each row's pictures follow from its words, whatever batch it is in."""
-    inputs = _collate(rows)
+    inputs = collate(rows)
     drawn = [pixels(one.count(IMAGE) // TOKENS, seed=sum(one)) for one in rows]
     return inputs | ({"pixel_values": torch.cat(drawn)} if "pixel_values" in inputs else {})
 
@@ -241,12 +241,12 @@ def test_the_trainer_with_accumulated_steps_equals_the_whole_batch(tmp_path):
             max_steps=2,
             **QUIET,
         ),
-        train_dataset=_Rows(),
+        train_dataset=Rows(),
         data_collator=_with_own_pictures,
     )
     trainer.train()
     losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
-    whole = _with_own_pictures([_Rows()[index] for index in range(8)])
+    whole = _with_own_pictures([Rows()[index] for index in range(8)])
     assert (whole["labels"][whole["input_ids"] == IMAGE] == -100).all()
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.05)
     for loss in losses:

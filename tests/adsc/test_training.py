@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import adsc
-from tests.adsc.test_generation import STAGES, attached
+from tests.adsc.attached import STAGES, attached
+from tests.adsc.rows import Rows, collate
 from tests.adsc.tiny import IMAGE, alone, batch, llava, pixels, reference, row, states
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
@@ -94,20 +95,6 @@ def test_autocast_stays_near_full_precision_and_keeps_the_lengths():
     torch.testing.assert_close(output.loss, wanted.loss, rtol=0.05, atol=0)
 
 
-class _Rows(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> list[int]:
-        return row(3, 0, 5, seed=index) if index % 3 else row(6, seed=index)
-
-
-def _collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    inputs = batch(rows, "right")
-    hidden = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == IMAGE)
-    return inputs | {"labels": inputs["input_ids"].masked_fill(hidden, -100)}
-
-
 def _train(model: Any, path: Any, **arguments: Any) -> list[float]:
     trainer = Trainer(
         model=model,
@@ -123,9 +110,9 @@ def _train(model: Any, path: Any, **arguments: Any) -> list[float]:
             disable_tqdm=True,
             **arguments,
         ),
-        train_dataset=_Rows(),
-        eval_dataset=_Rows(),
-        data_collator=_collate,
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        data_collator=collate,
     )
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
@@ -144,7 +131,7 @@ def test_the_trainer_runs_unchanged_and_moves_the_declared_parameters(tmp_path):
 
 
 def test_ddp_around_an_attached_model_changes_nothing(tmp_path):
-    inputs = _collate([row(3, 0, 5), row(2, 0, 3, 0, 4), row(6)])
+    inputs = collate([row(3, 0, 5), row(2, 0, 3, 0, 4), row(6)])
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )

@@ -556,3 +556,9 @@ CASES = {
         blocks=prefix,
     ),
 }
+
+
+def rows_for(case: Case) -> list[list[Any]]:
+    """One and two pictures, adjacent ones, and words only."""
+    first, second, third = case.pictures(case.model())
+    return [[3, first, 4], [2, second, 1, third, 6], [5], [1, second, first, 2]]

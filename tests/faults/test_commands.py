@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def shadows(tmp_path: Path) -> Path:
     return where
 
 
+@pytest.mark.ray
 def test_a_run_from_a_folder_that_shadows_packages(shadows: Path, tmp_path: Path) -> None:
     """A real Ray of its own: its workers import the toy pipeline and all that Ray needs."""
     import json
@@ -234,14 +236,20 @@ def test_a_store_that_may_only_be_read_and_holds_a_journal(
     assert list((small_disk / "tracking").glob("*.jsonl"))
 
 
-def test_a_user_without_an_account_and_home(tmp_path: Path) -> None:
+@pytest.fixture
+def common() -> Iterator[Path]:
+    """A folder that every user can reach; those of `tmp_path` pytest keeps for its own."""
+    with tempfile.TemporaryDirectory(prefix="adsc-common-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_user_without_an_account_and_home(common: Path) -> None:
     if os.getuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("taking another user id needs the superuser and setpriv")
-    store = tmp_path / "store"
+    store = common / "store"
     store.mkdir()
-    for path in (store, tmp_path, *tmp_path.parents):
-        if path.stat().st_mode & 0o001 == 0:
-            path.chmod(0o777)
+    store.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "USER", "LOGNAME")}
     environment |= {"PYTHONPATH": str(REPOSITORY), "TMPDIR": "/tmp"}
     for words in (["ls", "demo", "--root", str(store)], ["ls", "demo", "--root", "s3://lab/x"]):

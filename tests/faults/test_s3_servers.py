@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.publishing.publish import publish
 from pipeline.store import Store, StoreError, open_store
+from tests.faults.checkpoints import check, make
 from tests.faults.proxy import Fault, Proxy
-from tests.faults.test_transfer import check, make
 
 
 @pytest.fixture(autouse=True)

@@ -25,12 +25,10 @@ from typing import Any
 import pytest
 
 from pipeline.publishing.manifest import ExportError, digest, verify_folder, write_manifest
-from pipeline.publishing.publish import CLAIM, Published, publish, pull
+from pipeline.publishing.publish import CLAIM, publish, pull
 from pipeline.store import DiskFull, Store, StoreAway, StoreError, open_store
+from tests.faults.checkpoints import SIZES, WEIGHTS, export, make
 from tests.faults.proxy import Fault, Proxy
-
-WEIGHTS = "model-00001.safetensors"
-SIZES = {WEIGHTS: (9 << 20) + 5, "model-00002.safetensors": 1 << 20, "config.json": 300}
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +42,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("made") / "checkpoint")
-
-
-def make(folder: Path) -> Path:
-    """A folder as the export stage writes it, but for what is in the files."""
-    folder.mkdir()
-    for name, size in SIZES.items():
-        (folder / name).write_bytes(os.urandom(size))
-    write_manifest(folder, {"commit": "8518b82"})
-    return folder
 
 
 @pytest.fixture
@@ -81,11 +70,6 @@ def hasty(place: Store, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> Store:
         monkeypatch.setattr("pipeline.store.s3.ATTEMPTS", 5)
         monkeypatch.setattr("pipeline.publishing.publish.TRIES", 60)
     return open_store(place.root)
-
-
-def check(copy: Path) -> dict[str, float]:
-    """What `publish` asks for; that a model computes the same is test_export's subject."""
-    return {"files": len(verify_folder(copy))}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,10 +118,6 @@ def note(request: pytest.FixtureRequest) -> Callable[..., None]:
         ROWS.append(Row(len(ROWS), fault, str(requests), said.replace("|", "/"), test))
 
     return add
-
-
-def export(place: Store, checkpoint: Path) -> Published:
-    return publish(checkpoint, place, check)
 
 
 up = partial(Fault, method="PUT", part=WEIGHTS)
@@ -313,7 +293,7 @@ def test_killed_in_mid_export(
     """A process of its own, killed when it sends the second part; the same goes on."""
     script = (
         "import sys; from pathlib import Path; from pipeline.store import open_store;"
-        "from tests.faults.test_transfer import export;"
+        "from tests.faults.checkpoints import export;"
         "export(open_store(sys.argv[1]), Path(sys.argv[2]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, place.root, str(checkpoint)])
@@ -466,7 +446,7 @@ def test_memory_is_bounded(place: Store, tmp_path: Path) -> None:
     script = (
         "import sys, resource; from pathlib import Path; import boto3;"
         "import pipeline.publishing.publish as publish;"
-        "from pipeline.store import open_store; from tests.faults.test_transfer import export;"
+        "from pipeline.store import open_store; from tests.faults.checkpoints import export;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10;"
         "place, before = open_store(sys.argv[1]), peak();"
         "export(place, Path(sys.argv[2])); publish.pull(place, Path(sys.argv[3]));"

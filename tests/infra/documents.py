@@ -65,3 +65,13 @@ def pod_templates() -> list[tuple[str, dict[str, Any]]]:
             for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
                 found.append((f"{name}/{group.get('groupName', 'head')}", group["template"]))
     return found
+
+
+BUILT_IN = {
+    "ray_node_cpu_utilization",
+    "ray_node_mem_used",
+    "ray_node_mem_total",
+    "ray_node_gpus_utilization",
+}
+"""Ray's own, that the dashboard draws besides; all but the last are looked for on a real node by
+tests/workflows/test_jobs.py."""

@@ -6,16 +6,7 @@ import promql_parser
 import pytest
 
 from pipeline.tracking.gauges import GAUGES, STATES
-from tests.infra.documents import INFRA, files, pod_templates, read_json, read_yaml
-
-BUILT_IN = {
-    "ray_node_cpu_utilization",
-    "ray_node_mem_used",
-    "ray_node_mem_total",
-    "ray_node_gpus_utilization",
-}
-"""Ray's own, that the dashboard draws besides; all but the last are looked for on a real node by
-tests/workflows/test_jobs.py."""
+from tests.infra.documents import BUILT_IN, INFRA, files, pod_templates, read_json, read_yaml
 
 
 def dashboard() -> dict[str, Any]:

@@ -11,6 +11,11 @@ from pipeline.durable.record import Record
 from pipeline.durable.stage import Input, Inputs, RunContext, StageContext
 from pipeline.tracking.tracker import RunHandle, Tracker
 
+DATA = {"template": "vicuna_short", "digest": "0" * 64}
+"""Outputs of a stage that prepared data."""
+QUICK = {"prefill_rounds": 2, "decode_rounds": 1, "decode_tokens": 3, "max_new_tokens": 4}
+"""Changes to EvaluateConfig: the least that is still measured."""
+
 
 def stage_context(
     name: str,

@@ -13,7 +13,7 @@ from pipeline.training.checkpoints import read_moments
 from pipeline.training.config import LoraSettings, TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.torchrun import FolderContext
-from tests.pipeline.test_training import CONFIG, Plain, sources, trained, worst_difference
+from tests.pipeline.training_runs import CONFIG, Plain, sources, trained, worst_difference
 from tests.small import Small
 
 PROJECTOR = (r".*multi_modal_projector\..*",)

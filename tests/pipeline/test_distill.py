@@ -23,12 +23,20 @@ from pipeline.training.batches import StepLoader
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
 from pipeline.training.loop import Sources, train
 from pipeline.training.objective import Objective
-from tests.pipeline.test_strategies import in_two_processes
-from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
+from tests.pipeline.training_runs import (
+    CONFIG,
+    DISTILL,
+    LORA,
+    Logged,
+    Plain,
+    in_two_processes,
+    sources,
+    trained,
+    worst_difference,
+)
 from tests.small import Small
 
 CPU = torch.device("cpu")
-DISTILL = DistillSettings(weight=0.7, temperature=2.0)
 DISTILLED = CONFIG.model_copy(update={"distill": DISTILL})
 EXACT = DISTILLED.model_copy(
     update={"lora": LORA.model_copy(update={"dropout": 0.0}), "checkpoint_every": 6}
@@ -209,15 +217,6 @@ def test_resumed_equals_uninterrupted(small: Small, tmp_path: Path, whole: Plain
     assert worst_difference(trained(tmp_path), trained(whole.folder)) == 0
 
 
-class Logged(Plain):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.metrics: list[dict[str, float]] = []
-
-    def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        self.metrics.append(metrics)
-
-
 def test_the_log_has_the_parts_of_the_loss_and_the_teachers_share(
     small: Small, tmp_path: Path
 ) -> None:
@@ -315,3 +314,10 @@ def test_data_without_answers_are_refused(small: Small, tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     strategies(*sys.argv[1:])
+
+
+@pytest.mark.parametrize("teacher", ["1:1/8", "0:1/2", "1:1/2,3:1/16"])
+def test_a_teacher_with_fewer_tokens_than_its_student_is_refused(teacher: str) -> None:
+    with pytest.raises(ValueError, match=r"name a milder teacher, or dense"):
+        TrainConfig(plan="1:1/4", distill=DistillSettings(teacher=teacher))
+    TrainConfig(plan="0:1/4,3:1/8", distill=DistillSettings(teacher="0:1/2,3:1/8"))

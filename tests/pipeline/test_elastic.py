@@ -23,14 +23,15 @@ from pipeline.stages.export import compare_logits, export
 from pipeline.stages.merge import merge
 from pipeline.tracking import tracker as tracking
 from pipeline.training.loop import train
-from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_training import CONFIG, Plain, sources
+from tests.pipeline.contexts import DATA, stage_context
+from tests.pipeline.training_runs import CONFIG, Plain, sources
 from tests.small import Small
 from workflows.commands.main import main
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 PLANS = {"28": "1:1/4", "13": "0:1/4,2:1/2", "5": "0:1/8,2:1/4"}
 DEFAULT = "13"
-DATA = {"template": "vicuna_short", "digest": "0" * 64}
 BUDGETS = [*PLANS, "dense"]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.merge import MergeMismatch, merge
 from pipeline.stages.prepare import SCHEMA
 from pipeline.training.loop import train
-from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_training import CONFIG, Plain, sources
+from tests.pipeline.contexts import DATA, QUICK, stage_context
+from tests.pipeline.training_runs import CONFIG, Plain, sources
 from tests.small import Small
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 PLAN = CONFIG.plan
-DATA = {"template": "vicuna_short", "digest": "0" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +85,11 @@ def test_a_merge_that_is_not_the_same_model_is_not_published(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-@pytest.fixture
-def inputs(small: Small, merged: Path, trained: Path) -> dict[str, tuple[Path, dict[str, str]]]:
+Inputs = dict[str, tuple[Path, dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def all_inputs(small: Small, merged: Path, trained: Path) -> Inputs:
     return {
         "base": (small.base, {}),
         "data": (small.prepared, DATA),
@@ -93,19 +98,36 @@ def inputs(small: Small, merged: Path, trained: Path) -> dict[str, tuple[Path, d
     }
 
 
+@pytest.fixture
+def inputs(all_inputs: Inputs) -> Inputs:
+    """What a test may replace."""
+    return dict(all_inputs)
+
+
 ARMS = (
     ArmConfig(name="dense", label="dense", checkpoint="base"),
     ArmConfig(name="dense_lora", label="control", checkpoint="merge", trained=True),
     ArmConfig(name="plan_trained", label="plan", checkpoint="merge", plan=PLAN, trained=True),
 )
-QUICK = {"prefill_rounds": 2, "decode_rounds": 1, "decode_tokens": 3, "max_new_tokens": 4}
+SHARDED = EvaluateConfig(arms=ARMS, shard_questions=20, **QUICK)
 
 
-def test_evaluate_writes_results_that_the_report_reads(inputs: Any, tmp_path: Path) -> None:
-    ctx = stage_context("evaluate", tmp_path / "out", inputs)
-    evaluate(ctx, EvaluateConfig(arms=ARMS, **QUICK))
-    results = Results.read(ctx.out / "results.json")
-    raw = json.loads((ctx.out / "results.json").read_text())
+@pytest.fixture(scope="module")
+def evaluated(all_inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that SHARDED wrote by one worker: `out`, and the answers below `run`."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    evaluate(stage_context("evaluate", folder / "out", all_inputs), SHARDED)
+    return folder
+
+
+def answers_of(folder: Path) -> pa.Table:
+    return pq.read_table(folder / "out" / "samples.parquet").drop(["seconds", "batch_size"])
+
+
+def test_evaluate_writes_results_that_the_report_reads(evaluated: Path, inputs: Inputs) -> None:
+    out = evaluated / "out"
+    results = Results.read(out / "results.json")
+    raw = json.loads((out / "results.json").read_text())
     assert (raw["num_vision_tokens"], raw["num_layers"]) == (64, 4)
     assert [arm["tokens_per_layer"] for arm in raw["arms"]] == [[64] * 4] * 2 + [[64, 32, 8, 8]]
     plan = raw["arms"][2]
@@ -116,7 +138,7 @@ def test_evaluate_writes_results_that_the_report_reads(inputs: Any, tmp_path: Pa
     assert plan["peak_memory_bytes"] >= plan["working_memory_bytes"] >= 0
     assert raw["curves"]["train-1 (no drop)"][-1][0] == CONFIG.steps
     assert len(results.arms) == 3 and results.control is not None
-    table = pq.read_table(ctx.out / "samples.parquet").to_pylist()
+    table = pq.read_table(out / "samples.parquet").to_pylist()
     assert len(table) == 3 * raw["num_questions"] == 3 * 48
     for arm in raw["arms"]:
         own = [row["score"] for row in table if row["arm"] == arm["name"]]
@@ -130,31 +152,29 @@ def test_evaluate_writes_results_that_the_report_reads(inputs: Any, tmp_path: Pa
     assert 0 < row["generated_tokens"] <= 4 and row["seconds"] > 0
 
 
-def test_any_number_of_workers_gives_the_same_answers(inputs: Any, tmp_path: Path) -> None:
-    found = []
-    for workers in (1, 2):
-        ctx = stage_context("evaluate", tmp_path / str(workers) / "out", inputs)
-        ctx.run = dataclasses.replace(ctx.run, num_workers=workers, cpus_per_worker=0.5)
-        evaluate(ctx, EvaluateConfig(arms=ARMS, shard_questions=10, batch_size=4, **QUICK))
-        found.append(pq.read_table(ctx.out / "samples.parquet").drop(["seconds"]))
-        assert len(list((tmp_path / str(workers) / "run").rglob("*.parquet"))) == 3 * 5
-    assert found[0].equals(found[1])
+def test_any_number_of_workers_gives_the_same_answers(
+    evaluated: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    """However they are cut into shards and batches, too."""
+    ctx = stage_context("evaluate", tmp_path / "out", inputs)
+    ctx.run = dataclasses.replace(ctx.run, num_workers=2, cpus_per_worker=0.5)
+    evaluate(ctx, EvaluateConfig(arms=ARMS, shard_questions=10, batch_size=4, **QUICK))
+    assert len(list((tmp_path / "run").rglob("*.parquet"))) == 3 * 5
+    assert answers_of(tmp_path).equals(answers_of(evaluated))
 
 
-def test_a_second_attempt_answers_only_unfinished_shards(inputs: Any, tmp_path: Path) -> None:
-    config = EvaluateConfig(arms=ARMS[:1], shard_questions=20, control="dense", **QUICK)
-    first = stage_context("evaluate", tmp_path / "out", inputs)
-    evaluate(first, config)
+def test_a_second_attempt_answers_only_unfinished_shards(
+    evaluated: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    shutil.copytree(evaluated / "run", tmp_path / "run")
     shards = sorted((tmp_path / "run").rglob("*.parquet"))
     before = {shard: shard.stat().st_mtime_ns for shard in shards}
-    assert len(shards) == 3
-    whole = pq.read_table(first.out / "samples.parquet").drop(["seconds"])
+    assert len(shards) == 3 * 3
     shards[1].unlink()
-    second = stage_context("evaluate", tmp_path / "again", inputs)
-    evaluate(second, config)
+    evaluate(stage_context("evaluate", tmp_path / "out", inputs), SHARDED)
     after = {shard: shard.stat().st_mtime_ns for shard in shards}
-    assert [before[s] == after[s] for s in shards] == [True, False, True]
-    assert pq.read_table(second.out / "samples.parquet").drop(["seconds"]).equals(whole)
+    assert [shard for shard in shards if before[shard] != after[shard]] == [shards[1]]
+    assert answers_of(tmp_path).equals(answers_of(evaluated))
 
 
 def test_questions_without_pictures_have_results(small: Small, inputs: Any, tmp_path: Path) -> None:

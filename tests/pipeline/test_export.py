@@ -519,3 +519,54 @@ def test_the_stage_publishes_where_it_is_told(
     done = pull(open_store(address), tmp_path / "copy")
     assert done.digest == outputs["manifest"]
     assert verify_folder(tmp_path / "copy") == verify_folder(tmp_path / "out")
+
+
+def test_nothing_but_weights_lies_beside_the_config(exported: Exported) -> None:
+    """Serving engines read every safetensors file that does."""
+    folder = exported.folder
+    beside = {path.name for path in folder.glob("*.safetensors")}
+    assert beside and all(name.startswith("model-") for name in beside)
+    assert (folder / "probe" / "probe.safetensors").is_file()
+    assert "probe/probe.safetensors" in (folder / "README.md").read_text()
+
+
+def test_an_export_from_before_is_checked_as_it_is(copy: Path) -> None:
+    """Its probe lies beside the weights."""
+    shutil.move(copy / "probe" / "probe.safetensors", copy / "probe.safetensors")
+    (copy / "probe").rmdir()
+    write_manifest(copy, {})
+    assert main([str(copy)]) == 0
+
+
+def test_the_template_writes_the_bos_token_once(exported: Exported, merged: Path) -> None:
+    """A rendered conversation has the tokens that training had, whoever turns it into ids."""
+    from transformers import AutoProcessor
+
+    from pipeline.data.config import PrepareConfig
+    from pipeline.data.rendering import Renderer
+    from pipeline.data.templates import TEMPLATES, special_tokens
+
+    processor: Any = AutoProcessor.from_pretrained(exported.folder)
+    turn = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": turn}], add_generation_prompt=True
+    )
+    assert text.startswith("<s>USER: <image>")
+    picture = Image.linear_gradient("L").resize((48, 48)).convert("RGB")
+    special = special_tokens(processor, [text])
+    ids = processor(text=[text], images=[picture], **special)["input_ids"][0]
+    segments = TEMPLATES["vicuna_short"].render([("human", "<image>what is it?")])
+    renderer = Renderer.load(merged, "vicuna_short", 512, PrepareConfig(min_side=1).limits())
+    vision = processor.tokenizer.convert_tokens_to_ids("<image>")
+    trained, _ = renderer.tokenise(segments, [sum(token == vision for token in ids)])
+    assert list(ids) == list(trained)
+    assert sum(token == processor.tokenizer.bos_token_id for token in ids) == 1
+    raw = processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # as vLLM does
+    assert raw[0] == processor.tokenizer.bos_token_id != raw[1]
+
+
+def test_a_tensor_that_no_engine_places_is_refused(merged: Path, tmp_path: Path) -> None:
+    folder = changed(merged, tmp_path)
+    save_file({"language_model.model.extra.weight": torch.zeros(1)}, folder / "model-x.safetensors")
+    with pytest.raises(ExportError, match=r"no serving engine has a place for: language_model"):
+        run(folder, tmp_path, ExportConfig(log_model=False))

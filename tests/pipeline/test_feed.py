@@ -13,6 +13,8 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.feed import from_ray_data, from_thread
 from tests.small import Small
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 STEPS = range(3, 9)
 
 

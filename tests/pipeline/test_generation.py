@@ -78,7 +78,14 @@ def test_samples_show_the_picture_that_the_model_saw(tmp_path: Path) -> None:
 FEW = {"rounds": 1, "decode_rounds": 1, "decode_tokens": 2}
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "smolvlm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava_next",
+        "qwen2_5_vl",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("llava", "internvl", "smolvlm")),
+    ],
+)
 def test_costs_are_those_of_the_pictures_that_were_asked_about(name: str) -> None:
     """To the byte, in every family: several pictures, of any size, as tiles, or none."""
     case = zoo.CASES[name]

@@ -122,11 +122,9 @@ def test_a_run_and_the_same_again(any_toys: Toys, tmp_path: Path) -> None:
 
 def test_finished_runs_need_no_ray(toys: Toys) -> None:
     toys.run()
-    started = time.monotonic()
     process = toys.drive()
     out, _ = process.communicate()
     assert json.loads(out)["ray"] is False
-    assert time.monotonic() - started < 30
 
 
 def test_an_edit_reruns_what_is_below_it(toys: Toys) -> None:

@@ -260,7 +260,9 @@ def test_a_pointer_instead_of_a_file_is_named(tmp_path: Path) -> None:
         list(index_file(tmp_path / "b.json"))
 
 
-def test_no_record_with_a_video_becomes_text_alone(small: Small, tmp_path: Path) -> None:
+def test_no_record_with_a_video_becomes_text_alone(
+    ray_address: str, small: Small, tmp_path: Path
+) -> None:
     records = json.loads((small.pictures / "train.json").read_text())
     foreign = [
         record("q1", video="a.mp4"), record("<video>\nq2"), record("q3", image_path="a.png"),

@@ -94,7 +94,7 @@ def test_a_dead_holder_is_followed_after_the_life_of_the_lease(store: Store) -> 
     started = time.monotonic()
     lease = lease_of(store, "next", 60)  # what counts is the life that the holder promised
     assert acquire(lease, lambda: False)
-    assert 2.0 < time.monotonic() - started < 30
+    assert 2.0 < time.monotonic() - started < 60
     lease.release()
 
 

@@ -17,10 +17,11 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.merge import merge
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
-from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_evaluate import DATA, QUICK
-from tests.pipeline.test_training import CONFIG, Plain, sources, trained, worst_difference
+from tests.pipeline.contexts import DATA, QUICK, stage_context
+from tests.pipeline.training_runs import CONFIG, Plain, sources, trained, worst_difference
 from tests.small import Small
+
+pytestmark = pytest.mark.usefixtures("ray_address")
 
 PEERS = {
     "fastv": PeerConfig(name="fastv", average=28, options={"layer": 1}),

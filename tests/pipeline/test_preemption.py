@@ -17,7 +17,7 @@ from pipeline.durable.session import free_port
 from pipeline.stages.train import train_stage
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
+from tests.pipeline.training_runs import CONFIG, LORA, Plain, sources, trained, worst_difference
 from tests.small import Small
 
 STEPS, EVERY = 400, 50

@@ -28,6 +28,8 @@ from pipeline.store import StoreError, open_store
 from tests.pipeline.contexts import stage_context
 from tests.small import Small
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 CONFIG = PrepareConfig(splits={"train": "train.json"}, template="vicuna_short", context=512)
 
 

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 from pipeline.stages.train import TrainingRefused, train_stage
 from pipeline.training.loop import train
 from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
+from tests.pipeline.training_runs import CONFIG, LORA, Plain, sources, trained, worst_difference
 from tests.small import Small
+
+pytestmark = pytest.mark.usefixtures("ray_address")
 
 EXACT = CONFIG.model_copy(update={"lora": LORA.model_copy(update={"dropout": 0.0})})
 
@@ -20,7 +22,11 @@ def inputs(small: Small) -> dict[str, tuple[Path, dict[str, str]]]:
 
 @pytest.mark.parametrize(
     ("workers", "data_workers", "strategy"),
-    [(1, 1, "ddp"), (2, 0, "ddp"), pytest.param(2, 0, "zero3", marks=pytest.mark.slow)],
+    [
+        pytest.param(1, 1, "ddp", marks=pytest.mark.slow),
+        (2, 0, "ddp"),
+        pytest.param(2, 0, "zero3", marks=pytest.mark.slow),
+    ],
 )
 def test_ray_train_equals_the_plain_loop(
     workers: int, data_workers: int, strategy: str, small: Small, tmp_path: Path

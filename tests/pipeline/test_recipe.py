@@ -9,32 +9,21 @@ from pipeline.config import ConfigError
 from pipeline.durable.stage import Stage
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.kinds.merge import MergeConfig
-from pipeline.training.config import TrainConfig
+from tests.pipeline.recipes import training_configs
 from workflows.demo.workflow import demo_paper as demo
 
 TARGET = "2:1/4,4:1/4"
 
 
-def trained(*branches: str, **changes: object) -> dict[str, TrainConfig]:
-    """The configs of the demo's training stages, by name."""
-    stages = demo().edit({key.replace("__", "."): it for key, it in changes.items()}).stages()
-    found = {stage.name: stage.config for stage in stages}
-    return {
-        name: config
-        for name, config in found.items()
-        if isinstance(config, TrainConfig) and name.startswith(branches or ("train", "control"))
-    }
-
-
 def test_an_explicit_curriculum_trains_its_plans() -> None:
     plans = ["2:1/8,4:1/8", "2:1/8", TARGET]
-    found = trained(curriculum__order="explicit", curriculum__plans=plans)
+    found = training_configs(curriculum__order="explicit", curriculum__plans=plans)
     assert [found[f"train-{number}"].plan for number in (1, 2, 3)] == plans
     assert [found[f"control-{number}"].plan for number in (1, 2, 3)] == ["", "", ""]
 
 
 def test_single_stages_have_their_own_settings() -> None:
-    found = trained(
+    found = training_configs(
         curriculum__stages=2,
         curriculum__training="[{learning_rate: 1e-3, lora.rank: 4}, {steps: 7}]",
     )
@@ -66,7 +55,7 @@ def test_single_stages_have_their_own_settings() -> None:
 )
 def test_what_is_refused(changes: dict[str, object], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        trained(**changes)
+        training_configs(**changes)
 
 
 ELASTIC = {"22": TARGET, "9": "1:1/8,4:1/4"}

@@ -33,25 +33,13 @@ from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, Job, TrialRefused, segments
 from pipeline.search.tuning import Worker, ended, goes_on, kept_trials, key_of, run_trials
 from pipeline.stages.search import SearchFailed, compared, search, search_data
-from pipeline.stages.train import train_stage
 from pipeline.store import open_store
 from pipeline.store.local import LocalStore
-from pipeline.training.config import LoraSettings, TrainConfig
-from pipeline.training.curriculum import CurriculumConfig
+from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context
+from tests.pipeline.searches import DATA, LLAVA, TRAIN, held_conversations, job_of, space_of  # noqa: F401
 from tests.small import Small
 from workflows.demo.workflow import demo_paper as demo
-
-LLAVA = "llava-1.5-7b"
-DATA = {"template": "vicuna_short", "digest": "0" * 64}
-TRAIN = TrainConfig(
-    steps=3, batch_size=4, learning_rate=1e-2, lora=LoraSettings(rank=4, alpha=8, dropout=0.0)
-)
-
-
-def space_of(model: Any = LLAVA, **settings: Any) -> Space:
-    config = SearchConfig(**settings)
-    return Space(Costs(model, config), config)
 
 
 def test_every_three_drop_placement_of_llava_is_listed() -> None:
@@ -368,25 +356,6 @@ def test_searches_that_cannot_be(changes: dict[str, Any], error: type, says: str
 # Trials on a small model
 
 
-@pytest.fixture(scope="module")
-def held(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The splits of `search_data`: 24 training conversations, 6 + 6 of them held out."""
-    out = tmp_path_factory.mktemp("held") / "out"
-    ctx = stage_context("search-data", out, {"data": (small.prepared, DATA)})
-    search_data(ctx, SearchDataConfig(rows=6, confirm_rows=6))
-    return out
-
-
-def job_of(small: Small, held: Path, folder: Path, **settings: Any) -> Job:
-    ctx = stage_context("s", folder / "out", {"base": (small.base, {}), "data": (held, DATA)})
-    config = SearchConfig(average=32, tolerance=0.1, **settings)
-    return Job(
-        search=config, train=TRAIN, curriculum=CurriculumConfig(stages=2),
-        inputs=dict(ctx.inputs), storage=str(folder / "run"), run=ctx.run,
-        train_stage=train_stage,
-    )  # fmt: skip
-
-
 def ids(folder: Path) -> list[str]:
     return [
         one
@@ -498,6 +467,8 @@ def test_a_trial_that_raises_is_recorded_and_no_other_ends(
 
 # On Ray
 
+on_ray = pytest.mark.usefixtures("ray_address")
+
 
 def stage_of(
     small: Small, held: Path, folder: Path, config: SearchConfig, **run: Any
@@ -510,6 +481,7 @@ def stage_of(
     return ctx, SearchStageConfig(search=config, train=TRAIN)
 
 
+@on_ray
 def test_a_search_resumes_and_repeats_no_trial(small: Small, held: Path, tmp_path: Path) -> None:
     config = SearchConfig(
         average=32, tolerance=0.1, trials=10, startup=2, rows=6, confirm_rows=6, rungs=(2,)
@@ -541,6 +513,7 @@ def test_a_search_resumes_and_repeats_no_trial(small: Small, held: Path, tmp_pat
     assert more["space"] == outputs["space"]
 
 
+@on_ray
 def test_trials_that_fail_are_told_and_all_of_them_end_the_stage(
     small: Small, held: Path, tmp_path: Path
 ) -> None:
@@ -560,6 +533,7 @@ def study_of(job: Job) -> Study:
     return Study(Space(Costs(model, job.search), job.search), job.search)
 
 
+@on_ray
 def test_a_trial_whose_worker_is_lost_begins_again(
     small: Small, held: Path, tmp_path: Path
 ) -> None:
@@ -582,6 +556,8 @@ def test_a_trial_whose_worker_is_lost_begins_again(
     assert len(study.trials) == 6
 
 
+@on_ray
+@pytest.mark.slow
 def test_a_trial_that_always_loses_its_worker_is_recorded(
     small: Small, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,6 +574,7 @@ def test_a_trial_that_always_loses_its_worker_is_recorded(
     assert "lost 2 times" in study.trials[0].reason
 
 
+@on_ray
 def test_a_trial_that_cannot_be_kept_ends_the_search(
     small: Small, held: Path, tmp_path: Path
 ) -> None:
@@ -616,6 +593,7 @@ def test_a_trial_that_cannot_be_kept_ends_the_search(
     assert [trial.number for trial in kept_trials(store)] == [0]
 
 
+@on_ray
 @pytest.mark.slow
 def test_a_trial_of_several_workers_is_a_ray_train_run(
     small: Small, held: Path, tmp_path: Path
@@ -633,6 +611,7 @@ def test_a_trial_of_several_workers_is_a_ray_train_run(
     assert both["value"] == pytest.approx(one["value"], rel=1e-4)
 
 
+@on_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"average": (20, 40)}, {"prefill_ms": (0.1, 1000.0)}])
 def test_fronts_are_found_with_trials_on_s3(

@@ -21,11 +21,18 @@ from pipeline.training.curriculum import CurriculumConfig
 from pipeline.training.loop import train
 from pipeline.training.plans import StepPlans
 from tests.adsc.zoo import CASES
-from tests.pipeline.contexts import stage_context
-from tests.pipeline.test_distill import DISTILL, EXACT, Logged
-from tests.pipeline.test_evaluate import DATA
-from tests.pipeline.test_recipe import trained as stages_of
-from tests.pipeline.test_training import CONFIG, Plain, sources, trained, worst_difference
+from tests.pipeline.contexts import DATA, stage_context
+from tests.pipeline.recipes import training_configs
+from tests.pipeline.training_runs import (
+    CONFIG,
+    DISTILL,
+    LORA,
+    Logged,
+    Plain,
+    sources,
+    trained,
+    worst_difference,
+)
 from tests.small import Small
 from workflows.demo.workflow import demo_paper as demo
 
@@ -115,7 +122,7 @@ def test_a_resumed_elastic_training_equals_an_uninterrupted_one(
 def test_micro_batches_and_a_teacher_go_with_changing_plans(
     small: Small, tmp_path: Path, config: TrainConfig
 ) -> None:
-    changes = {"lora": EXACT.lora, "distill": DISTILL}
+    changes = {"lora": LORA.model_copy(update={"dropout": 0.0}), "distill": DISTILL}
     for name, more in (("one", {}), ("four", {"accumulate": 4, "activation_checkpointing": True})):
         context = Logged(tmp_path / name)
         train(config.model_copy(update=changes | more), sources(small), context)
@@ -151,7 +158,7 @@ def test_plans_that_the_family_does_not_allow_are_refused() -> None:
 
 
 def test_a_recipe_trains_one_stage_and_a_dense_control() -> None:
-    found = stages_of(
+    found = training_configs(
         plan="1:1/4", curriculum__order="elastic", curriculum__elastic=YAML,
         curriculum__weights="{64: 3}", train__distill="{weight: 0.5}",
     )  # fmt: skip
@@ -174,7 +181,7 @@ def test_a_recipe_trains_one_stage_and_a_dense_control() -> None:
         if stage.name == "merge"
     ]
     assert merging.plans == one.plans
-    grown = stages_of(curriculum__order="grow", curriculum__settle=0.1)
+    grown = training_configs(curriculum__order="grow", curriculum__settle=0.1)
     assert set(grown) == {"train-1", "control-1"} and grown["control-1"].grow is None
     assert grown["train-1"].grow == GrowSettings(extreme=1.5, settle=0.1)
 
@@ -207,9 +214,9 @@ def test_curricula_that_can_not_be_are_refused(changes: dict[str, Any], message:
 
 def test_a_target_outside_of_the_elastic_plans_is_refused() -> None:
     with pytest.raises(PlanError, match=r"the target '2:1/4,4:1/4' is none of curriculum.elastic"):
-        stages_of(curriculum__order="elastic", curriculum__elastic=YAML)
+        training_configs(curriculum__order="elastic", curriculum__elastic=YAML)
     with pytest.raises(ConfigError, match=r"plan = search and curriculum.order = elastic contra"):
-        stages_of(plan="search", curriculum__order="elastic", curriculum__elastic=YAML)
+        training_configs(plan="search", curriculum__order="elastic", curriculum__elastic=YAML)
 
 
 def test_old_fingerprints_stay() -> None:

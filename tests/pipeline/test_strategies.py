@@ -18,7 +18,15 @@ from pipeline.training.config import OffloadSettings, TrainConfig
 from pipeline.training.loop import Sources, train
 from pipeline.training.strategy import Zero
 from pipeline.training.torchrun import TRY_AGAIN, FolderContext
-from tests.pipeline.test_training import CONFIG, LORA, Plain, sources, trained, worst_difference
+from tests.pipeline.training_runs import (
+    CONFIG,
+    LORA,
+    Plain,
+    in_two_processes,
+    sources,
+    trained,
+    worst_difference,
+)
 from tests.small import Small
 
 PROJECTOR = (r".*multi_modal_projector\..*",)
@@ -31,14 +39,6 @@ EXACT = CONFIG.model_copy(
     }
 )
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-
-
-def in_two_processes(script: str, *arguments: object) -> None:
-    """Run `script` as a module under torchrun, with two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def command_line(small: Small, config: TrainConfig, folder: Path) -> list[object]:

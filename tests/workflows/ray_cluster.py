@@ -132,7 +132,7 @@ def _wait_for(
     """Until the dashboard knows so many nodes."""
     import requests
 
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:

@@ -9,13 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.durable.record import Record
+from pipeline.durable.stage import RunContext
+from workflows.commands import terminal
 from workflows.commands.main import build_parser, main
+from workflows.commands.run import _print_next
 from workflows.registry import WORKFLOWS, load_workflow
 
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "ls", "show", "submit", "status", "logs", "cancel", "prepare", "chat", "cost", "plan"],
+    [
+        "run",
+        "ls",
+        "show",
+        "submit",
+        "status",
+        "logs",
+        "cancel",
+        "prepare",
+        "chat",
+        "cost",
+        "plan",
+        "serve",
+    ],
 )
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -118,3 +135,23 @@ def test_show_prints_every_key_that_set_takes(
     changes = [f"{key}={json.loads(value)}" for key, value in lines.items() if value[0] == '"']
     assert load_workflow("demo", changes).config == load_workflow("demo").config
     assert os.environ.get("ADSC_ROOT") is None
+
+
+def test_the_lines_at_the_end_of_a_run_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of the report opens it in the browser that the environment names."""
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    report = Record(stage="report", fingerprint="0", attempt="0", uri=str(folder))
+    monkeypatch.setenv("PATH", os.defpath)
+    context = RunContext(root=str(tmp_path), workflow="demo", tracking_uri=None)
+    _print_next(terminal.console(), {"report": report}, context)
+    activate, opening = (line.strip() for line in capsys.readouterr().out.splitlines()[1:])
+    for line, shown in (
+        (f"{activate}\ncommand -v adsc", str(Path(sys.executable).parent / "adsc")),
+        (opening, (folder / "report.html").as_uri()),
+    ):
+        environment = os.environ | {"BROWSER": "echo %s"}
+        ran = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+        assert shown in ran.stdout, ran

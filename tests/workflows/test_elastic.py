@@ -17,6 +17,9 @@ from tests.small import SMALL_DEMO, Small
 from workflows.commands.main import main
 from workflows.registry import load_workflow
 
+# A whole workflow; tests/pipeline/test_elastic.py has its bodies.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_address")]
+
 PLANS = {"28": "1:1/4", "13": "0:1/4,2:1/2"}
 CHANGES = (
     *SMALL_DEMO,

@@ -21,9 +21,12 @@ from pipeline.evaluation.scoring import RULES
 from pipeline.packaged import resolve
 from pipeline.store import open_store
 from tests.benchmark_files import QUESTIONS, WRITERS
+from tests.pipeline.contexts import stage_context
 from tests.small import Small
 from workflows.commands.main import main
 from workflows.evaluation import content_digest, evaluation_stages
+
+pytestmark = pytest.mark.usefixtures("ray_address")
 
 TINY = "package://workflows/assets/tiny_base"
 PLAN = "1:1/2,2:1/4"
@@ -168,7 +171,21 @@ def test_public_benchmarks_are_scored_by_their_rules(
     assert "<small>kept 100.0 %</small>" in page
 
 
-def test_a_limit_takes_some_pictures_of_each_task(tmp_path: Path) -> None:
+def test_a_limit_takes_some_pictures_of_each_task(ray_address: str, tmp_path: Path) -> None:
+    """The stages up to the questions, one after the other."""
+    WRITERS["gqa"](tmp_path / "gqa")
+    stages = evaluation_stages(TINY, ["dense"], tasks=[f"gqa={tmp_path / 'gqa'}"], limit=1)
+    _, files, prepare, *_ = stages
+    made = stage_context("files", tmp_path / "files", {})
+    files.kind.body(made, files.config)
+    inputs = {"data": (made.out, {}), "base": (resolve(TINY), {})}
+    prepare.kind.body(stage_context("prepare", tmp_path / "prepared", inputs), prepare.config)
+    (row,) = pq.read_table(tmp_path / "prepared" / "gqa").to_pylist()
+    assert len(row["pictures"]) == 1 and len(json.loads(row["turns"])) in (2, 4)
+
+
+@pytest.mark.slow
+def test_a_limit_is_an_option(tmp_path: Path) -> None:
     WRITERS["gqa"](tmp_path / "gqa")
     words = ["eval", TINY, "--tasks", f"gqa={tmp_path / 'gqa'}", "--methods", "dense"]
     words += ["--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *QUICK]

@@ -9,17 +9,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.config import ConfigError, edit
 from pipeline.durable import graph
 from pipeline.evaluation.methods import PeerConfig, build_method
 from pipeline.evaluation.scoring import exact_match
-from pipeline.packaged import resolve
 from pipeline.reporting.results import Results
 from tests.small import Small
+from tests.workflows.evidence_model import SHARES, demo_model
 from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
-from workflows.demo.workflow import BASE
 from workflows.evidence import __main__ as command
 from workflows.evidence import local
 from workflows.evidence import workflow as evidence
@@ -31,13 +29,6 @@ from workflows.evidence.config import (
     trainings,
 )
 from workflows.evidence.world import claim
-
-SHARES = {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}
-
-
-def demo_model() -> torch.nn.Module:
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(resolve(BASE)))
 
 
 def large_model() -> torch.nn.Module:
@@ -182,6 +173,7 @@ def test_one_machine_runs_what_is_missing(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_address")
 def test_ray_runs_a_small_evidence(small: Small, tmp_path: Path) -> None:
     budget = (
         "[{name: b, label: less, plan: '1:1/4,2:1/2', "

@@ -23,11 +23,11 @@ from pipeline.durable.graph import fingerprints
 from pipeline.durable.record import Record
 from pipeline.store import open_store
 from pipeline.tracking.gauges import GAUGES, STATES
-from tests.infra.test_monitoring import BUILT_IN
+from tests.infra.documents import BUILT_IN
 from tests.small import SMALL_DEMO, Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
+from workflows.commands.cluster.submit import DRIVER, PACKAGES
 from workflows.commands.main import main
-from workflows.commands.submit import DRIVER, PACKAGES
 from workflows.registry import load_workflow
 
 ROOT = "s3://lab/jobs"
@@ -66,7 +66,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(capsys: pytest.CaptureFixtu
     for words in (["status"], ["logs"], ["cancel", "adsc-demo-1"]):
         before = time.monotonic()
         assert main([*words, "--address", address]) == 2
-        assert time.monotonic() - before < 10
+        assert time.monotonic() - before < 60
         assert f"nothing answers at {address}" in capsys.readouterr().err
 
 
@@ -140,6 +140,7 @@ def a_job(code: str) -> Submission:
     )
 
 
+@pytest.mark.ray
 def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> None:
     work = a_job("import pipeline, time; print(pipeline.__file__, flush=True); time.sleep(600)")
     ids: list[tuple[str, bool]] = []
@@ -162,6 +163,7 @@ def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> No
     client.stop_job(again)
 
 
+@pytest.mark.ray
 def test_following_passes_everything_on_once_and_tells_of_failures(
     client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +182,7 @@ def test_following_passes_everything_on_once_and_tells_of_failures(
     assert name in {row["job"] for row in json.loads(capsys.readouterr().out)}
 
 
+@pytest.mark.ray
 def test_gauges_are_on_the_nodes_metrics_page(client: Any) -> None:
     """All of them, and those of Ray's own that the dashboard draws on any machine."""
     rates = GAUGES.keys() - {"adsc_stage_state"}

@@ -13,6 +13,8 @@ from pipeline.training.batches import PreparedData
 from tests.small import Small
 from workflows.commands.main import main
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 Captured = pytest.CaptureFixture[str]
 
 

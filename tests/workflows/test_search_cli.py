@@ -9,6 +9,8 @@ from tests.small import SMALL_DEMO, Small
 from workflows.commands.main import main
 from workflows.commands.search import search_stages
 
+pytestmark = pytest.mark.usefixtures("ray_address")
+
 
 def test_dry_run_lists_the_space_and_the_first_trials(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "demo", "--average", "22", "--dry-run", "--trials", "7"]) == 0

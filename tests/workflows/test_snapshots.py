@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from workflows.cli import main
+
+from workflows.commands.main import main
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

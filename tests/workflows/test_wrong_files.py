@@ -18,7 +18,9 @@ from pipeline.data.pictures import PictureLimits, open_pictures
 from pipeline.data.prepared import FLAT, split_folder
 from pipeline.evaluation.benchmarks import BenchmarkError, convert_one, find_files
 from pipeline.kinds.base import BaseError
+from pipeline.stages.prepare import TooManyBadRecords
 from tests.benchmark_files import WRITERS
+from tests.pipeline.contexts import stage_context
 from tests.small import Small
 from workflows.commands.main import main
 from workflows.evaluation import evaluation_stages
@@ -188,6 +190,7 @@ def test_splits_that_are_not_there_are_named_before_anything_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_address")
 def test_eval_of_what_prepare_wrote(small: Small, tmp_path: Path, capsys: Captured) -> None:
     out = str(tmp_path / "prepared")
     given = ["--images", str(small.pictures / "images"), "--model", str(small.base)]
@@ -197,14 +200,36 @@ def test_eval_of_what_prepare_wrote(small: Small, tmp_path: Path, capsys: Captur
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_questions"] == 48
 
 
-def test_eval_advises_no_option_that_it_lacks(
-    small: Small, tmp_path: Path, capsys: Captured
-) -> None:
+@pytest.fixture
+def questions(small: Small, tmp_path: Path) -> str:
+    """A task file in which a record names a video."""
     records = json.loads((small.pictures / "test.json").read_text())
     records[0]["video"] = "a.mp4"
     (tmp_path / "q.json").write_text(json.dumps(records))
     (tmp_path / "images").symlink_to(small.pictures / "images")
-    command = ["eval", str(small.base), "--tasks", str(tmp_path / "q.json"), "--methods", "dense"]
+    return str(tmp_path / "q.json")
+
+
+def test_bad_records_of_tasks_advise_no_option_that_eval_lacks(
+    ray_address: str, small: Small, questions: str, tmp_path: Path
+) -> None:
+    (stage,) = [
+        one
+        for one in evaluation_stages(str(small.base), ["dense"], tasks=[questions])
+        if one.name == "prepare"
+    ]
+    inputs = {"data": (tmp_path, {}), "base": (small.base, {})}
+    with pytest.raises(TooManyBadRecords, match="mend the task files") as caught:
+        stage.kind.body(stage_context("prepare", tmp_path / "out", inputs), stage.config)
+    assert "max_quarantined" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_address")
+def test_eval_advises_no_option_that_it_lacks(
+    small: Small, questions: str, tmp_path: Path, capsys: Captured
+) -> None:
+    command = ["eval", str(small.base), "--tasks", questions, "--methods", "dense"]
     assert main([*command, "--root", str(tmp_path / "runs")]) != 0
     said = capsys.readouterr()
     assert "mend the task files" in said.err + said.out

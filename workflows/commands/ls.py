@@ -35,8 +35,8 @@ def _list_workflows(as_json: bool) -> None:
         rows = [{"name": name, "title": listed.title} for name, listed in WORKFLOWS.items()]
         print(json.dumps(rows))
         return
-    rows = ((name, listed.title) for name, listed in WORKFLOWS.items())
-    terminal.print_rows(("workflow", "what"), *rows)
+    titles = ((name, listed.title) for name, listed in WORKFLOWS.items())
+    terminal.print_rows(("workflow", "what"), *titles)
 
 
 def _list_stages(options: argparse.Namespace) -> None:

@@ -1,10 +1,11 @@
 """The `adsc` command: a table of commands, each a module that is imported when it is called.
 
-The module of a command is `workflows.commands.NAME` and has
+The module of a command is `workflows.commands.NAME`, or in a folder of `FOLDERS`, and has
 
     EXAMPLES                 lines for --help
     add_arguments(parser)    its arguments
     run(options)             what it does; returns the exit code, None for 0
+    parse(parser, words)     only where words of another program may follow
 
 Only parsing and printing stand in these modules; whatever a command does is a function elsewhere.
 """
@@ -29,15 +30,22 @@ COMMANDS = {
     "chat": "ask an exported checkpoint about a picture",
     "export": "publish a checkpoint at an address, checked",
     "pull": "copy a published checkpoint into a folder, verified",
+    "serve": "serve a checkpoint with its plan on vLLM",
     "promote": "give a registered model an alias, if gates hold",
     "submit": "run a workflow on a Ray cluster, as a job",
     "status": "jobs of a cluster, or one job and its stages",
     "logs": "what a job printed",
     "cancel": "stop a job; submitting it again goes on from there",
+    "doctor": "what is here and what is missing, with ways out",
     "cost": "FLOPs and KV cache of a model, dense and under a plan",
     "plan": "placements of drops that meet a token budget",
 }
 """Name -> what it is for, in a line."""
+FOLDERS = {
+    "checkpoints": ("chat", "export", "pull", "promote", "serve"),
+    "cluster": ("submit", "status", "logs", "cancel", "doctor"),
+}
+"""Folder of this package -> the commands in it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,16 +70,20 @@ def _main(arguments: list[str]) -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     from pipeline.cluster.jobs import JobFailed
     from pipeline.durable.failure import RunFailed
+    from workflows.serving import ServingError
 
-    return (ValueError, RunFailed, JobFailed)
+    return (ValueError, RunFailed, JobFailed, ServingError)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """The parser of the command alone is made. Options may stand before, between and after a
     command's words, which argparse by itself does not allow below subcommands."""
     if arguments and arguments[0] in COMMANDS:
-        parser = command_parser(arguments[0])
-        return parser.parse_intermixed_args(arguments[1:])
+        parser, words = command_parser(arguments[0]), arguments[1:]
+        if (parse := getattr(_module(arguments[0]), "parse", None)) is not None:
+            options: argparse.Namespace = parse(parser, words)
+            return options
+        return parser.parse_intermixed_args(words)
     overview, _ = _overview()
     return overview.parse_args(arguments)
 
@@ -96,12 +108,26 @@ def _overview() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPar
         description="Train LLaVA-type models to live with fewer vision tokens.",
         epilog="Start with `adsc run demo`.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="the version and its commit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     each = {
         name: commands.add_parser(name, help=text, **_described(name))
         for name, text in COMMANDS.items()
     }
     return parser, each
+
+
+class _Version(argparse.Action):
+    """Looks for the commit only where somebody wants to know it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        from pipeline.commit import git_commit
+
+        commit = git_commit()
+        print(f"adsc {version('adsc')}{f' ({commit})' if commit else ''}")
+        parser.exit()
 
 
 def _described(name: str) -> dict[str, Any]:
@@ -113,11 +139,16 @@ def _described(name: str) -> dict[str, Any]:
 
 
 def _fill(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
-    module = importlib.import_module(f"workflows.commands.{name}")
+    module = _module(name)
     parser.epilog = module.EXAMPLES
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)
     return parser
+
+
+def _module(name: str) -> Any:
+    folder = next((f".{folder}" for folder, names in FOLDERS.items() if name in names), "")
+    return importlib.import_module(f"workflows.commands{folder}.{name}")
 
 
 if __name__ == "__main__":

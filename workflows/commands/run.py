@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,13 +102,16 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
     from pipeline.redact import redact
 
     programs = Path(sys.executable).parent
-    uri = redact(context.tracking_uri or "")
-    served = uri.startswith("http")
-    lines = [uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"]
-    if not uri:
-        lines = []
+    lines = []
+    if shutil.which("adsc") is None and (programs / "activate").is_file():
+        lines.append(f"source {shlex.quote(str(programs / 'activate'))}    # then `adsc` is found")
+    if uri := redact(context.tracking_uri or ""):
+        served = uri.startswith("http")
+        lines.append(
+            uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        )
     if "report" in found:
-        lines.append(f"{found['report'].uri}/report.html")
+        lines.append(_opening(f"{found['report'].uri}/report.html"))
     if "export" in found and "evaluate" in found:
         picture = f"{found['evaluate'].uri}/pictures/0.png"
         lines.append(
@@ -117,3 +121,11 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
     console.print("Next: browse the runs, read the report, ask the checkpoint", markup=False)
     for line in lines:
         console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _opening(page: str) -> str:
+    """A line for the shell that opens a page in a browser; of a page in a bucket, its address."""
+    if "://" in page:
+        return page
+    address = Path(page).resolve().as_uri()
+    return f"{shlex.quote(sys.executable)} -m webbrowser -t {shlex.quote(address)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ EXAMPLES = """examples:
   adsc search demo --average 16 32                     (a front of loss against cost)
   adsc search demo --kv-mib 0.96 --objective accuracy
   adsc search demo --average 22 --fidelity lora --rungs 10 30 90 --set train.learning_rate=1e-3
+  adsc search demo --over train.learning_rate=1e-4..1e-2,log lora.rank=8,16,32 --rungs 10 30
+  adsc search demo --average 22 --over train.distill.weight=0..1 --rungs 30
   adsc search llava15_7b --average 192 --dry-run
   adsc run demo --set plan=search --set search.average=22     (trains with what was found)
 
@@ -67,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rungs", nargs="+", type=positive(int), metavar="N",
         help="training steps (untrained: conversations) after which the worse trials stop",
     )  # fmt: skip
+    parser.add_argument(
+        "--over", nargs="+", metavar="KEY=RANGE",
+        help="training keys to search, too: train.learning_rate=1e-4..1e-2,log "
+        "lora.rank=8,16,32 train.distill.weight=0..1; without a budget, with the workflow's plan",
+    )  # fmt: skip
     parser.add_argument("--sampler", choices=("tpe", "random"), help="who proposes (tpe)")
     parser.add_argument("--seed", type=int, dest="search_seed", help="of draws and sampler (0)")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
@@ -98,6 +106,23 @@ def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
     for key in ("trials", "objective", "fidelity", "sampler"):
         if getattr(options, key) is not None:
             changes[f"search.{key}"] = getattr(options, key)
+    if options.over is not None:
+        pairs = [given.partition("=") for given in options.over]
+        if bad := ["".join(pair) for pair in pairs if not (pair[1] and pair[2])]:
+            raise ValueError(
+                f"--over {' '.join(bad)}: write KEY=RANGE, as train.learning_rate=1e-4..1e-2,log"
+            )
+        changes["search.over"] = {key: text for key, _, text in pairs}
+        own, budgets = workflow.config, [getattr(workflow.config.search, it) for it in BUDGETS]
+        if not any(f"search.{name}" in changes for name in BUDGETS) and not any(budgets):
+            if own.searched:
+                raise ValueError(
+                    "--over without a budget searches the training of the workflow's own plan, "
+                    "which is `search`: give a budget, or --set plan=..."
+                )
+            changes["search.plan"] = own.plan
+        if options.fidelity is None and own.search.fidelity == "untrained":
+            changes["search.fidelity"] = "lora"
     if options.rungs is not None:
         changes["search.rungs"] = tuple(options.rungs)
     if options.search_seed is not None:
@@ -136,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(results))
         return 0
     print_results(results, console)
-    own = " ".join(f"--set {change}" for change in _settings(workflow, options))
+    own = " ".join(f"--set {shlex.quote(it)}" for it in _settings(workflow, options, results))
     lines = [f"{made.uri}/search.html", f"adsc run {options.workflow} {own}"]
     console.print("Next: look at the search, train with what it found", markup=False)
     for line in lines:
@@ -144,8 +169,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(workflow: Workflow, options: argparse.Namespace) -> list[str]:
-    """What `adsc run` is to be told for the same search."""
+def _settings(
+    workflow: Workflow, options: argparse.Namespace, results: dict[str, Any]
+) -> list[str]:
+    """What `adsc run` is to be told: to use the same search's plan; or what was found, where that
+    is a training, too."""
+    if results["settings"]:
+        return found_settings(workflow.config, results, options.changes)
     config = workflow.config.search  # type: ignore[attr-defined]
     plain = type(config)()
     changed = [
@@ -154,6 +184,26 @@ def _settings(workflow: Workflow, options: argparse.Namespace) -> list[str]:
     said = [f"search.{name}={_written(getattr(config, name))}" for name in changed]
     others = [it for it in options.changes if not it.startswith(("plan=", "search."))]
     return ["plan=search", *said, *others]
+
+
+def found_settings(config: Any, results: dict[str, Any], changes: Sequence[str]) -> list[str]:
+    """Changes of a workflow that make it train with the plan and the settings that were found."""
+    settings = dict(results["settings"])
+    found = [f"plan={results['plan']}"]
+    distill = {
+        key.removeprefix("train.distill."): settings.pop(key)
+        for key in list(settings)
+        if key.startswith("train.distill.")
+    }
+    if distill and distill.get("weight") == 0:
+        found.append("train.distill=null")
+    elif distill:
+        whole = config.train.distill.model_dump() if config.train.distill else {}
+        found.append(f"train.distill={json.dumps(whole | distill)}")
+    found += [f"{key}={value}" for key, value in settings.items()]
+    names = {one.partition("=")[0] for one in found} | {"plan"}
+    others = [it for it in changes if it.partition("=")[0] not in names]
+    return [*found, *(it for it in others if not it.startswith("search."))]
 
 
 def _written(value: Any) -> str:
@@ -220,6 +270,8 @@ def show_space(config: Any, console: Console) -> None:
 
 def print_results(results: dict[str, Any], console: Console) -> None:
     """The best trials, the known ones, and the finding."""
+    from pipeline.search.keys import written
+
     trials: Sequence[dict[str, Any]] = [t for t in results["trials"] if t["state"] == "finished"]
     sign = 1 if results["objective"] == "loss" else -1
     ordered = sorted(trials, key=lambda t: (sign * t["rungs"][-1][1], t["number"]))
@@ -233,7 +285,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
             table.add_row(
                 str(place),
                 trial["name"],
-                trial["plan"],
+                f"{trial['plan']} {written(trial['settings'])}".strip(),
                 f"{trial['rungs'][-1][1]:.4f}",
                 f"{trial['cost']:.5g}",
             )

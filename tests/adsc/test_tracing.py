@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import adsc
 from adsc.dropping.memo import remembered
-from tests.adsc.test_generation import attached
+from tests.adsc.attached import attached
 from tests.adsc.tiny import IMAGE, batch, llava, row
 from tests.adsc.zoo import CASES
 
@@ -108,7 +108,9 @@ def test_a_trace_is_refused():
     assert torch.equal(model(**inputs).logits, attached()(**inputs).logits)
 
 
-@pytest.mark.parametrize("part", ["decoder", "decoder in place", "layers", "layers in place"])
+@pytest.mark.parametrize(
+    "part", ["decoder", "decoder in place", "layers", "layers in place", "last"]
+)
 def test_parts_that_are_compiled_on_their_own_are_refused(part):
     model, inputs = attached(), batch([row(3, 0, 5)])
     decoder = model.model.language_model
@@ -119,7 +121,7 @@ def test_parts_that_are_compiled_on_their_own_are_refused(part):
     for number, layer in enumerate(decoder.layers):
         if part == "layers":
             decoder.layers[number] = torch.compile(layer, backend="eager")
-        elif part == "layers in place":
+        elif part == "layers in place" or (part == "last" and number == len(decoder.layers) - 1):
             layer.compile(backend="eager")
     with pytest.raises(
         adsc.UnsupportedModel, match=r"compiled on its own.*compile the whole model"

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import adsc
-from tests.adsc.test_training import _collate, _Rows
+from tests.adsc.rows import Rows, collate
 from tests.adsc.tiny import batch, llava, row
 
 PLAN = adsc.PruningPlan.parse("2:1/2,4:1/4")
@@ -57,6 +57,19 @@ def test_an_adapter_brings_its_plan_to_a_dense_base(tmp_path):
     assert adsc.plan_of(loaded) == PLAN
     assert torch.equal(logits(loaded), logits(wanted))
     assert PeftConfig.from_pretrained(tmp_path).adsc == PLAN.to_dict()
+
+
+def test_an_adapter_brings_its_named_plans_to_a_base_without_any(tmp_path):
+    named = {"64": PLAN, "32": OTHER}
+    base = adsc.name_plans(adsc.attach(llava(), PLAN), named)
+    get_peft_model(base, LoraConfig(**LORA)).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llava(), tmp_path)
+    assert adsc.plans_of(loaded) == named
+    assert adsc.plan_of(adsc.attach(loaded, "32")) == OTHER
+    own = adsc.name_plans(llava(), {"half": "2:1/2"})
+    with pytest.warns(adsc.PlanWarning, match=r"plans 64, 32, and its base has others, half"):
+        loaded = PeftModel.from_pretrained(own, tmp_path)
+    assert adsc.plans_of(loaded).keys() == {"half"}
 
 
 def test_transformers_own_loading_of_adapters(tmp_path):
@@ -135,7 +148,7 @@ def test_the_trainers_checkpoints_of_an_adapter_hold_the_plan(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=_Rows(), data_collator=_collate)
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), data_collator=collate)
     trainer.train()
     for step in (1, 2):
         loaded = PeftModel.from_pretrained(llava(), tmp_path / f"checkpoint-{step}")

@@ -13,27 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adsc
-from tests.adsc.test_generation import attached
+from tests.adsc.attached import STAGES, attached
+from tests.adsc.rows import ANSWERS, PROMPTS, both_sides
 from tests.adsc.tiny import IMAGE, PAD, TOKENS, alone, batch, llava, pixels, reference, row
 from tests.adsc.zoo import CASES
+from tests.matrix import matrix
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
-STAGES = [(2, 0.5), (4, 0.25)]
-
-
-def both_sides(prompts: list[list[int]], answers: list[list[int]]) -> dict[str, Tensor]:
-    """Prompts padded on the left, answers on the right: a batch of reinforcement learning."""
-    left, right = batch(prompts), batch(answers, "right")
-    joined = {
-        name: torch.cat([left[name], right[name]], dim=1)
-        for name in ("input_ids", "attention_mask")
-    }
-    images = sum(one.count(IMAGE) // TOKENS for one in prompts)
-    return joined | ({"pixel_values": pixels(images)} if images else {})
-
-
-PROMPTS = [row(3, 0, 5), row(2, 0, 3, 0, 4), row(6), row(0, 7)]
-ANSWERS = [row(5, seed=1), row(2, seed=2), row(4, seed=3), row(1, seed=4)]
 
 
 def wanted_at(inputs: dict[str, Tensor], index: int, columns: list[int]) -> dict[int, Tensor]:
@@ -50,8 +36,7 @@ def wanted_at(inputs: dict[str, Tensor], index: int, columns: list[int]) -> dict
     return found
 
 
-@pytest.mark.parametrize("count", [1, 3, 6, 9, 30, 99])
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@matrix(count=[1, 3, 6, 9, 30, 99], side=["left", "right", "both"])
 def test_the_last_columns_are_those_of_each_row_alone(count, side):
     if side == "both":
         inputs = both_sides(PROMPTS, ANSWERS)
@@ -129,7 +114,7 @@ def test_any_batch_padded_anyhow(rows, count, plan):
     model = adsc.attach(llava(), plan, logits="full")
     with torch.no_grad():
         every = model(**inputs).logits
-        last = adsc.attach(model, plan)(**inputs, logits_to_keep=count).logits
+        last = adsc.attach(model, plan, logits="kept")(**inputs, logits_to_keep=count).logits
     assert every.shape[:2] == inputs["input_ids"].shape
     torch.testing.assert_close(last, every[:, -count:], **CLOSE)
     for index in range(len(rows)):
@@ -288,3 +273,15 @@ def test_metrics_of_full_logits_are_those_of_kept_logits(side):
     got = adsc.full_length_logits(full, labels)
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[seen], wanted[seen], **CLOSE)
+
+
+def test_full_logits_stay_when_another_plan_is_attached():
+    """A caller that pairs logits with columns goes on doing so under the next plan."""
+    inputs = batch([row(3, 0, 5)])
+    columns = inputs["input_ids"].shape[1]
+    model = adsc.attach(llava(), "2:1/2,4:1/4", logits="full")
+    with torch.no_grad():
+        assert adsc.attach(model, "2:1/4")(**inputs).logits.shape[1] == columns
+        kept = adsc.attach(model, "2:1/4", logits="kept")(**inputs)
+        assert kept.logits.shape[1] < columns
+        assert adsc.attach(model, "2:1/2")(**inputs).logits.shape[1] < columns

@@ -25,8 +25,8 @@ from trl import (
 from trl.trainer.utils import add_fused_lm_head
 
 import adsc
-from tests.adsc.test_generation import attached
-from tests.adsc.test_silent_columns import ANSWERS, PROMPTS, STAGES, both_sides
+from tests.adsc.attached import STAGES, attached
+from tests.adsc.rows import ANSWERS, PROMPTS, both_sides
 from tests.adsc.tiny import IMAGE, alone, batch, llava, processor, reference
 
 CLOSE = {"rtol": 0, "atol": 5e-5}

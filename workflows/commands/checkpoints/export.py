@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from workflows.commands import terminal
+from workflows.commands.checkpoints.transfers import bar, print_summary
 from workflows.commands.options import add_json
-from workflows.commands.transfers import bar, print_summary
 
 EXAMPLES = """examples:
   adsc export "$(adsc show demo export --path)" s3://models/tiny-llava

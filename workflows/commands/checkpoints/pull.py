@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from workflows.commands.checkpoints.transfers import bar, print_summary
 from workflows.commands.options import add_json
-from workflows.commands.transfers import bar, print_summary
 
 EXAMPLES = """examples:
   adsc pull s3://models/tiny-llava tiny-llava

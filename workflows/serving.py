@@ -1,0 +1,211 @@
+"""`adsc serve`: fetch and verify a checkpoint, tell its plan and costs, run vLLM's own server.
+
+The server is a process of its own, run by this Python; what it does with a plan is up to
+`adsc.serving`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+from typing import IO, Any
+
+SERVER = "vllm.entrypoints.openai.api_server"
+LIMIT = 100 << 30  # bytes of fetched checkpoints under ~/.cache/adsc
+PATIENCE = 60.0  # seconds that a server has to end after Ctrl-C
+TEXT = 100  # text tokens of the request that is counted
+INSTALL = """vLLM is not installed here. It needs an environment of its own; in the repository:
+  make vllm                                  (with a GPU: make vllm ENGINE=vllm==0.32.0)
+  .venv-vllm/bin/adsc serve CHECKPOINT"""
+
+
+class ServingError(RuntimeError):
+    """The server could not be started, or ended by itself."""
+
+
+def check_engine() -> None:
+    """Raise ServingError, with the lines that install it, where vLLM is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ServingError(INSTALL)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Fetch, tell and serve until Ctrl-C; returns the exit code.
+
+    Raises:
+        ServingError: a port in use, a server that failed.
+        ValueError: no such checkpoint or plan, or one that is not served.
+    """
+    from workflows.commands import terminal
+
+    check_port(options.host, options.port)
+    place = fetched(options)
+    console = terminal.console()
+    for line in described(place, options.plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return run(command(place, options))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ServingError for a port that another program listens on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"can't listen on {host}:{port} ({error.strerror}): choose another --port, or end "
+                "what listens there"
+            ) from None
+
+
+def fetched(options: argparse.Namespace) -> str:
+    """A folder of this machine, verified where it has a manifest; or a hub id, as it was given."""
+    given: str = options.checkpoint
+    if given.startswith("models:/"):
+        if importlib.util.find_spec("mlflow") is None:
+            raise ValueError(
+                f"{given} is MLflow's, which is not installed here: pip install mlflow, or fetch "
+                "the checkpoint elsewhere and give its folder"
+            )
+        from pipeline.tracking.address import chosen
+        from pipeline.tracking.mlflow_registry import fetch_checkpoint
+
+        return str(fetch_checkpoint(chosen(options.mlflow), given))
+    if "://" in given:
+        return str(_pulled(given, options.expect))
+    folder = Path(given)
+    if not folder.is_dir():
+        if given.count("/") == 1 and not given.startswith((".", "/", "~")):
+            return given
+        raise ValueError(
+            f"there is no folder {given!r}: give a checkpoint's folder, a hub id (owner/name), "
+            "s3://bucket/prefix or models:/name@alias"
+        )
+    from pipeline.publishing.manifest import MANIFEST, verify_folder
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no checkpoint: there is no config.json")
+    if (folder / MANIFEST).is_file():
+        verify_folder(folder)
+    return str(folder)
+
+
+def _pulled(address: str, expect: str) -> Path:
+    """A published checkpoint, copied and verified once for each content."""
+    from pipeline.publishing.manifest import MANIFEST, digest
+    from pipeline.publishing.publish import pull
+    from pipeline.store import cache, open_store
+
+    store = open_store(address)
+    text = store.read(MANIFEST)
+    if text is None:
+        raise ValueError(
+            f"no checkpoint is published at {address}: `adsc export FOLDER {address}` does that"
+        )
+    name = f"checkpoint-{digest(text)[:16]}"
+    use = cache.fetch(cache.folder(), name, LIMIT, lambda at: pull(store, at, expect))
+    _IN_USE.append(use)
+    return use.folder
+
+
+_IN_USE: list[Any] = []  # keeps copies from being deleted while they are served
+
+
+def described(place: str, plan: str | None) -> list[str]:
+    """What is served, and what one image costs: lines for the terminal.
+
+    Raises:
+        ValueError: the plan is unknown, malformed or not served.
+    """
+    from transformers import AutoConfig
+
+    from adsc.serving.settings import FIELD, served_plan
+
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    if plan is not None:
+        setattr(config, FIELD, plan)
+    served = served_plan(config)
+    if served is None:
+        return [f"{place}: no plan; served dense, as vLLM serves any model (--plan gives it one)"]
+    from adsc import estimate_cost
+
+    cost = estimate_cost(config, served.plan, text_tokens=TEXT)
+    dense = estimate_cost(config, None, text_tokens=TEXT)
+    less = cost.versus(dense)
+    return [
+        f"{place}: plan {served.text}, {cost.average_vision_tokens:.1f} of {served.image.tokens} "
+        "vision tokens an image, averaged over layers",
+        f"one image with {TEXT} text tokens: {cost.flops / 1e9:.4g} GFLOP "
+        f"({100 * less.flops:.1f} % less than dense), {cost.kv_cache_bytes / 2**20:.3g} MiB of KV "
+        f"({100 * less.kv_cache_bytes:.1f} % less)",
+    ]
+
+
+def command(place: str, options: argparse.Namespace) -> list[str]:
+    """The command line of vLLM's server."""
+    words = [sys.executable, "-P", "-m", SERVER, "--model", place]
+    words += ["--host", options.host, "--port", str(options.port)]
+    if not any(word.startswith("--served-model-name") for word in options.engine):
+        words += ["--served-model-name", Path(place).name]
+    if options.plan is not None:
+        if any(word.startswith("--hf-overrides") for word in options.engine):
+            raise ValueError('--plan and --hf-overrides: give the plan in both as {"adsc": "64"}')
+        words += ["--hf-overrides", json.dumps({"adsc": options.plan})]
+    return words + options.engine
+
+
+def run(words: list[str]) -> int:
+    """The server until it ends or Ctrl-C, which a terminal sends to it as well.
+
+    Raises:
+        ServingError: it ended by itself, with its last error.
+    """
+    errors: deque[str] = deque(maxlen=1)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, errors="replace") as server:
+        assert server.stderr is not None
+        reader = threading.Thread(target=_pass_on, args=(server.stderr, errors), daemon=True)
+        reader.start()
+        try:
+            code = server.wait()
+        except KeyboardInterrupt:
+            _end(server)
+            return 0
+        reader.join(timeout=5)
+    if code in (0, -signal.SIGINT, -signal.SIGTERM):
+        return 0
+    why = errors[0] if errors else "its messages are above"
+    raise ServingError(f"vLLM's server ended with {code}: {why}")
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """Wait for a server that Ctrl-C has reached, then insist."""
+    server.send_signal(signal.SIGINT)
+    for insist in (server.terminate, server.kill):
+        try:
+            server.wait(PATIENCE)
+            return
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            insist()
+    server.wait()
+
+
+def _pass_on(stream: IO[str], errors: deque[str]) -> None:
+    """Print a server's messages as they come, and remember its last error."""
+    for line in stream:
+        sys.stderr.write(line)
+        head, colon, rest = line.strip().rpartition("Error: ")
+        if head.endswith("Validation"):
+            continue  # what is wrong stands on the next line
+        if line.strip().startswith("Value error, "):
+            errors.append(line.strip().removeprefix("Value error, "))
+        elif colon and not rest.startswith("Engine core initialization failed"):
+            errors.append(f"{head.split()[-1] if head else ''}Error: {rest}")
