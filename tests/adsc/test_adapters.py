@@ -196,7 +196,7 @@ import importlib.util
 importlib.util.find_spec("peft")
 base = llava()
 import peft
-assert type(peft.__loader__).__module__ != "adsc.attachment.adapters"
+assert type(peft.__loader__).__module__ != "adsc.attachment.after_import"
 model = peft.PeftModel.from_pretrained(base, sys.argv[1])
 print(adsc.plan_of(model))
 """

@@ -32,7 +32,7 @@ import sys
 import adsc
 assert "adsc.attachment.attach" not in sys.modules
 plan = adsc.PruningPlan.parse("8:1/2")
-assert adsc.solve_plans(32, 576, 192, 1, "1/4")
+assert adsc.solve_plans(32, 576, 198, 1, "1/4")
 for name in ("llava-1.5-7b", "llava-next-7b", "qwen3-vl-8b"):
     assert adsc.estimate_cost(name, plan).flops < adsc.estimate_cost(name).flops
 print([name for name in {HEAVY} if name in sys.modules])

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.durable.graph import GraphError, fingerprints, lint
-from pipeline.durable.identity import IdentityError, body_name, canonical, digest
+from pipeline.durable.identity import IdentityError, body_name, canonical, digest, load_body
 from pipeline.durable.stage import Stage
 from pipeline.training.config import OffloadSettings, TrainConfig
 from tests.pipeline import toy
@@ -159,6 +159,18 @@ def test_a_body_that_moves_to_another_file_changes_no_fingerprint(tmp_path: Path
     stages = module.stages("log")
     assert body_name(stages[0].kind.body) == "elsewhere.total"
     assert changed(stages) == set()
+
+
+def test_a_body_may_be_given_by_its_full_name() -> None:
+    """Nothing is imported before it runs, and the identity is the same."""
+    *rest, make = toy.stages("log")
+    named = toy.with_kind(make, body=f"tests.pipeline.toy.{make.kind.body.__name__}")
+    assert fingerprints([*rest, named]) == fingerprints([*rest, make])
+    assert load_body(named.kind.body) is make.kind.body
+    assert fingerprints([*rest, toy.with_kind(make, body="no.such.module")])
+    for wrong in ("make", "tests.pipeline.toy:make", "tests..make"):
+        with pytest.raises(GraphError, match="is not a function's full name"):
+            lint([*rest, toy.with_kind(make, body=wrong)])
 
 
 def test_a_script_has_the_fingerprints_of_its_module() -> None:

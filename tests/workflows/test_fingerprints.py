@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.durable.graph import fingerprints
+from pipeline.durable.identity import load_body
 from pipeline.durable.stage import Kind, Stage
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.benchmarks import BenchmarksConfig
@@ -106,6 +107,8 @@ def test_every_kind_that_ships_has_an_id_of_its_own() -> None:
                     kinds[kind.id].append(kind)
     assert {"pipeline.stages.merge.merge", "workflows.fashion.compose_fashion"} < kinds.keys()
     assert not {id: same for id, same in kinds.items() if len(same) > 1}
+    for (kind,) in kinds.values():
+        assert callable(load_body(kind.body)) and callable(load_body(kind.complete or kind.body))
 
 
 if __name__ == "__main__":

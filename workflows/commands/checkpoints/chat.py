@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer one question, or one a line."""
+    picture = _read_picture(options.image)
     from transformers import AutoProcessor
 
     import adsc
@@ -39,7 +40,6 @@ def run(options: argparse.Namespace) -> int:
     from workflows import stamps_tower
 
     stamps_tower.register()
-    picture = _read_picture(options.image)
     with _local_folder(options.checkpoint) as folder:
         model = adsc.from_pretrained(folder, plan=options.plan).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
