@@ -209,16 +209,17 @@ def test_another_broken_pipe_is_none_of_standard_output() -> None:
         raise BrokenPipeError("a server")
 
 
-def test_ctrl_c_while_the_heavy_imports_are_under_way() -> None:
-    listing = command("ls", stdout=subprocess.DEVNULL)
-    maps = Path(f"/proc/{listing.pid}/maps")
+def test_ctrl_c_while_the_heavy_imports_are_under_way(tmp_path: Path) -> None:
+    """The doctor asks torch which GPUs there are."""
+    doctor = command("doctor", "--root", str(tmp_path), stdout=subprocess.DEVNULL)
+    maps = Path(f"/proc/{doctor.pid}/maps")
     while "libtorch" not in maps.read_text():
-        assert listing.poll() is None
+        assert doctor.poll() is None
         time.sleep(0.01)
-    listing.send_signal(signal.SIGINT)
-    _, said = listing.communicate()
+    doctor.send_signal(signal.SIGINT)
+    _, said = doctor.communicate()
     assert said == "adsc: interrupted; run the same command to resume\n"
-    assert listing.returncode == 130
+    assert doctor.returncode == 130
 
 
 @pytest.mark.parametrize("small_disk", ["4m"], indirect=True)
