@@ -108,8 +108,8 @@ def scienceqa(folder: Path) -> None:
 
 
 def mme(folder: Path) -> None:
-    from pipeline.evaluation.benchmarks import MME_PERCEPTION
     from pipeline.evaluation.benchmarks import MME_COGNITION as COGNITION
+    from pipeline.evaluation.benchmarks import MME_PERCEPTION
 
     home = folder / "MME_Benchmark_release_version"
     for kind in (*MME_PERCEPTION, *COGNITION):
