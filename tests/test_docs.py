@@ -81,7 +81,8 @@ def test_code_names_pages_that_exist():
 def test_make_help_lists_every_target():
     targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.findall(r"^make ([a-z-]+)  +\S", shown.stdout, re.M) == targets
+    listed = re.findall(r"^make ([a-z-]+)  +\S", shown.stdout, re.M)
+    assert sorted(listed) == sorted(targets)
 
 
 # Console blocks

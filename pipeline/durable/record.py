@@ -46,10 +46,13 @@ def failure_key(stage: str, fingerprint: str, attempt: str) -> str:
 class File(BaseModel):
     """One file of a finished stage."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     path: str
+    """Relative to the stage's folder, with forward slashes."""
     size: int
+    """Bytes."""
     sha256: str
+    """Checksum of the content."""
 
     @classmethod
     def read(cls, folder: Path, path: Path) -> File:
@@ -61,32 +64,49 @@ class File(BaseModel):
 class Source(BaseModel):
     """One input: what it was, and where it lay at that time."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     fingerprint: str
+    """Of the stage that made it."""
     uri: str
+    """Where its files were."""
 
 
 class Record(BaseModel):
     """What a finished stage did. `uri`, where its files lie, isn't written: stores can move."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     schema_version: int = SCHEMA
+    """Version of this form."""
     stage: str
+    """Name of the stage."""
     fingerprint: str
+    """Hash of the config, the kind and the fingerprints of the inputs."""
     attempt: str
+    """Which attempt's files count."""
     outputs: dict[str, Any] = {}
+    """What the body returned, as JSON."""
     files: tuple[File, ...] = ()
+    """Every file of the attempt."""
     inputs: dict[str, Source] = {}
+    """The stages that this one needed, by the name that its body has for them."""
     config: Any = None
+    """The stage's whole config."""
     version: int = 0
+    """Version of the stage's kind."""
     body: str = ""
     """Id of the stage's kind."""
     commit: str | None = None
+    """Git commit of the code; null where it isn't known."""
     started: str = ""
+    """Time in UTC, ISO 8601."""
     finished: str = ""
+    """Time in UTC, ISO 8601."""
     seconds: float = 0.0
+    """Wall time of the attempt."""
     run_id: str | None = None
+    """Its run in MLflow."""
     host: str = ""
+    """The machine that ran it."""
     notes: tuple[str, ...] = ()
     """What people should know of the attempt, such as a tracking server that was away."""
     uri: str = Field(default="", exclude=True)
