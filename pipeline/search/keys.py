@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Union, get_args, get_origin
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 
 from pipeline.config import Config, edit
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PREFIX = "train."
 TAKEN = ("plan", "method", "plans", "weights", "grow", "seed", "steps", "epochs", "carry_optimizer")
@@ -48,6 +49,8 @@ class Range(NamedTuple):
         if self.whole and not self.log:
             return int(rng.integers(low, high + 1))
         if self.log:
+            import numpy as np  # a config names keys without it
+
             drawn = float(np.exp(rng.uniform(np.log(low), np.log(high))))
         else:
             drawn = float(rng.uniform(low, high))
