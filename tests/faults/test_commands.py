@@ -210,15 +210,15 @@ def test_another_broken_pipe_is_none_of_standard_output() -> None:
 
 
 def test_ctrl_c_while_the_heavy_imports_are_under_way() -> None:
-    listing = command("ls", stdout=subprocess.DEVNULL)
-    maps = Path(f"/proc/{listing.pid}/maps")
+    chat = command("chat", "nowhere", "none.png", "what?", stdout=subprocess.DEVNULL)
+    maps = Path(f"/proc/{chat.pid}/maps")
     while "libtorch" not in maps.read_text():
-        assert listing.poll() is None
+        assert chat.poll() is None
         time.sleep(0.01)
-    listing.send_signal(signal.SIGINT)
-    _, said = listing.communicate()
+    chat.send_signal(signal.SIGINT)
+    _, said = chat.communicate()
     assert said == "adsc: interrupted; run the same command to resume\n"
-    assert listing.returncode == 130
+    assert chat.returncode == 130
 
 
 @pytest.mark.parametrize("small_disk", ["4m"], indirect=True)
