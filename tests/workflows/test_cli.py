@@ -43,10 +43,11 @@ def test_every_command_has_help_with_an_example(
     assert f"  adsc {command} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if "llava15_7b" not in name])
 def test_every_workflow_passes_a_dry_run(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Those of LLaVA-1.5-7B in test_llava15_7b.py, with what they forecast."""
     assert main(["run", name, "--dry-run", "--root", str(tmp_path / "store")]) == 0
     assert "to run" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()

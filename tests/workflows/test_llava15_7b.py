@@ -48,7 +48,7 @@ def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     root = f"--root={tmp_path / 'runs'}"
     assert main(["run", name, "--dry-run", "--workers=8", "--gpu-price=2", root]) == 0
     said = capsys.readouterr().out
-    assert "Training on 8 x h100" in said and "665,298 records" in said
+    assert "Training on 8 x h100" in said and "665,298 records" in said and "to run" in said
     assert not (tmp_path / "runs").exists()
     trained = [s.config for s in load_workflow(name).stages() if s.name.startswith("train-")]
     assert all(isinstance(config, TrainConfig) for config in trained)
