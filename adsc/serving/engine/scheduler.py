@@ -30,7 +30,7 @@ class _PlanScheduling:
     kv_cache_manager: Any
 
     def __init__(self, *, vllm_config: Any, **kwargs: Any):
-        super().__init__(vllm_config=vllm_config, **kwargs)
+        super().__init__(vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
         self.served = served_plan(vllm_config.model_config.hf_config)
         assert self.served is not None
         self.kept: dict[str, Kept] = {}
