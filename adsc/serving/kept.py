@@ -29,11 +29,11 @@ class Kept:
     def __init__(self, served: ServedPlan, images: Sequence[Span]):
         self.served, self.images = served, tuple(images)
         self.known = max(start + length for start, length in images)
-        self.gone = np.zeros((served.parts, self.known), dtype=bool)
+        self.gone: np.ndarray = np.zeros((served.parts, self.known), dtype=bool)
         """(P, K) which tokens are gone in each part."""
         for start, length in images:
             self.gone[:, start : start + length] = served.gone
-        self.before = np.zeros((served.parts, self.known + 1), dtype=np.int64)
+        self.before: np.ndarray = np.zeros((served.parts, self.known + 1), dtype=np.int64)
         """(P, K + 1) how many of the tokens before each are gone."""
         np.cumsum(self.gone, axis=1, out=self.before[:, 1:])
 

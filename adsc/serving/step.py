@@ -135,7 +135,7 @@ def _whole_part(batch: _Batch, number: int) -> Part:
         ],
         dtype=np.int32,
     )
-    owner = np.repeat(np.arange(len(ends)), batch.scheduled)
+    owner: np.ndarray = np.repeat(np.arange(len(ends)), batch.scheduled)
     place = np.arange(len(owner)) + (batch.computed - dropped - batch.starts[:-1])[owner]
     return Part(batch.starts, dropped, batch.on_device(owner), batch.on_device(place))
 
@@ -147,8 +147,10 @@ def _part_with_drops(batch: _Batch, number: int, before: np.ndarray) -> tuple[Pa
         before: rows that reach the part before it.
     """
     count = len(batch.scheduled)
-    starts, dropped = np.zeros(count + 1, dtype=np.int32), np.zeros(count, dtype=np.int32)
-    rows, place = [], []
+    starts: np.ndarray = np.zeros(count + 1, dtype=np.int32)
+    dropped: np.ndarray = np.zeros(count, dtype=np.int32)
+    rows: list[np.ndarray] = []
+    place: list[np.ndarray] = []
     for r, one in enumerate(batch.kept):
         start, size = int(batch.computed[r]), int(batch.scheduled[r])
         chosen = np.arange(size)
@@ -167,7 +169,7 @@ def _part_with_drops(batch: _Batch, number: int, before: np.ndarray) -> tuple[Pa
         batch.on_device(np.repeat(np.arange(count), np.diff(starts))),
         batch.on_device(np.concatenate(place)),
         batch.on_device(left),
-        batch.on_device(np.searchsorted(before, left)),
+        batch.on_device(np.asarray(np.searchsorted(before, left))),
         _pooling(batch, number, before, left),
     )
     return part, left
@@ -193,7 +195,7 @@ def _pooling(batch: _Batch, number: int, before: np.ndarray, left: np.ndarray) -
     places = np.where(flat < 0, -1, np.searchsorted(before, flat))
     return Pooling(
         batch.on_device(places),
-        batch.on_device(np.searchsorted(left, np.array(anchors))),
+        batch.on_device(np.asarray(np.searchsorted(left, np.array(anchors)))),
         batch.on_device(np.array(sizes)).unsqueeze(1),
         even,
     )

@@ -26,6 +26,8 @@ class PartAttention(Attention):
     """An attention layer of one part. vLLM's LLaMA builds its layers itself and registers each
     under its name, so one that is built changes its class, then calls `join`."""
 
+    attn_backend: Any
+
     def join(self, part: int) -> None:
         self.part = part
         self.attn_backend: Any = narrowed(self.attn_backend)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
+
 from adsc.serving.kept import Kept, Span
 from adsc.serving.settings import ServedPlan
 
 
-class UnservedRequest(ValueError):
-    """A request that can't be answered under a pruning plan; an HTTP client gets a 400."""
+class UnservedRequest(VLLMClientError, ValueError):
+    """A request that can't be answered under a pruning plan; an HTTP client gets a 400. vLLM hides
+    the message of errors that are not of its own kind."""
 
 
 def spans_of(features: Sequence[Any] | None) -> list[Span]:
