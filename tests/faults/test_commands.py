@@ -217,7 +217,7 @@ def test_ctrl_c_while_the_heavy_imports_are_under_way() -> None:
         time.sleep(0.01)
     listing.send_signal(signal.SIGINT)
     _, said = listing.communicate()
-    assert said == "adsc: interrupted; run the same command to resume\n"
+    assert said == "adsc: interrupted; rerun the same command to resume\n"
     assert listing.returncode == 130
 
 

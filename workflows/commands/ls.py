@@ -1,4 +1,4 @@
-"""`adsc ls`: the workflows, or the stages of one with state and place."""
+"""`adsc ls`: the workflows, or the stages of one with their state and path."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from workflows.registry import WORKFLOWS, load_workflow
 
 EXAMPLES = """examples:
   adsc ls                     (the workflows)
-  adsc ls demo                (each stage: its state and where it lies)
+  adsc ls demo                (each stage: its state and path)
   adsc ls demo --json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workflow(parser, optional=True)
-    parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def _list_workflows(as_json: bool) -> None:
         rows = [{"name": name, "title": listed.title} for name, listed in WORKFLOWS.items()]
         print(json.dumps(rows))
         return
-    table = terminal.table("workflow", "what")
+    table = terminal.table("workflow", "description")
     for name, listed in WORKFLOWS.items():
         table.add_row(name, listed.title)
     terminal.console().print(table)
