@@ -32,7 +32,7 @@ from pipeline.publishing.manifest import (
     strangers,
     verify_folder,
 )
-from pipeline.store import Altered, DiskFull, Entry, Store, StoreAway, StoreError
+from pipeline.store import Altered, DiskFull, Entry, Store, StoreError, StoreUnavailable
 from pipeline.store.base import PARALLEL, TEMPORARY, appearing, explain_os, write
 
 CLAIM = "unfinished.json"
@@ -283,7 +283,7 @@ def _patiently(call: Callable[[], Result]) -> Result:
             return call()
         except DiskFull:
             raise
-        except (StoreAway, Altered) as error:
+        except (StoreUnavailable, Altered) as error:
             if tried == TRIES:
                 kind = type(error)
                 more = f"(tried {TRIES} times; files that arrived whole stay)"

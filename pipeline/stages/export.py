@@ -26,7 +26,7 @@ from adsc import PruningPlan
 from adsc.named import names_in
 from adsc.serving.names import unknown_names
 from pipeline.data.templates import begin_with_bos, special_tokens
-from pipeline.durable.record import UNDONE, behind
+from pipeline.durable.record import UNDONE, input_records
 from pipeline.durable.stage import Input, StageContext
 from pipeline.kinds.export import ExportConfig
 from pipeline.publishing.manifest import (
@@ -315,7 +315,7 @@ def runs_behind(inputs: Mapping[str, Input]) -> dict[str, str]:
         if record.stage in found:
             continue
         found[record.stage] = record.run_id or ""
-        waiting += behind(record)
+        waiting += input_records(record)
     return {stage: run for stage, run in found.items() if run}
 
 

@@ -13,8 +13,8 @@ from pipeline.store.base import (
     Entry,
     Progress,
     Store,
-    StoreAway,
     StoreError,
+    StoreUnavailable,
     file_sha256,
 )
 from pipeline.store.local import LocalStore
@@ -27,8 +27,8 @@ __all__ = [
     "LocalStore",
     "Progress",
     "Store",
-    "StoreAway",
     "StoreError",
+    "StoreUnavailable",
     "check_for_runs",
     "file_sha256",
     "open_store",

@@ -26,7 +26,7 @@ class StoreError(ValueError):
     """The store can't do what was asked: one sentence with the reason and the way out."""
 
 
-class StoreAway(StoreError):
+class StoreUnavailable(StoreError):
     """The same may succeed later: nobody answers, the server is overloaded, or the disk is full."""
 
 
@@ -34,7 +34,7 @@ class Altered(StoreError):
     """What arrived is not what was sent, or not what was promised: that object is not kept."""
 
 
-class DiskFull(StoreAway):
+class DiskFull(StoreUnavailable):
     """No room on a file system; waiting helps only if somebody makes some."""
 
 
@@ -261,6 +261,6 @@ def explain_os(error: OSError, path: Path) -> StoreError:
         errno.ENOTDIR: "a part of that path is a file; choose another root",
         errno.EEXIST: "a part of that path is a file; choose another root",
     }
-    kinds = {errno.ENOSPC: DiskFull, errno.EDQUOT: DiskFull, errno.EIO: StoreAway}
+    kinds = {errno.ENOSPC: DiskFull, errno.EDQUOT: DiskFull, errno.EIO: StoreUnavailable}
     kind = kinds.get(error.errno or 0, StoreError)
     return kind(f"can't use {path}: {reasons.get(error.errno or 0, str(error))}")

@@ -24,8 +24,8 @@ from pipeline.store.base import (
     Entry,
     Progress,
     Store,
-    StoreAway,
     StoreError,
+    StoreUnavailable,
     checked,
     file_sha256,
 )
@@ -311,7 +311,7 @@ class S3Store(Store):
             "NoRegionError": "no region is set; set AWS_DEFAULT_REGION",
             "ParamValidationError": "the bucket's name is not valid; check the root",
         }
-        kind = StoreAway if code in _AWAY else StoreError
+        kind = StoreUnavailable if code in _AWAY else StoreError
         return kind(redact(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}"))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pipeline.durable.address import ClusterError, check_head, check_socket_room
-from pipeline.durable.session import settle
+from pipeline.durable.session import send_pending
 from pipeline.kinds.export import ExportConfig
 from pipeline.publishing.manifest import ExportError
 from pipeline.stages.export import check_in_fresh_process
@@ -230,7 +230,7 @@ def test_a_store_that_may_only_be_read_and_holds_a_journal(
     journal.append({"kind": "tag", "key": "a", "value": "b"})
     journal.close(delete=False)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert settle(str(small_disk), None, "") is None
+    assert send_pending(str(small_disk), None, "") is None
     assert main(["ls", "demo", "--root", str(small_disk)]) == 0
     assert "Traceback" not in capsys.readouterr().err
     assert list((small_disk / "tracking").glob("*.jsonl"))

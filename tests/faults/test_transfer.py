@@ -26,7 +26,7 @@ import pytest
 
 from pipeline.publishing.manifest import ExportError, digest, verify_folder, write_manifest
 from pipeline.publishing.publish import CLAIM, publish, pull
-from pipeline.store import DiskFull, Store, StoreAway, StoreError, open_store
+from pipeline.store import DiskFull, Store, StoreError, StoreUnavailable, open_store
 from tests.faults.checkpoints import SIZES, WEIGHTS, export, make
 from tests.faults.proxy import Fault, Proxy
 
@@ -170,11 +170,11 @@ def test_goes_on(
 STOPS: dict[str, tuple[Fault, type[Exception], str]] = {
     "export: 503 for ever": (
         Fault(method="PUT", part="config.json", status=503, code="SlowDown"),
-        StoreAway, r"overloaded.*tried 3 times; files that arrived whole stay",
+        StoreUnavailable, r"overloaded.*tried 3 times; files that arrived whole stay",
     ),
     "export: every byte arrives altered": (
         Fault(method="PUT", part="config.json", flip=True),
-        StoreAway, "what arrived there is not what was sent",
+        StoreUnavailable, "what arrived there is not what was sent",
     ),
     "export: credentials expire in the middle": (
         Fault(method="PUT", part="partNumber=2", status=400, code="ExpiredToken"),
@@ -186,15 +186,15 @@ STOPS: dict[str, tuple[Fault, type[Exception], str]] = {
     ),
     "pull: 500 for ever": (
         Fault(method="GET", part="config.json", status=500, code="InternalError"),
-        StoreAway, "tried 3 times; files that arrived whole stay",
+        StoreUnavailable, "tried 3 times; files that arrived whole stay",
     ),
     "pull: silence for ever": (
         Fault(method="GET", part="config.json", cut=100, stall=True),
-        StoreAway, "tried 3 times; files that arrived whole stay",
+        StoreUnavailable, "tried 3 times; files that arrived whole stay",
     ),
     "pull: every body breaks off": (
         Fault(method="GET", part="config.json", cut=100),
-        StoreAway, "tried 3 times; files that arrived whole stay",
+        StoreUnavailable, "tried 3 times; files that arrived whole stay",
     ),
     "pull: every byte arrives altered": (
         Fault(method="GET", part="config.json", flip=True),

@@ -225,7 +225,7 @@ def test_a_lost_lease_ends_the_process_and_leaves_no_record(toys: Toys) -> None:
         toys.run({**SHORT, "max_retries": 0}, **changes)
     thread.join()
     assert error.value.failures["make"].retry_helps
-    assert "goes on from here" in str(error.value)
+    assert "rerun the same command to resume" in str(error.value)
     assert toys.record("make", **changes) is None
     assert toys.ran() == {"make": 1}
 
@@ -330,7 +330,7 @@ def test_a_pinned_stage_is_taken_as_it_is(toys: Toys, tmp_path: Path) -> None:
     found = toys.run_stages([square, dataclasses.replace(make, pinned=str(plain))])
     assert found["square"].outputs == {"total": 7}
 
-    with pytest.raises(StoreError, match="where there is nothing: check it"):
+    with pytest.raises(StoreError, match="which is empty: check the address"):
         toys.run_stages([dataclasses.replace(make, pinned=str(tmp_path / "nothing"))])
 
 

@@ -43,7 +43,7 @@ def _list_workflows(as_json: bool) -> None:
 
 def _list_stages(options: argparse.Namespace) -> None:
     from pipeline.durable import graph
-    from pipeline.durable.session import settle
+    from pipeline.durable.session import send_pending
     from pipeline.durable.stage import RunContext
     from pipeline.store import open_store
     from pipeline.tracking.address import chosen
@@ -61,5 +61,5 @@ def _list_stages(options: argparse.Namespace) -> None:
     for state in states:
         table.add_row(*state)
     console.print(table, soft_wrap=True)
-    if unsent := settle(options.root, chosen(None), RunContext.cache):
+    if unsent := send_pending(options.root, chosen(None), RunContext.cache):
         console.print(unsent, markup=False)

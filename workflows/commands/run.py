@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the unfinished stages; print results and next steps."""
     from pipeline.durable import graph
-    from pipeline.durable.session import settle
+    from pipeline.durable.session import send_pending
     from pipeline.store import check_for_runs, open_store
     from workflows.renamed import former
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(another)
     context = dataclasses.replace(run_context(options, options.workflow), setup=workflow.setup)
     finished = graph.run(stages, context, console)
-    if unsent := settle(context.root, context.tracking_uri, context.cache):
+    if unsent := send_pending(context.root, context.tracking_uri, context.cache):
         console.print(unsent, markup=False)
     _print_results(console, finished)
     _print_next(console, finished, context)

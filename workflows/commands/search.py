@@ -137,9 +137,9 @@ def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
 
 def search_stages(workflow: Workflow) -> list[Stage]:
     """The stage `search` and every stage it needs."""
-    from pipeline.durable.graph import lint
+    from pipeline.durable.graph import topological_order
 
-    by_name = {stage.name: stage for stage in lint(workflow.stages())}
+    by_name = {stage.name: stage for stage in topological_order(workflow.stages())}
     wanted, names = {"search"}, ["search"]
     while names:
         for need in by_name[names.pop()].needs.values():
