@@ -125,7 +125,7 @@ def test_the_check_of_an_export_does_not_import_from_there(
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     with pytest.raises(ExportError) as caught:
         check_in_fresh_process(tmp_path, ExportConfig())
-    assert "is no exported checkpoint" in str(caught.value)
+    assert "is not an exported checkpoint" in str(caught.value)
     assert "the user has" not in str(caught.value)
 
 

@@ -193,7 +193,7 @@ def damage(folder: Path, how: str) -> None:
         ("../x.json", "'../x.json' leads out of the folder"),
         ("/etc/x.json", "'/etc/x.json' leads out of the folder"),
         ("a\\..\\x.json", "leads out of the folder"),
-        ("pytorch_model.bin", "of a kind that is never exported"),
+        ("pytorch_model.bin", "of a type that is never exported"),
     ],
 )
 def test_a_damaged_copy_is_named(copy: Path, how: str, says: str) -> None:
@@ -218,7 +218,7 @@ def test_a_broken_manifest_is_an_error(tmp_path: Path, content: str) -> None:
 
 
 def test_other_places_and_later_manifests_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="is no exported checkpoint"):
+    with pytest.raises(ExportError, match="is not an exported checkpoint"):
         verify_folder(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema_version": 9, "files": []}')
     with pytest.raises(ExportError, match="schema version 9, this program reads 1"):

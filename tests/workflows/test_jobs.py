@@ -46,10 +46,10 @@ def planned(*changes: str, root: str = ROOT, **options: Any) -> Submission:
         (["--root", ROOT], "add --mlflow http://HOST:5000, or --mlflow off"),
         (["--root", ROOT, "--mlflow", "sqlite:///x.db"], "is a file of one machine"),
         (["--root", ROOT, "--mlflow", "http://ada:lovelace@mlflow"], "looks like a credential"),
-        (["--root", "s3://key:secret@bucket/x", "--mlflow", "off"], "carries credentials"),
+        (["--root", "s3://key:secret@bucket/x", "--mlflow", "off"], "has credentials"),
         (["--root", ROOT, "--mlflow", "off", "--set", "plan=9:1/2"], "layer 9"),
         (["--root", ROOT, "--mlflow", "off", "--address", "head:6379"], "such as http://HEAD:8265"),
-        (["--root", ROOT, "--mlflow", "off", "--address", "http://a:b@h:1"], "carries credentials"),
+        (["--root", ROOT, "--mlflow", "off", "--address", "http://a:b@h:1"], "has credentials"),
     ],
 )  # fmt: skip
 def test_what_nodes_cannot_share_or_others_must_not_see_is_refused_in_one_sentence(
