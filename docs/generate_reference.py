@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import adsc
@@ -192,8 +193,7 @@ def _tables(section: type[Config], prefix: str = "", without: set[str] = frozens
     for name, field in section.model_fields.items():
         if name in without:
             continue
-        if not field.description:
-            raise ValueError(f"{section.__name__}.{name} has no docstring: say unit and effect")
+        _documented(section, name)
         rows.append(_key(prefix + name, field))
         below += [(f"{prefix}{name}{part}.", inner) for part, inner in _sections(field.annotation)]
     if prefix:
@@ -246,8 +246,16 @@ def schemas() -> Iterator[str]:
         yield f"\n## {title}\n\n{markdown(model.__doc__ or '')}\n"
         yield "| field | type | what it is |\n|---|---|---|"
         for name, field in model.model_fields.items():
-            text = "" if field.description is None else field.description
-            yield f"| `{name}` | {cell(allowed(field))} | {cell(text)} |"
+            if not field.exclude:
+                text = _documented(model, name)
+                yield f"| `{name}` | {cell(allowed(field))} | {cell(text)} |"
+
+
+def _documented(model: type[BaseModel], name: str) -> str:
+    text = model.model_fields[name].description
+    if not text:
+        raise ValueError(f"{model.__name__}.{name} has no docstring: say unit, range and effect")
+    return text
 
 
 def cell(text: str) -> str:

@@ -9,9 +9,8 @@ literal text. This is the only module that reads YAML.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
-
-import yaml
 
 _TRUE, _FALSE = {"true", "True", "TRUE"}, {"false", "False", "FALSE"}
 _NULL = {"null", "Null", "NULL", "~"}
@@ -45,8 +44,10 @@ def read_value(text: str) -> Any:
         return scalar
     if not bare.startswith(("[", "{", '"', "'")) and ":" not in bare and "- " not in bare:
         return bare
+    import yaml  # seldom needed
+
     try:
-        value = yaml.load(bare, _Loader)  # a SafeLoader
+        value = yaml.load(bare, _loader())  # a SafeLoader
     except (yaml.YAMLError, RecursionError):
         return bare
     quoted = bare.startswith(('"', "'"))
@@ -69,27 +70,33 @@ def _scalar(text: str) -> Any:
     return text
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's with `_scalar` for plain scalars; no tags, no aliases."""
+@cache
+def _loader() -> Any:
+    import yaml
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
-    yaml_constructors = {
-        tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")))
-    }
+    class Loader(yaml.SafeLoader):
+        """PyYAML's with `_scalar` for plain scalars; no tags, no aliases."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")  # a list could hold itself
-        return super().compose_node(parent, index)
+        yaml_implicit_resolvers: dict[str, Any] = {}
+        yaml_constructors = {
+            tag: yaml.SafeLoader.yaml_constructors[tag]
+            for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")))
+        }
 
-    def construct_scalar(self, node: Any) -> Any:
-        text = super().construct_scalar(node)
-        plain = isinstance(node, yaml.ScalarNode) and node.style is None
-        return _scalar(text or "null") if plain else text
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")  # a list could hold itself
+            return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueSyntaxError(f"names {', '.join(map(repr, twice))} twice: keep one")
-        return super().construct_mapping(node, deep)
+        def construct_scalar(self, node: Any) -> Any:
+            text = super().construct_scalar(node)
+            plain = isinstance(node, yaml.ScalarNode) and node.style is None
+            return _scalar(text or "null") if plain else text
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := sorted({key for key in keys if keys.count(key) > 1}):
+                raise ValueSyntaxError(f"names {', '.join(map(repr, twice))} twice: keep one")
+            return super().construct_mapping(node, deep)
+
+    return Loader

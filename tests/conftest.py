@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 
 # A shell starts what it puts into the background with interrupts ignored, and processes that tests
 # start would inherit that.
@@ -24,14 +26,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 BUCKET = "lab"
 
 
+LONGEST = ("workflows", "pipeline")
+"""Folders of tests, the longest files first; the others follow."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray, and run its files first: they take minutes, whole workflows the most,
-    and no process is left with one of them at the end."""
+    """Mark what starts Ray, and run its files first.
+
+    They take minutes: of two processes, none should be left with one of them at the end.
+    """
     for item in items:
         if "ray_address" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
-    long = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: (item.path not in long, "workflows" not in item.path.parts))
+    starts_ray = {
+        item.path
+        for item in items
+        if item.get_closest_marker("ray") and not item.get_closest_marker("slow")
+    }
+    items.sort(key=lambda item: (item.path not in starts_ray, _rank(item.path)))
+
+
+def _rank(path: Path) -> int:
+    return LONGEST.index(path.parent.name) if path.parent.name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")
@@ -71,15 +87,34 @@ def ray_address(s3_endpoint: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         # Ray Train must not ask another Ray on this machine about its workers.
         patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
-        context = ray.init(
-            address="local",  # whatever else runs on this machine
-            num_cpus=4,
-            dashboard_port=port,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-        yield context.address_info["address"]
+        yield _started(port)
         ray.shutdown()
+
+
+def _started(port: int, attempts: int = 3) -> str:
+    """A Ray of its own, whatever else runs on this machine: its address.
+
+    Ray gives a node 30 seconds to come up, which no setting changes and a busy machine may need
+    more than once.
+    """
+    import ray
+
+    while True:
+        attempts -= 1
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=4,
+                dashboard_port=port,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:
+            ray.shutdown()
+            if not attempts or "timed out during startup" not in str(error):
+                raise
+        else:
+            return str(context.address_info["address"])
 
 
 # A fixture for every folder; imported below the environment's settings on purpose.

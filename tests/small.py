@@ -52,8 +52,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from pipeline.data.sources import iter_records
     from pipeline.data.templates import TEMPLATES
     from pipeline.stages.prepare import prepare_data
-    from workflows.demo.fashion import FashionConfig
     from workflows.demo.fashion_grids import compose_fashion
+    from workflows.demo.pictures import FashionConfig
     from workflows.demo.tiny_llava import TinyLlavaConfig, build_model, build_processor
 
     root = tmp_path_factory.mktemp("small")

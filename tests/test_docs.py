@@ -14,6 +14,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_code_names_pages_that_exist():
 def test_make_help_lists_every_target():
     targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.findall(r"^make ([a-z-]+)  +\S", shown.stdout, re.M) == targets
+    listed = re.findall(r"^make ([a-z-]+)  +\S", shown.stdout, re.M)
+    assert sorted(listed) == sorted(targets)
 
 
 # Console blocks
@@ -116,6 +118,22 @@ def assert_same(printed: str, shown: str) -> None:
     assert doctest.OutputChecker().check_output(wanted, found, doctest.ELLIPSIS), found
 
 
+def _complete(lines: list[str]) -> Iterator[str]:
+    """Commands, of which a quoted word may go over several lines."""
+    begun = ""
+    for line in lines:
+        begun += line
+        try:
+            words = shlex.split(begun, comments=True)
+        except ValueError:  # the quotation isn't closed yet
+            begun += "\n"
+            continue
+        if words:
+            yield begun
+        begun = ""
+    assert not begun, f"a quotation is never closed: {begun}"
+
+
 def is_quick(words: list[str]) -> bool:
     """Whether a command needs neither Ray nor anything that doesn't ship."""
     if words[0] != "adsc":
@@ -127,7 +145,7 @@ def commands(block: Block) -> list[tuple[str, list[str]]]:
     """The commands of a console block, each with the lines that the page shows below it."""
     text = block.text.replace("\\\n", " ")
     if not text.startswith("$ "):
-        return [(line, []) for line in text.splitlines() if shlex.split(line, comments=True)]
+        return [(command, []) for command in _complete(text.splitlines())]
     shown = [part.rstrip().splitlines() for part in re.split(r"^\$ ", text, flags=re.M)[1:]]
     return [(lines[0], [line.rstrip() for line in lines[1:]]) for lines in shown]
 

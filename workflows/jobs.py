@@ -2,7 +2,7 @@
 
     python -m workflows.jobs '{"root": ..., "expected": ...}' run demo
 
-The commands that submit and inspect jobs are in workflows/commands/jobs.
+The commands that submit and inspect jobs are in workflows/commands/cluster.
 """
 
 import json

@@ -90,9 +90,9 @@ def plan_submission(
         GraphError: the stages are not a valid graph.
     """
     from pipeline.cluster import preflight
+    from pipeline.commit import git_commit
     from pipeline.durable import graph
     from pipeline.durable.identity import SHORT, digest
-    from pipeline.durable.session import git_commit
     from pipeline.store import check_for_runs, open_store
     from pipeline.tracking.address import explained
 

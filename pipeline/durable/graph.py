@@ -12,6 +12,7 @@ from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.commit import git_commit
 from pipeline.durable import record as records
 from pipeline.durable.attempt import execute
 from pipeline.durable.completion import is_due
@@ -20,7 +21,7 @@ from pipeline.durable.identity import digest, fingerprint
 from pipeline.durable.lease import alive
 from pipeline.durable.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.durable.record import Record, sentence, undone
-from pipeline.durable.session import cancelling, git_commit, ray_for, tracked
+from pipeline.durable.session import cancelling, ray_for, tracked
 from pipeline.durable.stage import Kind, RunContext, Stage
 from pipeline.store import Store, check_for_runs, open_store
 from pipeline.tracking import gauges

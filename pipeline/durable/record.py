@@ -46,10 +46,13 @@ def failure_key(stage: str, fingerprint: str, attempt: str) -> str:
 class File(BaseModel):
     """One file of a finished stage."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     path: str
+    """Relative to the stage's folder, with forward slashes."""
     size: int
+    """Bytes."""
     sha256: str
+    """Checksum of the content."""
 
     @classmethod
     def read(cls, folder: Path, path: Path) -> File:
@@ -61,33 +64,50 @@ class File(BaseModel):
 class Source(BaseModel):
     """One input: its fingerprint, and its address at that time."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     fingerprint: str
+    """Fingerprint of the stage that produced it."""
     uri: str
+    """Address of its files at that time."""
 
 
 class Record(BaseModel):
     """What a finished stage computed. `uri`, the address of its files, isn't stored: stores can
     move."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     schema_version: int = SCHEMA
+    """Version of this schema."""
     stage: str
+    """Name of the stage."""
     fingerprint: str
+    """Hash of the config, the kind and the fingerprints of the inputs."""
     attempt: str
+    """The attempt whose files are the result."""
     outputs: dict[str, Any] = {}
+    """The body's return value, as JSON."""
     files: tuple[File, ...] = ()
+    """Every file of the attempt."""
     inputs: dict[str, Source] = {}
+    """The inputs, by the names that the body uses."""
     config: Any = None
+    """The stage's whole config."""
     version: int = 0
+    """Version of the stage's kind."""
     body: str = ""
     """Id of the stage's kind."""
     commit: str | None = None
+    """Git commit of the code; null if unknown."""
     started: str = ""
+    """Time in UTC, ISO 8601."""
     finished: str = ""
+    """Time in UTC, ISO 8601."""
     seconds: float = 0.0
+    """Wall time of the attempt."""
     run_id: str | None = None
+    """Its run in MLflow."""
     host: str = ""
+    """The machine that ran it."""
     notes: tuple[str, ...] = ()
     """Remarks on the attempt, such as a tracking server that was unavailable."""
     uri: str = Field(default="", exclude=True)

@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import socket
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,30 +263,3 @@ def send_pending(root: str, tracking_uri: str | None, cache: str) -> str | None:
 def _print(console: Console, text: str | None) -> None:
     if text:
         console.print(text, **PLAIN)
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files differ from it; None outside of git. For code
-    uploaded to a cluster, without git, ADSC_COMMIT names the commit."""
-    if commit := os.environ.get("ADSC_COMMIT"):
-        return commit
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        # Don't take the commit of another repository that the environment happens to be in.
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True,
-            check=True,
-        )
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

@@ -17,7 +17,9 @@ class ResultsError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Interval(_Part):
@@ -65,42 +67,67 @@ class Arm(_Part):
     several seeds, which are pooled) or not."""
 
     name: str
+    """Name of the arm."""
     label: str
+    """Name in tables."""
     plan: str
     """The plan, or the peer with its budget; empty is dense."""
     peer: bool = False
+    """Whether the method is a peer rather than a plan."""
     trained: bool
+    """Whether it was trained with its plan."""
     budget: str = ""
     """Name of the plan, of a checkpoint with several; `dense` for none of them."""
     curve: str = ""
     """What the arm is one budget of; empty for an arm by itself."""
     accuracy: Interval
+    """Mean score of all questions, 0 to 1."""
     by_kind: dict[str, Interval]
+    """The same by kind of question."""
     by_split: dict[str, Task] = {}
     """Of every split, or task file, where there are several."""
     difference: Interval | None = None
+    """Difference from the control's accuracy, paired."""
     retention: float | None = None
+    """Accuracy as a share of the control's."""
     retention_interval: Interval | None = None
+    """The same with its interval."""
     seeds: list[Seed] = []
+    """One entry per training, for an arm with several."""
     over_seeds: Interval | None = None
     """Mean accuracy over seeds with Student's interval; None for one seed."""
     difference_over_seeds: Interval | None = None
     """Difference from the control, paired by seed, likewise."""
     average_vision_tokens: float
+    """Vision tokens that enter a layer, mean over layers."""
     reduction: float
+    """Share of these that is saved."""
     tokens_per_layer: list[int]
+    """Vision tokens that enter each layer."""
     flops: int
+    """FLOPs of a prefill, convention `exact`."""
     flops_reduction: float
+    """Share of the dense model's that is saved."""
     kv_cache_bytes: int
+    """KV cache of a prefill, computed."""
     kv_reduction: float
+    """Share of the dense model's that is saved."""
     prefill_ms: Quartiles
+    """Milliseconds of a batch's prefill."""
     prefill_speedup: float | None = None
+    """Dense time over this one."""
     decode_tokens_per_s: Quartiles | None = None
+    """Tokens a second after the first token."""
     decode_speedup: float | None = None
+    """This rate over the dense one."""
     kv_measured_bytes: int | None = None
+    """KV cache of the batch as measured, padding included."""
     peak_memory_bytes: int | None = None
+    """Highest memory of generating."""
     working_memory_bytes: int | None = None
+    """How much of it was not in use before."""
     seconds_per_question: float | None = None
+    """Wall time of an answer."""
 
 
 class Sample(_Part):
@@ -113,26 +140,48 @@ class Sample(_Part):
 
 
 class Results(_Part):
+    """results.json as a whole."""
+
     title: str
+    """Title of the report."""
     task: str
+    """The task, in words."""
     workflow: str
+    """Name of the workflow."""
     seed: int
+    """Seed of the training."""
     commit: str | None
+    """Git commit of the code."""
     config: dict[str, Any]
+    """Config of the evaluation."""
     num_questions: int
+    """Questions that each arm answered."""
     num_pictures: int
+    """Distinct pictures of these questions."""
     num_vision_tokens: int
+    """Vision tokens of a question before any drop, mean over the timed batch."""
     num_layers: int
+    """Decoder layers."""
     text_tokens: float
+    """Text tokens of a question, mean over the timed batch."""
     prefill_batch: int | None = None
+    """Questions in the batch that was timed."""
     decode_tokens: int | None = None
+    """Tokens of a timed generation."""
     device: str = ""
+    """The device of the measurements."""
     dtype: str = ""
+    """Of the weights."""
     control_arm: str = ""
+    """Name of the arm that the others are compared with."""
     majority: Baseline
+    """The baseline without a model."""
     arms: list[Arm]
+    """One entry per arm."""
     curves: dict[str, list[tuple[float, float]]] = {}
+    """Training losses by stage, as pairs (step, loss)."""
     samples: list[Sample] = []
+    """Some questions with every arm's answer."""
     benchmarks: dict[str, dict[str, dict[str, Task]]] = {}
     """What public benchmarks make of scores beyond their mean: benchmark -> figure -> arm."""
 

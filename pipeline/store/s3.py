@@ -72,6 +72,7 @@ class S3Store(Store):
             )
         self.bucket, self.prefix = bucket, prefix
         self.root = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._encryption = encryption
         self._write_options = encryption, kms_key, tags
         self._client: Any = None
         self._transfers: Any = None
@@ -152,9 +153,9 @@ class S3Store(Store):
         stored = self._call("head_object", "NoSuchKey", "404", Key=name, ChecksumMode="ENABLED")
         if not stored or stored["ContentLength"] != path.stat().st_size:
             return False
-        if self._write_options[0] not in ("", actual := stored.get("ServerSideEncryption", "none")):
+        if self._encryption not in ("", actual := stored.get("ServerSideEncryption", "none")):
             raise StoreError(
-                f"{self.uri(key)} has encryption {actual}, not {self._write_options[0]}: the server "
+                f"{self.uri(key)} has encryption {actual}, not {self._encryption}: the server "
                 "ignores the setting, or the file existed before; delete it, or leave encryption "
                 "out"
             )

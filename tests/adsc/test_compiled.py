@@ -63,6 +63,8 @@ QUANTIZED = {
 @pytest.mark.parametrize("backend", QUANTIZED)
 @torch.no_grad()
 def test_quantized_cache(backend, stages):
+    if backend == "hqq":
+        pytest.importorskip("hqq", reason="pip install 'adsc[quantized]'")
     inputs = batch(MIXED)
     model = attached(stages)
     kept = model.generate(**inputs, max_new_tokens=8, **GREEDY)

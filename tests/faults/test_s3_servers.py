@@ -107,7 +107,9 @@ def test_an_endpoint_that_is_no_address(
     with pytest.raises(StoreError) as caught:
         open_store("s3://lab/x").check_writable()
     bare = endpoint.rpartition("://")[2]
-    assert f"{variable}={endpoint} is not the address of a server; write http://{bare}" in str(caught.value)
+    assert f"{variable}={endpoint} is not the address of a server; write http://{bare}" in str(
+        caught.value
+    )
 
 
 def test_a_password_in_an_endpoint_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,7 @@ def test_a_full_disk(
         pull(place, small_disk / "copy")
     note("pull: the disk becomes full", fault.seen, caught.value)
     asked = len(proxy.requests)
-    with pytest.raises(DiskFull, match=r"has room for \d+ MiB, \d+ MiB are to be fetched") as caught:
+    with pytest.raises(DiskFull, match=r"\d+ MiB free, but \d+ MiB are to be") as caught:
         pull(place, small_disk / "copy")
     assert not [path for _, path in proxy.requests[asked:] if WEIGHTS in path]
     note("pull: the disk has too little room", "0", caught.value)

@@ -408,7 +408,7 @@ def test_lint_reports_everything_at_once() -> None:
     assert "2 stages are called make" in message
     assert "total needs 'dobule' (as 'doubled'), which is not a stage" in message
     assert "'Double it' is not a stage's name" in message
-    assert "need each other in a circle: square -> square" in message
+    assert "need each other in a cycle: square -> square" in message
     assert "make: the body <function" in message
     assert "2 kinds have the id tests.pipeline.toy.make: <function" in message
 

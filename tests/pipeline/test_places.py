@@ -14,7 +14,7 @@ from pipeline.data.files import find, open_file
 from pipeline.store import LocalStore, StoreError, check_for_runs, open_store, split
 from pipeline.store.places import parse
 from pipeline.tracking.address import TrackingError, chosen, database_of, default_uri
-from workflows.commands.jobs.submit import DRIVER, PACKAGES
+from workflows.commands.cluster.submit import DRIVER, PACKAGES
 from workflows.commands.main import main
 from workflows.registry import load_workflow
 

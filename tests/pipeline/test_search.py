@@ -33,25 +33,13 @@ from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, Job, TrialRefused, segments
 from pipeline.search.tuning import Worker, ended, goes_on, kept_trials, key_of, run_trials
 from pipeline.stages.search import SearchFailed, compared, search, search_data
-from pipeline.stages.train import train_stage
 from pipeline.store import open_store
 from pipeline.store.local import LocalStore
-from pipeline.training.config import LoraSettings, TrainConfig
-from pipeline.training.curriculum import CurriculumConfig
+from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context
+from tests.pipeline.searches import DATA, LLAVA, TRAIN, held_conversations, job_of, space_of  # noqa: F401
 from tests.small import Small
 from workflows.demo.workflow import demo_paper as demo
-
-LLAVA = "llava-1.5-7b"
-DATA = {"template": "vicuna_short", "digest": "0" * 64}
-TRAIN = TrainConfig(
-    steps=3, batch_size=4, learning_rate=1e-2, lora=LoraSettings(rank=4, alpha=8, dropout=0.0)
-)
-
-
-def space_of(model: Any = LLAVA, **settings: Any) -> Space:
-    config = SearchConfig(**settings)
-    return Space(Costs(model, config), config)
 
 
 def test_every_three_drop_placement_of_llava_is_listed() -> None:
@@ -366,25 +354,6 @@ def test_searches_that_cannot_be(changes: dict[str, Any], error: type, says: str
 
 
 # Trials on a small model
-
-
-@pytest.fixture(scope="module")
-def held(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The splits of `search_data`: 24 training conversations, 6 + 6 of them held out."""
-    out = tmp_path_factory.mktemp("held") / "out"
-    ctx = stage_context("search-data", out, {"data": (small.prepared, DATA)})
-    search_data(ctx, SearchDataConfig(rows=6, confirm_rows=6))
-    return out
-
-
-def job_of(small: Small, held: Path, folder: Path, **settings: Any) -> Job:
-    ctx = stage_context("s", folder / "out", {"base": (small.base, {}), "data": (held, DATA)})
-    config = SearchConfig(average=32, tolerance=0.1, **settings)
-    return Job(
-        search=config, train=TRAIN, curriculum=CurriculumConfig(stages=2),
-        inputs=dict(ctx.inputs), storage=str(folder / "run"), run=ctx.run,
-        train_stage=train_stage,
-    )  # fmt: skip
 
 
 def ids(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pipeline.search.study import Rung, Study, Trial
 from pipeline.search.trial import segments
 from pipeline.search.tuning import Worker
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
-from tests.pipeline.test_search import held, job_of, space_of  # noqa: F401
+from tests.pipeline.searches import held_conversations, job_of, space_of  # noqa: F401
 from tests.small import Small
 from workflows.commands.search import best_settings
 from workflows.demo.workflow import demo
@@ -150,7 +150,7 @@ def test_placements_and_keys_are_searched_together() -> None:
     assert all(dict(one.settings).keys() == RANGES.keys() for one in proposed)
 
 
-def test_settings_reach_the_training(small: Small, held: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_settings_reach_the_training(small: Small, held: Path, tmp_path: Path) -> None:
     over = {"lora.rank": "2,4", "distill.weight": "0..1"}
     own = SearchConfig(plan="1:1/2", fidelity="lora", rungs=(2, 3), over=over)
     job = replace(job_of(small, held, tmp_path), search=own)

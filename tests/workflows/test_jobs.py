@@ -26,7 +26,7 @@ from pipeline.tracking.gauges import GAUGES, STATES
 from tests.infra.documents import BUILT_IN
 from tests.small import SMALL_DEMO, Small
 from tests.workflows.ray_cluster import Cluster, free_ports, kill, started
-from workflows.commands.jobs.submit import DRIVER, PACKAGES
+from workflows.commands.cluster.submit import DRIVER, PACKAGES
 from workflows.commands.main import main
 from workflows.registry import load_workflow
 

@@ -173,7 +173,7 @@ def test_a_flat_folder_of_prepared_data_is_asked_whole(small: Small, tmp_path: P
     ("splits", "words", "says"),
     [
         (("train",), ["test"], "holds no test, only train: name one with --tasks"),
-        (("train", "val"), [], "holds train, val: name which with --tasks"),
+        (("train", "val"), [], "holds train, val: name one with --tasks"),
         ((), [], "there is no Parquet shard in it"),
     ],
 )

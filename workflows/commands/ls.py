@@ -35,10 +35,8 @@ def _list_workflows(as_json: bool) -> None:
         rows = [{"name": name, "title": listed.title} for name, listed in WORKFLOWS.items()]
         print(json.dumps(rows))
         return
-    table = terminal.table("workflow", "description")
-    for name, listed in WORKFLOWS.items():
-        table.add_row(name, listed.title)
-    terminal.console().print(table)
+    titles = ((name, listed.title) for name, listed in WORKFLOWS.items())
+    terminal.print_rows(("workflow", "description"), *titles)
 
 
 def _list_stages(options: argparse.Namespace) -> None:
@@ -56,10 +54,6 @@ def _list_stages(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([state._asdict() for state in states]))
         return
-    console = terminal.console()
-    table = terminal.table("name", "state", "path")
-    for state in states:
-        table.add_row(*state)
-    console.print(table, soft_wrap=True)
+    terminal.print_rows(("name", "state", "path"), *states)
     if unsent := send_pending(options.root, chosen(None), RunContext.cache):
-        console.print(unsent, markup=False)
+        print(unsent)

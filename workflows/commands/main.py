@@ -36,13 +36,14 @@ COMMANDS = {
     "status": "jobs of a cluster, or one job and its stages",
     "logs": "print the output of a job",
     "cancel": "stop a job; submit it again to resume",
+    "doctor": "check this installation, with a way out of each problem",
     "cost": "FLOPs and KV cache of a model, dense and under a plan",
     "plan": "placements of drops that meet a token budget",
 }
 """Name -> its purpose, in one line."""
 FOLDERS = {
     "checkpoints": ("chat", "export", "pull", "promote", "serve"),
-    "jobs": ("submit", "status", "logs", "cancel"),
+    "cluster": ("submit", "status", "logs", "cancel", "doctor"),
 }
 """Folder of this package -> the commands in it."""
 
@@ -107,12 +108,26 @@ def _overview() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPar
         description="Train LLaVA-type models to live with fewer vision tokens.",
         epilog="Start with `adsc run demo`.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="the version and its commit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     each = {
         name: commands.add_parser(name, help=text, **_described(name))
         for name, text in COMMANDS.items()
     }
     return parser, each
+
+
+class _Version(argparse.Action):
+    """Looks for the commit only where somebody wants to know it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        from pipeline.commit import git_commit
+
+        commit = git_commit()
+        print(f"adsc {version('adsc')}{f' ({commit})' if commit else ''}")
+        parser.exit()
 
 
 def _described(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -109,6 +109,14 @@ def console(data: bool = False) -> Console:
 
     console = Piped()
     return console if console.is_terminal else Piped(width=200)
+
+
+def print_rows(*rows: Sequence[object]) -> None:
+    """Print rows as aligned lines that are never wrapped, so that paths can be copied."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (str(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
 
 
 def table(*columns: str, title: str | None = None) -> Table:

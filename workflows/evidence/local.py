@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import adsc
-from pipeline.durable.session import git_commit
+from pipeline.commit import git_commit
 from pipeline.evaluation.generation import (
     count_tokens,
     generate_tokens,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from workflows.commands import terminal
 from workflows.commands.options import add_job_server
 
 EXAMPLES = """examples:
@@ -37,11 +38,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(rows[0] if options.job else rows))
         return 0
     names = ("job", "status", "started", "minutes", "root")
-    lines = [names, *(tuple(row[name] for name in names) for row in rows)]
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+    terminal.print_rows(names, *([row[name] for name in names] for row in rows))
     if options.job:
         print(rows[0]["message"])
         for name, state in rows[0]["stages"].items():

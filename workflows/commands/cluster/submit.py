@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from workflows.commands.jobs.logs import follow_job
+from workflows.commands.cluster.logs import follow_job
 from workflows.commands.options import add_job_server, add_workers, add_workflow
 
 DRIVER = "workflows.jobs"

@@ -1,0 +1,95 @@
+"""What each command imports: modules are counted, not seconds, which a busy machine would fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workflows.commands.main import COMMANDS
+
+HEAVY = (
+    "torch", "transformers", "peft", "ray", "mlflow", "boto3", "matplotlib", "optuna", "pandas",
+    "pyarrow", "numpy", "PIL", "jinja2",
+)  # fmt: skip
+CONFIGS = ("pydantic", "yaml", "rich")
+COST = ["llava-1.5-7b", "--plan", "8:1/2"]
+
+
+def loaded(names: tuple[str, ...], code: str) -> list[str]:
+    """Which of these packages a fresh process has imported once the code has run."""
+    end = f"print(json.dumps([name for name in {names!r} if name in sys.modules]), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json, sys\n{code}\n{end}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    found: list[str] = json.loads(done.stderr.splitlines()[-1])
+    return found
+
+
+def command(*words: str) -> str:
+    return (
+        "from workflows.commands.entry import main\n"
+        f"sys.argv = ['adsc', *{list(words)!r}]\n"
+        "try:\n    code = main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "assert code in (0, 2), code"
+    )
+
+
+def test_help_and_the_list_of_workflows_import_nothing() -> None:
+    code = "\n".join(
+        command(*words) for words in (["--help"], ["ls"], ["ls", "--json"], ["nonsense"])
+    )
+    assert loaded((*HEAVY, *CONFIGS), code) == []
+
+
+def test_no_commands_help_imports_more() -> None:
+    code = "\n".join(command(name, "--help") for name in COMMANDS)
+    assert loaded((*HEAVY, *CONFIGS), code) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ls", "demo"],
+        ["ls", "llava15_7b_elastic"],
+        ["show", "demo"],
+        ["show", "demo", "evaluate"],
+        ["show", "llava15_7b", "--config", "--set", "train.steps=3"],
+        ["status"],
+        ["status", "--address", "http://127.0.0.1:9"],
+        ["logs", "--address", "http://127.0.0.1:9"],
+    ],
+    ids=" ".join,
+)
+def test_looking_at_workflows_and_jobs_is_light(words: list[str], tmp_path: Path) -> None:
+    root = ["--root", str(tmp_path)] if words[0] in ("ls", "show") else []
+    assert loaded(HEAVY, command(*words, *root)) == []
+
+
+def test_costs_of_a_named_geometry_are_light() -> None:
+    plan = ["--model", "llava-1.5-7b", "--average", "192"]
+    code = command("cost", *COST) + "\n" + command("plan", *plan)
+    assert loaded((*HEAVY, *CONFIGS), code) == []
+
+
+def test_a_run_of_what_is_finished_is_light(tmp_path: Path) -> None:
+    """As the second `make demo`: every stage is cached, and no Ray is started."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file.txt").write_text("made before")
+    code = f"""
+from pipeline.durable import graph
+from pipeline.durable.session import send_pending
+from pipeline.durable.stage import RunContext, adopted
+from workflows.registry import load_workflow
+load_workflow("demo").stages()
+stage = adopted(name="made", title="made before", place={str(tmp_path / "made")!r})
+context = RunContext(root={str(tmp_path / "store")!r}, workflow="demo")
+assert set(graph.run([stage], context)) == {{"made"}}
+assert send_pending(context.root, None, context.cache) is None
+"""
+    assert loaded(HEAVY, code) == []
