@@ -46,7 +46,7 @@ def write_task(split: Path, folder: Path, name: str, max_new_tokens: int) -> int
     with pq.ParquetWriter(data, schema, compression="zstd") as writer:
         for rows in _rows(questions):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    kinds = list(dict.fromkeys(asked.kind for asked in questions.asked))
+    kinds = list(dict.fromkeys(entry.kind for entry in questions.entries))
     metrics = ["exact_match", *(f"exact_match_{kind}" for kind in kinds)]
     functions = {
         key: f"!function {FUNCTIONS}.{key}"

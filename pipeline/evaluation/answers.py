@@ -85,7 +85,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EvaluationJob:
     """All that a worker needs; it can be pickled."""
 
     storage: str
@@ -105,7 +105,7 @@ class Job:
 class Worker:
     """The Ray actor: holds one checkpoint at a time, and each only once if asked in order."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EvaluationJob) -> None:
         self._job = job
         self._store = open_store(job.storage)
         self._processor: Any = AutoProcessor.from_pretrained(job.inputs["base"].folder)
@@ -166,9 +166,9 @@ class Worker:
     def _batch(
         self, model: Any, shard: Shard, questions: Questions, numbers: Sequence[int]
     ) -> list[dict[str, Any]]:
-        asked = questions.load(numbers)
+        loaded = questions.load(numbers)
         rule = RULES[self._job.rules[shard.split]]
-        answers = generate_batch(model, self._processor, asked, self._job.max_new_tokens)
+        answers = generate_batch(model, self._processor, loaded, self._job.max_new_tokens)
         return [
             {
                 "arm": shard.arm,
@@ -187,7 +187,7 @@ class Worker:
                 "seconds": answer.seconds,
                 "batch_size": len(numbers),
             }
-            for number, question, answer in zip(numbers, asked, answers, strict=True)
+            for number, question, answer in zip(numbers, loaded, answers, strict=True)
         ]
 
     def _culprits(
@@ -209,7 +209,7 @@ class Worker:
                 break
         return [
             (
-                f"{shard.arm}/{shard.split}/{questions.asked[number].record} (question {number})",
+                f"{shard.arm}/{shard.split}/{questions.entries[number].record} (question {number})",
                 f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}",
             )
             for number, reason in failures or [(number, error) for number in numbers]
@@ -227,7 +227,7 @@ def shards_of(arms: Sequence[str], sizes: Mapping[str, int], size: int) -> list[
 
 
 def answer_all(
-    job: Job,
+    job: EvaluationJob,
     shards: Sequence[Shard],
     workers: Sequence[Any],
     report: Callable[[int, int, str], None],
@@ -279,7 +279,7 @@ def read_answers(storage: str, shards: Sequence[Shard]) -> Iterator[pa.Table]:
         yield pq.read_table(io.BytesIO(data))
 
 
-def start_workers(job: Job, count: int, cpus: float, gpus: float) -> list[Any]:
+def start_workers(job: EvaluationJob, count: int, cpus: float, gpus: float) -> list[Any]:
     """Actors, each with its own copy of a checkpoint."""
     import ray
 

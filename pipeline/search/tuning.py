@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 
 from pipeline.durable import record as records
 from pipeline.search.study import Proposal, Rung, Study, Trial
-from pipeline.search.trial import Bench, Job, Reached
+from pipeline.search.trial import Bench, Reached, SearchJob
 from pipeline.store import Store
 
 MAX_LOST = 3
@@ -51,7 +51,7 @@ class Progress(NamedTuple):
 class Worker(tune.Trainable):
     """The actor: one Bench, loaded once, for one trial after the other; a step is a rung."""
 
-    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
+    def setup(self, config: dict[str, Any], job: SearchJob) -> None:  # type: ignore[override]
         """A first trial."""
         self._job = job
         self._bench: Bench | None = None
@@ -181,7 +181,7 @@ class Ended(_Unsaved, tune.Callback):
 
 def run_trials(
     study: Study,
-    job: Job,
+    job: SearchJob,
     store: Store,
     count: int,
     told: Callable[[Trial], None] = lambda trial: None,

@@ -95,8 +95,8 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
         described[DATA] = text
     assemble(merged.folder, ctx.out, card, described)
     ctx.progress(1, 5, "loading it in a fresh process")
-    found = check_in_fresh_process(ctx.out, config)
-    ctx.track.metrics({"probe": found})
+    probe = check_in_fresh_process(ctx.out, config)
+    ctx.track.metrics({"probe": probe})
     ctx.progress(2, 5, "publishing")
     if config.to:
         publish(
@@ -110,7 +110,7 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
     return {
         "files": len(sizes),
         "bytes": sum(sizes),
-        "probe": found,
+        "probe": probe,
         "manifest": name,
         "published": config.to or None,
         **logged,
@@ -247,10 +247,10 @@ def _write_probe(folder: Path) -> None:
     processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     model = adsc.from_pretrained(folder, use_safetensors=True).eval()
     picture = Image.linear_gradient("L").convert("RGB")
-    asked = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     try:
         prompt = processor.apply_chat_template(
-            [{"role": "user", "content": asked}], add_generation_prompt=True
+            [{"role": "user", "content": content}], add_generation_prompt=True
         )
         special = special_tokens(processor, [prompt])
         probe = dict(processor(text=[prompt], images=[picture], return_tensors="pt", **special))
@@ -267,30 +267,34 @@ def _write_probe(folder: Path) -> None:
 def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
     """What was measured, and which of it is the checkpoint's own: `arm` and `own`, None where the
     evaluation has no trained model with this plan, or several."""
-    found: dict[str, Any] = {"arm": None, "control": None, "own": None, "budgets": {}}
-    found |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
+    outputs: dict[str, Any] = {"arm": None, "control": None, "own": None, "budgets": {}}
+    outputs |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
     text = open_store(evaluated.uri).read("results.json")
     if text is None:
-        return found
+        return outputs
     results = json.loads(text)
     arms = {arm["name"]: arm for arm in results["arms"]}
-    own = [
+    same_plan = [
         arm
         for arm in arms.values()
         if arm["trained"] and not arm.get("peer") and _same(arm["plan"], plan)
     ]
     control = arms.get(results["control_arm"])
     if control is None:
-        return found
-    found["budgets"] = {
+        return outputs
+    outputs["budgets"] = {
         arm["budget"]: {"arm": arm["name"], "plan": arm["plan"], **_measured(arm, control)}
         for arm in arms.values()
         if arm["trained"] and arm.get("budget")
     }
-    if len(own) != 1:
-        return found
-    (arm,) = own
-    return found | {"arm": arm["name"], "control": control["name"], "own": _measured(arm, control)}
+    if len(same_plan) != 1:
+        return outputs
+    (arm,) = same_plan
+    return outputs | {
+        "arm": arm["name"],
+        "control": control["name"],
+        "own": _measured(arm, control),
+    }
 
 
 def _measured(arm: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
@@ -308,15 +312,15 @@ def _measured(arm: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
 
 def runs_behind(inputs: Mapping[str, Input]) -> dict[str, str]:
     """MLflow's run of every stage that led here, by stage."""
-    found: dict[str, str] = {}
+    runs: dict[str, str] = {}
     waiting = [it.record for it in inputs.values()]
     while waiting:
         record = waiting.pop()
-        if record.stage in found:
+        if record.stage in runs:
             continue
-        found[record.stage] = record.run_id or ""
+        runs[record.stage] = record.run_id or ""
         waiting += input_records(record)
-    return {stage: run for stage, run in found.items() if run}
+    return {stage: run for stage, run in runs.items() if run}
 
 
 def _same(text: str, plan: str) -> bool:
@@ -328,16 +332,16 @@ def _tags(measured: dict[str, Any]) -> dict[str, str]:
     named = {"adsc.arm": measured["arm"], "adsc.control": measured["control"]}
     tags = {name: value for name, value in named.items() if value}
     tags |= _numbers(measured["own"] or {}, "")
-    for budget, own in measured["budgets"].items():
-        tags[f"adsc.plan.{budget}"] = own["plan"] or "none"
-        tags |= _numbers(own, f".{budget}")
+    for budget, figures in measured["budgets"].items():
+        tags[f"adsc.plan.{budget}"] = figures["plan"] or "none"
+        tags |= _numbers(figures, f".{budget}")
     return tags
 
 
-def _numbers(own: dict[str, Any], suffix: str) -> dict[str, str]:
+def _numbers(figures: dict[str, Any], suffix: str) -> dict[str, str]:
     return {
         f"adsc.{name}{suffix}": f"{value:.6g}"
-        for name, value in own.items()
+        for name, value in figures.items()
         if isinstance(value, int | float)
     }
 
@@ -361,7 +365,7 @@ def compare_logits(folder: Path) -> dict[str, float]:
             f"config.json names no plan {', '.join(missing)}: it is not the one that the probe "
             "was made with"
         )
-    found = []
+    differences = []
     for name, logits in expected.items():
         if name:
             adsc.attach(model, name)
@@ -373,8 +377,8 @@ def compare_logits(folder: Path) -> dict[str, float]:
                 f"logits have shape {tuple(got.shape)}, the probe's {tuple(logits.shape)}: the "
                 f"{whose} in config.json is not the one that the probe was made with"
             )
-        found.append([(got - logits.float()).abs().max(), logits.float().abs().max()])
-    worst, largest = torch.tensor(found).amax(dim=0).tolist()  # NaN stays NaN
+        differences.append([(got - logits.float()).abs().max(), logits.float().abs().max()])
+    worst, largest = torch.tensor(differences).amax(dim=0).tolist()  # NaN stays NaN
     return {"worst_difference": worst, "largest_logit": largest}
 
 
@@ -397,15 +401,15 @@ def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, floa
         ) from None
     if done.returncode:
         raise ExportError(f"a fresh process can't use {folder}: {done.stderr.strip()[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    allowed = config.tolerance * found["largest_logit"]
-    if not found["worst_difference"] <= allowed:
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    allowed = config.tolerance * result["largest_logit"]
+    if not result["worst_difference"] <= allowed:
         raise ExportError(
-            f"loaded from {folder}, the model's logits differ by {found['worst_difference']:.3g} "
+            f"loaded from {folder}, the model's logits differ by {result['worst_difference']:.3g} "
             f"from the merged model's; {allowed:.3g} is allowed ({config.tolerance:g} of the "
             "largest). Was it merged on another kind of machine? export.tolerance can be raised"
         )
-    return found
+    return result
 
 
 def _name_base(adapter_config: Path, base: str) -> None:
@@ -423,11 +427,11 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     try:
         verify_folder(folder)
-        found = compare_logits(folder)
+        result = compare_logits(folder)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

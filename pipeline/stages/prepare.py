@@ -172,14 +172,14 @@ def _plan(
         ]
         if not any(chunk.count for chunk in chunks[name]):
             raise SourceError(f"{', '.join(files) or source.data} is empty: no record in it")
-    available = {name: sum(chunk.count for chunk in found) for name, found in chunks.items()}
+    available = {name: sum(chunk.count for chunk in listed) for name, listed in chunks.items()}
     taken = sizes(sources, available)
     tasks: list[dict[str, Any]] = []
     position = 0
-    for name, found in chunks.items():
+    for name, listed in chunks.items():
         chosen = choose(name, available[name], taken[name], config.seed)
         start = 0
-        for chunk in found:
+        for chunk in listed:
             task = vars(chunk) | {"source": name, "position": position, "chosen": None}
             if Path(chunk.file).is_relative_to(data.folder):  # elsewhere on another machine
                 task["file"] = str(Path(chunk.file).relative_to(data.folder))
@@ -221,22 +221,22 @@ def _write_split(
         if not np.array_equal(table["position"].to_numpy(), np.arange(done, done + table.num_rows)):
             raise RuntimeError(f"split {split}: records after number {done} came twice or not")
         done += table.num_rows
-        found = table["reason"].to_pylist()
+        reasons_found = table["reason"].to_pylist()
         for row, key in enumerate(table["key"].to_pylist()):
-            if found[row] is not None or not work.config.unique:
+            if reasons_found[row] is not None or not work.config.unique:
                 continue
             if any(key in keys for keys in earlier):
-                found[row] = "leak"
+                reasons_found[row] = "leak"
             elif key in own:
-                found[row] = "duplicate"
+                reasons_found[row] = "duplicate"
             else:
                 own.add(key)
-        for name, reason in zip(table["source"].to_pylist(), found, strict=True):
+        for name, reason in zip(table["source"].to_pylist(), reasons_found, strict=True):
             per_source[name].update(("in", reason or "out"))
-        bad = np.array([reason is not None for reason in found])
+        bad = np.array([reason is not None for reason in reasons_found])
         for row in map(int, np.flatnonzero(bad)):
-            reasons[found[row]] += 1
-            quarantine.write(_quarantine_line(table, row, found[row], split) + "\n")
+            reasons[reasons_found[row]] += 1
+            quarantine.write(_quarantine_line(table, row, reasons_found[row], split) + "\n")
         good = table.filter(pa.array(~bad))
         writer.add(good.select(SCHEMA.names), good["bytes"].to_numpy())
         report(done, total)
