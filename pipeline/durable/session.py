@@ -222,7 +222,7 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
         place.mkdir(parents=True, exist_ok=True)
         with known.open("a") as file:
             file.write(f"{redact(uri)}\n")
-    except tracking.NoAnswer as error:
+    except tracking.TrackingUnavailable as error:
         uri = context.tracking_uri
         # An address that never answered is a mistake; one that has will answer again.
         if not known.is_file() or redact(uri) not in known.read_text().splitlines():

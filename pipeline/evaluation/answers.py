@@ -66,7 +66,7 @@ class AnswersFailed(RuntimeError):
             f"{len(self.failures)} answers failed, {self.answered} of {self.total} are kept: "
             + shown
             + (f"; and {more} more" if more > 0 else "")
-            + ". Mend or leave out these questions, or lower evaluate.batch_size where memory ran "
+            + ". Fix or leave out these questions, or lower evaluate.batch_size if memory ran "
             "out; finished shards are not repeated"
         )
 
@@ -86,24 +86,24 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationJob:
-    """All that a worker needs; it can be pickled."""
+    """Everything that a worker needs; it can be pickled."""
 
     storage: str
     """Where shards are kept: a folder or s3://."""
     inputs: Mapping[str, Input]
     """`data`, `base` and the checkpoints."""
     rules: Mapping[str, str]
-    """Splits of the data whose questions are asked, and the key of scoring.RULES of each."""
+    """Splits to evaluate -> the key of scoring.RULES."""
     arms: Mapping[str, tuple[str, MethodConfig]]
-    """Of each arm the input with its checkpoint, and its method."""
+    """Arm -> the input with its checkpoint, and its method."""
     chat_template: str | None
-    """How questions are put; None is as the base's processor says."""
+    """Formats the questions; None uses the base's processor."""
     batch_size: int
     max_new_tokens: int
 
 
 class Worker:
-    """The Ray actor: holds one checkpoint at a time, and each only once if asked in order."""
+    """The Ray actor: holds one checkpoint at a time; shards in order load each only once."""
 
     def __init__(self, job: EvaluationJob) -> None:
         self._job = job
@@ -120,7 +120,7 @@ class Worker:
         """Answer a shard and store it.
 
         Returns:
-            What could not be answered, and why; then nothing was stored.
+            Questions that failed, with the reason; if there are any, nothing is stored.
         """
         checkpoint, method = self._job.arms[shard.arm]
         model = self._model(checkpoint)

@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said to one question, and what it took."""
+    """The model's answer to one question, and its cost."""
 
     text: str
     """Without special tokens, stripped; empty only where the model ended at once."""
@@ -66,11 +66,11 @@ class Answer:
     finished: bool
     """Whether the model ended the answer itself, or was cut at max_new_tokens."""
     seconds: float
-    """Wall time of the batch that it was answered in: what somebody who asked would have waited."""
+    """Wall time of its batch: the latency that a user would see."""
 
 
 class QuestionEntry(NamedTuple):
-    """A question without its pictures: what fits in memory of a large set."""
+    """A question without its pictures, so that a large set fits in memory."""
 
     row: int
     record: str
@@ -78,7 +78,7 @@ class QuestionEntry(NamedTuple):
     text: str
     expected: str
     pictures: tuple[int, int]
-    """Which of the row's, from and to."""
+    """Range of the row's pictures: start and end."""
 
 
 class Questions:

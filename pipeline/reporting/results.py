@@ -1,6 +1,6 @@
-"""What `evaluate` hands to `report` in results.json, as types. Fields beyond these are left alone.
+"""Types of results.json, which `evaluate` passes to `report`. Other fields are ignored.
 
-It checks shapes only; what the numbers mean is said where they are made, and in the report.
+Only shapes are checked; the numbers are explained where they are computed, and in the report.
 """
 
 from __future__ import annotations

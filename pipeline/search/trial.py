@@ -55,7 +55,7 @@ class TrialRefused(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob:
-    """All that trials of one search share; it can be pickled."""
+    """Everything that the trials of one search share; it can be pickled."""
 
     search: SearchConfig
     train: TrainConfig
@@ -94,12 +94,12 @@ class Reached:
 
 
 def segments(job: SearchJob, plan: str, settings: Settings = ()) -> list[TrainConfig]:
-    """The trainings of a trial with this plan and these settings, one a rung; empty where it trains
+    """The trainings of a trial with this plan and these settings, one per rung; empty if it trains
     nothing.
 
     Raises:
         ConfigError: a setting that the training does not take.
-        TrialRefused: short trainings of which nobody said how long they are.
+        TrialRefused: short trainings of unspecified length.
     """
     config, base = job.search, with_settings(job.train, settings)
     if config.fidelity == "untrained":
@@ -110,7 +110,7 @@ def segments(job: SearchJob, plan: str, settings: Settings = ()) -> list[TrainCo
         ends = config.rungs or ((base.steps,) if base.steps else ())
         if not ends:
             raise TrialRefused(
-                f"search.fidelity = lora with train.epochs = {base.epochs}: say how many steps a "
+                f"search.fidelity = lora with train.epochs = {base.epochs}: set how many steps a "
                 "trial trains, such as search.rungs=[30,100]"
             )
         each = [end - start for start, end in zip((0, *ends), ends, strict=False)]
@@ -338,7 +338,7 @@ def token_losses(output: Any, labels: torch.Tensor) -> torch.Tensor:
     none; logits may be those of the columns that a plan left."""
     logits = output.logits
     if logits.shape[1] != labels.shape[1]:
-        # Which column's logits stand for which: logits of all columns would not fit into memory.
+        # Map of columns to kept logits: logits of all columns would not fit in memory.
         index = torch.arange(logits.shape[1], device=logits.device, dtype=torch.float32)
         places = {"logits": index[None, :, None].expand(len(logits), -1, 1)}
         places["kept_positions"] = output.kept_positions

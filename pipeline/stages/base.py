@@ -1,4 +1,4 @@
-"""Stage `base`: adopt the checkpoint that is to be compressed, after seeing that it can be.
+"""Stage `base`: adopt the checkpoint to compress, after checking that it can be.
 
 The checkpoint is a folder (or a hub id where the hub can be reached) of safetensors and a
 processor. Weights in any other format are refused: nothing is unpickled.

@@ -114,7 +114,7 @@ def _labelled(splits: dict[str, Questions]) -> list[QuestionEntry]:
 
 
 def _shown(config: EvaluateConfig, expected: str) -> str:
-    """What is expected of a question of the first split, each of several answers once."""
+    """The expected answer to a question of the first split; each of several once."""
     if config.splits[0] not in config.benchmarks:
         return expected
     return ", ".join(dict.fromkeys(references(expected)))
@@ -145,8 +145,8 @@ def _template_of(data: Input) -> str:
     name: str | None = data.outputs.get("template") or known.get("template")
     if name is None:
         raise ValueError(
-            f"nothing at {data.uri} says which template the data was prepared with; "
-            "evaluate.template = checkpoint asks as the checkpoint's processor does"
+            f"{data.uri} does not record which template the data was prepared with; "
+            "set evaluate.template = checkpoint to use the checkpoint's own"
         )
     return name
 
@@ -158,7 +158,7 @@ def _answer_and_measure(
     shards: Sequence[Shard],
     checkpoint: str,
 ) -> dict[str, Any]:
-    """Answers into the store by all workers, then times and memory by one that is left alone."""
+    """Answer with all workers into the store, then measure times and memory with a single one."""
     import ray
 
     run = ctx.run
@@ -189,7 +189,7 @@ def _answer_and_measure(
 
 
 def workers_that_fit(ctx: StageContext) -> int:
-    """As many as asked for; of a range, as many as the cluster has room for."""
+    """The number of workers; for a range, as many as the cluster has room for."""
     import ray
 
     run, wanted = ctx.run, ctx.run.num_workers

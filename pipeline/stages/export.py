@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from pipeline.durable.record import Record
 
 EVALUATION = "evaluation.json"
-"""What was measured of this checkpoint and of the models that it was compared with."""
+"""Measurements of this checkpoint and of the models it was compared with."""
 DATA = "data_manifest.json"
 """What it was trained on: the manifest of the prepared data."""
 PLAN_FIELDS = {"stages", "anchor", "positions", "pool"}
@@ -118,7 +118,7 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
 
 
 def register_again(ctx: StageContext, config: ExportConfig, record: Record) -> dict[str, Any]:
-    """Register the checkpoint of an export that could not (`Kind.complete`)."""
+    """Register the checkpoint of an export whose registration failed (`Kind.complete`)."""
     plan = ctx.inputs["merge"].outputs.get("plan", "")
     measured = evaluation(ctx.inputs["evaluate"], plan)
     return _register(ctx, config, record.outputs["manifest"], plan, measured)
@@ -127,7 +127,7 @@ def register_again(ctx: StageContext, config: ExportConfig, record: Record) -> d
 def _register(
     ctx: StageContext, config: ExportConfig, manifest: str, plan: str, measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """Have MLflow know the checkpoint in `ctx.out`: the outputs that say whether it does."""
+    """Register the checkpoint in `ctx.out` with MLflow; returns the outputs that record it."""
     facts = _tags(measured) | {
         "adsc.manifest": manifest,
         "adsc.plan": plan or "none",
@@ -144,7 +144,7 @@ def _register(
         return {"mlflow_model": None, "mlflow_version": None, UNDONE: {}}
     logged = ctx.track.model(ctx.out, config.name, {k: v for k, v in facts.items() if v})
     if logged is None:
-        why = ctx.track.problems[-1] if ctx.track.problems else "MLflow does not say why"
+        why = ctx.track.problems[-1] if ctx.track.problems else "MLflow gives no reason"
         undone = {f"register the model in MLflow as {model_name(config.name)}": why}
         return {"mlflow_model": None, "mlflow_version": None, UNDONE: undone}
     return {"mlflow_model": logged[0], "mlflow_version": logged[1], UNDONE: {}}
@@ -193,13 +193,13 @@ def check_names(folder: Path) -> None:
 def complete(source: Path, out: Path, config: ExportConfig) -> None:
     """A folder that `save_pretrained` made, with all that is published beside the weights.
 
-    Its probe is made here, of the model as it lies in `source`, unless it has one.
+    Its probe is computed here from the model in `source`, unless it has one.
 
     Raises:
         ExportError: it isn't a checkpoint with its processor; a file that doesn't belong there.
     """
     if not (source / "config.json").is_file():
-        raise ExportError(f"{source} is no checkpoint: there is no config.json")
+        raise ExportError(f"{source} is not a checkpoint: it has no config.json")
     check_kinds(source, BOOKKEEPING)  # before anything is loaded
     card = Card(
         name=config.name,
@@ -265,7 +265,7 @@ def _write_probe(folder: Path) -> None:
 
 
 def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
-    """What was measured, and which of it is the checkpoint's own: `arm` and `own`, None where the
+    """The measurements, and those of the checkpoint itself: `arm` and `own`, None if the
     evaluation has no trained model with this plan, or several."""
     outputs: dict[str, Any] = {"arm": None, "control": None, "own": None, "budgets": {}}
     outputs |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
@@ -311,7 +311,7 @@ def _measured(arm: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
 
 
 def runs_behind(inputs: Mapping[str, Input]) -> dict[str, str]:
-    """MLflow's run of every stage that led here, by stage."""
+    """Stage -> MLflow run, for every stage upstream."""
     runs: dict[str, str] = {}
     waiting = [it.record for it in inputs.values()]
     while waiting:
@@ -328,7 +328,7 @@ def _same(text: str, plan: str) -> bool:
 
 
 def _tags(measured: dict[str, Any]) -> dict[str, str]:
-    """What promoting looks at, and people filter by; of a named plan with its name behind."""
+    """Tags for gates and filters; those of a named plan end in its name."""
     named = {"adsc.arm": measured["arm"], "adsc.control": measured["control"]}
     tags = {name: value for name, value in named.items() if value}
     tags |= _numbers(measured["own"] or {}, "")
@@ -362,7 +362,7 @@ def compare_logits(folder: Path) -> dict[str, float]:
     missing = sorted(expected.keys() - {"", *adsc.plans_of(model)})
     if missing:
         raise ExportError(
-            f"config.json names no plan {', '.join(missing)}: it is not the one that the probe "
+            f"config.json names no plan {', '.join(missing)}: it is not the one of the probe: "
             "was made with"
         )
     differences = []
@@ -383,8 +383,8 @@ def compare_logits(folder: Path) -> dict[str, float]:
 
 
 def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, float]:
-    """Nothing that this process holds in memory or on its path of imports can help the loading."""
-    # -P: what lies in the folder where the user stands is not imported.
+    """Load it in a process that shares neither memory nor import path with this one."""
+    # -P: nothing is imported from the current folder.
     command = [sys.executable, "-P", "-m", "pipeline.stages.export", str(folder.absolute())]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -407,13 +407,13 @@ def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, floa
         raise ExportError(
             f"loaded from {folder}, the model's logits differ by {result['worst_difference']:.3g} "
             f"from the merged model's; {allowed:.3g} is allowed ({config.tolerance:g} of the "
-            "largest). Was it merged on another kind of machine? export.tolerance can be raised"
+            "largest). If it was merged on another kind of machine, raise export.tolerance"
         )
     return result
 
 
 def _name_base(adapter_config: Path, base: str) -> None:
-    """PEFT notes the base by its path on the machine that trained: say its name instead."""
+    """Replace the base's path on the training machine, which PEFT records, with its name."""
     if adapter_config.is_file():
         content = json.loads(adapter_config.read_text())
         content["base_model_name_or_path"] = base or None

@@ -1,4 +1,4 @@
-"""The report: what a run found, in one HTML file that needs nothing else, and one picture.
+"""The report: a run's results in one self-contained HTML file and one picture.
 
 Every sentence is computed from results.json, and says as readily that a plan lost, or that the
 sample is too small to tell. It measures nothing, and judges only by the intervals that `evaluate`
@@ -115,7 +115,7 @@ def render(
 
 
 def finding(results: Results) -> str:
-    """What the run found, in a sentence that follows the intervals wherever they point."""
+    """The result of the run in one sentence, decided by the intervals."""
     arm, control = results.compressed, results.control
     if arm is None:
         return "No arm of this run drops vision tokens, so it says nothing about compression."
@@ -134,7 +134,7 @@ def finding(results: Results) -> str:
 
 
 def remarks(results: Results) -> list[str]:
-    """What a careful reader asks next, each answered from the data."""
+    """Answers to a careful reader's next questions, from the data."""
     sentences = []
     arm, control = results.compressed, results.control
     untrained = next(
@@ -183,7 +183,7 @@ def remarks(results: Results) -> list[str]:
 
 
 def _budgets(name: str, arms: list[Arm]) -> str:
-    """What one checkpoint does at each of its budgets, the dearest first."""
+    """One checkpoint at each of its budgets, the most expensive first."""
     each = [
         f"{arm.budget or arm.label} ({arm.average_vision_tokens:.1f} vision tokens) answers "
         f"{percent(arm.accuracy.mean)}"
@@ -202,7 +202,7 @@ def _verdict(arm: Arm, control: Arm, questions: int) -> str:
         return f"a loss, {gap} points"
     if arm.difference.low > 0:
         return f"a gain, {gap} points"
-    return f"{gap} points, which {questions:,} questions cannot tell from no difference"
+    return f"{gap} points, which is not significant with {questions:,} questions"
 
 
 def _overlap(one: Arm, other: Arm) -> bool:

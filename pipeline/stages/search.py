@@ -1,6 +1,6 @@
-"""Stages `search-data` and `search`: conversations for trials, and the plan that is found on them.
+"""Stages `search-data` and `search`: conversations for trials, and the best plan on them.
 
-What a trial ended with is kept at once, so a search that was killed repeats no finished trial. The
+The result of a trial is stored at once, so a killed search repeats no finished trial. The
 plan goes to later stages by reference (pipeline.evaluation.methods.FoundPlan): their configs say
 `search` (`search^1.5` for a curriculum's stage of that pressure), their needs name the search, and
 so their fingerprints hold its.
@@ -30,11 +30,11 @@ from pipeline.stages.train import train_stage
 from pipeline.store import Store, open_store
 
 PREFILL = "prefill.json"
-"""Measured times in the search's folder, which a resumed search goes on with."""
+"""Measured times in the search's folder, which a resumed search reuses."""
 
 
 class SearchFailed(RuntimeError):
-    """No trial finished; the message holds the reasons."""
+    """No trial finished; the message has the reasons."""
 
 
 def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     times = _prefill(job, store) if config.search.budget[0] == "prefill_ms" else None
     ctx.progress(0, config.search.trials, "listing plans that meet the budget")
     space = Space(Costs(model, config.search, times), config.search)
-    segments(job, space.candidate(0, space.anchors[0]).plan)  # what is refused, is now
+    segments(job, space.candidate(0, space.anchors[0]).plan)  # refuse bad settings now
     settings = own_settings(config.train, config.search.ranges)
     study = Study(space, config.search, kept_trials(store), settings)
     ctx.track.metrics({"search.plans": len(space)})
@@ -156,7 +156,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
 
 
 def _prefill(job: Any, store: Store) -> dict[int, float]:
-    """Measured once for a search, on a worker like those of its trials."""
+    """Prefill times, measured once per search on a worker like those of its trials."""
     import ray
 
     from pipeline.search.trial import Bench
@@ -172,7 +172,7 @@ def _prefill(job: Any, store: Store) -> dict[int, float]:
 
 
 def _track(ctx: StageContext, trial: Trial) -> None:
-    """A run of its own in MLflow, below the search's."""
+    """A separate run in MLflow, nested in the search's."""
     from pipeline.tracking.tracker import child_run
 
     run = child_run(ctx.track, f"trial-{trial.number}", {"adsc.trial": trial.name})

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from pipeline.durable import graph, record
 from pipeline.durable.failure import RunFailed, StageFailed, StageInterrupted
-from pipeline.durable.graph import GraphError, State, fingerprints, lint
+from pipeline.durable.graph import GraphError, State, fingerprints, topological_order
 from pipeline.durable.lease import Holder, Lease
 from pipeline.durable.record import Record
 from pipeline.durable.session import ClusterError, free_port
@@ -403,7 +403,7 @@ def test_lint_reports_everything_at_once() -> None:
         make,
     ]
     with pytest.raises(GraphError) as error:
-        lint(wrong)
+        topological_order(wrong)
     message = str(error.value)
     assert "2 stages are called make" in message
     assert "total needs 'dobule' (as 'doubled'), which is not a stage" in message

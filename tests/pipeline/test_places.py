@@ -133,7 +133,7 @@ def test_mlflows_database_is_where_its_address_says_or_is_refused() -> None:
         ("file:///a%2Fb", "write a % of a name as %25"),
         ("file:///a%ffb", "is not UTF-8"),
         ("file://data/x", "write file:///data/x for the absolute path, or data/x"),
-        ("file://data", "names 'data' as a machine"),
+        ("file://data", "has 'data' as its host"),
         ("file:data/x", "write data/x"),
         ("file:///a#b", "write %23"),
         ("file:///a?b", "write %3F"),

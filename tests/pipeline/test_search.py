@@ -420,7 +420,7 @@ def test_a_full_trial_trains_the_curriculum(small: Small, held: Path, tmp_path: 
     assert [part.plan for part in parts] == ["1:1/8", "1:1/4"]
     assert [it.resource for it in Bench(job).trial(0, "1:1/4")] == [3, 6]
     epochs = TrainConfig(steps=None, epochs=1.0)
-    with pytest.raises(TrialRefused, match=r"say how many steps .* search.rungs=\[30,100\]"):
+    with pytest.raises(TrialRefused, match=r"set how many steps .* search.rungs=\[30,100\]"):
         segments(replace(job_of(small, held, tmp_path / "b", fidelity="lora"), train=epochs), PLAN)
 
 

@@ -93,4 +93,4 @@ def test_one_picture_proves_no_loss() -> None:
     assert own.retention is None and own.retention_interval is None
     compressed = own.model_copy(update={"plan": "1:1/2"})
     shown = read.model_copy(update={"arms": [rows["control"], compressed]})
-    assert "cannot tell from no difference" in finding(shown)
+    assert "which is not significant" in finding(shown)
