@@ -169,7 +169,7 @@ class Sender:
     """The thread that sends a journal in order, retrying until the server answers."""
 
     def __init__(self, journal: Journal, deliver: Callable[[Sequence[Item]], int]) -> None:
-        """`deliver` sends the first of the given items and returns how many; or raises Unavailable."""
+        """`deliver` sends the first of the given items and returns how many; or it raises."""
         self.journal, self._deliver = journal, deliver
         self._changed = threading.Condition()
         self._appended = self._delivered = self._failures = 0
