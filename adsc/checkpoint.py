@@ -1,6 +1,6 @@
 """Load a model with the plan that travels in its checkpoint's config, or with another one.
 
-Weights are transformers' business; the one thing asked of it is to miss and to ignore none. A model
+Transformers loads the weights; here it is checked that it misses and ignores none. A model
 that is loaded by other means (the Auto classes, pipelines) after `import adsc` has its plan
 attached too (adsc/attachment/adapters.py). Without adsc the same checkpoint loads as a dense model.
 """
@@ -18,7 +18,7 @@ from adsc.method import Method
 from adsc.plan import PruningPlan
 
 SAFE = {"use_safetensors": True, "trust_remote_code": False}
-"""Nothing that comes with a checkpoint is executed: no pickle, no module, and nobody is asked."""
+"""Nothing in a checkpoint is executed: no pickle, no module, and no prompt to allow it."""
 
 
 class CheckpointError(ValueError):

@@ -88,23 +88,23 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--average", required=True, type=float, help="vision tokens per layer and image"
     )
     parser.add_argument(
-        "--drops", type=int, help="layers that drop tokens, an exit aside (3; with --pool 1)"
+        "--drops", type=int, help="number of drops, not counting an exit (3; with --pool: 1)"
     )
     parser.add_argument(
         "--keep",
-        help="share that stays at a drop, or one for each: 1/2,1/4; any: all usual ones "
-        "(1/2; with --pool any)",
+        help="keep ratio of a drop, or one for each: 1/2,1/4; any: all common ratios "
+        "(1/2; with --pool: any)",
     )
     parser.add_argument(
         "--pool",
         choices=POOLS,
-        help="average groups instead of dropping; of tiles, whole ones are listed first",
+        help="average groups of tokens instead of dropping them; whole tiles are listed first",
     )
     parser.add_argument(
-        "--exit", type=int, metavar="LAYER", help="no vision token is left from this layer on"
+        "--exit", type=int, metavar="LAYER", help="drop all vision tokens from this layer on"
     )
-    parser.add_argument("--tolerance", type=float, default=0.01, help="relative (0.01)")
-    parser.add_argument("--limit", type=int, default=20, help="list so many (20)")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="relative tolerance (0.01)")
+    parser.add_argument("--limit", type=int, default=20, help="placements to list (20)")
     parser.add_argument("--convention", choices=CONVENTIONS, default="exact")
     parser.add_argument("--logits", choices=LOGITS, default="last", help=_LOGITS_HELP)
     _add_workload(parser)
@@ -127,7 +127,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=_image_size,
         metavar="HxW",
-        help="pixels, for models whose token count depends on it",
+        help="image size in pixels, for models whose token count depends on it",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -53,7 +53,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to choose vision tokens.
+    """A method of choosing vision tokens.
 
     Args:
         stages: pairs (layer, share): before that layer each image is cut to this share of the
@@ -70,7 +70,7 @@ class Method:
     """Names of families that it can't serve."""
     why_refused: ClassVar[str] = ""
     hint: ClassVar[str] = ""
-    """The way out where an average is out of reach."""
+    """The way out if an average can't be reached, for the error."""
     earliest: ClassVar[int] = 0
     """The first layer before which it can drop; 1 where it chooses by a layer's attention."""
     reads_attention: ClassVar[bool] = False
@@ -108,7 +108,7 @@ class Method:
         return ";".join(part.strip() for part in parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, as it stands in a checkpoint's config."""
+        """JSON-ready form, as stored in a checkpoint's config."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["stages"] = [[layer, str(share)] for layer, share in self.stages]
         values = {n: str(v) if isinstance(v, Fraction) else v for n, v in values.items()}
@@ -166,7 +166,7 @@ class Method:
         """Register hooks of its own, each a MethodHook, on the inner model."""
 
     def watches(self) -> frozenset[int]:
-        """Layers before which `note` is asked."""
+        """Layers before which `note` is called."""
         return frozenset()
 
     # Scenes are adsc.dropping.choice.Scene, and that file knows methods: here they are of any type.
@@ -250,7 +250,7 @@ class Budget:
         return Fraction(min(max(whole, 1), self.tokens), self.tokens)
 
     def positions(self, given: str | None, published: str) -> str:
-        """The word asked for, or the published one where the model's positions allow it."""
+        """The given value, or the published one if the model's positions allow it."""
         if given is not None and given not in POSITIONS:
             raise PlanError(f"positions {given!r} is unknown; choose one of {', '.join(POSITIONS)}")
         return given or (published if self.axes == 1 else "keep")
@@ -280,7 +280,7 @@ def as_layers(layers: object, words: str = "") -> tuple[int, ...]:
 
 
 def from_dict(data: dict[str, Any]) -> PruningPlan | Method:
-    """The plan or method that stands in a checkpoint's config.
+    """The plan or method in a checkpoint's config.
 
     Raises:
         PlanError: an unknown method, unknown or ill-typed fields.

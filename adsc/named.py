@@ -1,6 +1,6 @@
 """Named plans: one checkpoint that was trained for several budgets, and carries a plan for each.
 
-The names stand in the config beside the plan that the model runs with, so they are saved and loaded
+The names are in the config beside the plan that the model runs with, so they are saved and loaded
 with it. Nothing here touches a model's modules: `adsc.attach` installs a plan, by its name too.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 from adsc.method import Method, from_dict
 from adsc.plan import PlanError, PruningPlan, as_plan
 
-CONFIG_FIELD = "adsc"  # where the plan that a model runs with stands in a checkpoint's config.json
-PLANS_FIELD = "adsc_plans"  # where the named plans stand in a checkpoint's config.json
+CONFIG_FIELD = "adsc"  # the plan that a model runs with, in a checkpoint's config.json
+PLANS_FIELD = "adsc_plans"  # the named plans, in a checkpoint's config.json
 DENSE = "dense"
 """The name of no plan at all: every checkpoint runs dense by it."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

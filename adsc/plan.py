@@ -26,7 +26,7 @@ POOLS = ("tiles", "runs")
 
 
 class PlanError(ValueError):
-    """A pruning plan that can't be right; the message holds the value, the rule and the way out."""
+    """An invalid pruning plan; the message has the value, the rule and the way out."""
 
 
 def _as_ratio(keep: object, layer: int) -> Fraction:
@@ -56,7 +56,7 @@ class PruningPlan:
             may keep 0: an exit, no vision token is left from that layer on. Empty: nothing is
             dropped.
         anchor: which token of each of m equal groups stays: `last`, `first`, `center`; or `grid`, a
-            two-dimensional ordered-dither pattern for tokens that lie on an h x w lattice.
+            two-dimensional ordered-dither pattern for tokens on an h x w lattice.
         positions: `keep` leaves kept tokens their original position ids; `reindex` renumbers after
             each drop.
         pool: None drops the other tokens of a group. `tiles` and `runs` put the mean of the group's
@@ -83,7 +83,7 @@ class PruningPlan:
         checked: list[tuple[int, Fraction]] = []
         if not isinstance(self.stages, Iterable):
             raise PlanError(
-                f"stages {self.stages!r} are no pairs (layer, keep); () is the empty plan"
+                f"stages {self.stages!r} are not pairs (layer, keep); () is the empty plan"
             )
         for stage in self.stages:
             try:
@@ -120,7 +120,7 @@ class PruningPlan:
             )
         if self.pool is not None and self.anchor == "grid":
             raise PlanError(
-                f"anchor 'grid' with pool={self.pool}: a mean stands at the place of a member of "
+                f"anchor 'grid' with pool={self.pool}: a mean takes the position of a member of "
                 "its group; use anchor last, first or center"
             )
         object.__setattr__(self, "text", str(self))
@@ -171,7 +171,7 @@ class PruningPlan:
         return ";".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, as it stands in a checkpoint's config; `pool` only where it is set."""
+        """JSON-ready form, as stored in a checkpoint's config; `pool` only if set."""
         stages = [[layer, str(keep)] for layer, keep in self.stages]
         data = {"stages": stages, "anchor": self.anchor, "positions": self.positions}
         return data if self.pool is None else {**data, "pool": self.pool}

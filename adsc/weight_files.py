@@ -52,7 +52,7 @@ def problem(folder: Path) -> str | None:
     for path in files:
         if path.suffix in (".safetensors", ".json", ".model") and _head(path).startswith(_LFS):
             return (
-                f"{path} is a git-LFS pointer, not the file that it stands for: run `git lfs pull` "
+                f"{path} is a git-LFS pointer, not the file itself: run `git lfs pull` "
                 "there, or fetch the checkpoint again"
             )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():

@@ -75,7 +75,7 @@ def job_of(options: argparse.Namespace) -> Any:
     """The stages before the search, and what its trials share."""
     from pipeline.durable import graph
     from pipeline.durable.stage import Input
-    from pipeline.search.trial import Job
+    from pipeline.search.trial import SearchJob
     from pipeline.stages.train import train_stage
     from workflows.commands.search import search_stages
 
@@ -88,7 +88,7 @@ def job_of(options: argparse.Namespace) -> Any:
     run = context(options)
     stages = [stage for stage in search_stages(made) if stage.name != "search"]
     found = graph.run(stages, run)
-    return Job(
+    return SearchJob(
         search=made.config.search,
         train=made.config.train,
         curriculum=made.config.curriculum,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files differ from it; None outside of git. Of code
-    that was shipped to a cluster, where there is no git, ADSC_COMMIT names the commit."""
+    """The commit of this code, with `-dirty` if files differ from it; None outside of git. For code
+    uploaded to a cluster, without git, ADSC_COMMIT names the commit."""
     if commit := os.environ.get("ADSC_COMMIT"):
         return commit
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        # An environment inside somebody else's repository must not lend its commit.
+        # Don't take the commit of another repository that the environment happens to be in.
         subprocess.run(
             [*git, "ls-files", "--error-unmatch", Path(__file__).name],
             capture_output=True,

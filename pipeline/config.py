@@ -24,15 +24,15 @@ _BOUNDS = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= ", "multiple_of": "a m
 _LENGTHS = {"min_length": "at least {} long", "max_length": "at most {} long"}
 
 OPERATIONAL: dict[str, Any] = {"operational": True}
-"""`Field(json_schema_extra=OPERATIONAL)` marks a field that decides how a stage is computed and not
+"""`Field(json_schema_extra=OPERATIONAL)` marks a field that decides how a stage is computed, not
 what: pipeline.durable.identity leaves it out, so changing it reruns nothing."""
 ADDED: dict[str, Any] = {"added": True}
-"""`Field(json_schema_extra=ADDED)` marks a field that came after results had been made without it:
-pipeline.durable.identity leaves it out while it has its default, so these results stay valid."""
+"""`Field(json_schema_extra=ADDED)` marks a field added after stages had finished without it:
+pipeline.durable.identity leaves it out at its default, so these results stay valid."""
 
 
 class ConfigError(ValueError):
-    """A config that can't be right: every problem at once, each with the way out."""
+    """An invalid config: all problems at once, each with the way out."""
 
 
 class Config(BaseModel):
@@ -43,7 +43,7 @@ class Config(BaseModel):
         extra="forbid",
         use_attribute_docstrings=True,
         validate_default=True,
-        allow_inf_nan=False,  # neither has a literal that identifies a stage
+        allow_inf_nan=False,  # JSON has no literal for either
     )
 
 
@@ -54,7 +54,7 @@ def edit(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
     """The config with dotted keys changed; strings are read by `pipeline.values`.
 
     Args:
-        config: what to start from; it stays as it is.
+        config: the starting point; it is not changed.
         changes: for instance `{"train.learning_rate": "1e-4", "train.stages.0.epochs": 2}`.
 
     Raises:
@@ -70,7 +70,7 @@ def edit(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
 
 
 def keys(config: Config, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a config, the sections' own included."""
+    """All dotted keys of a config, including those of sections."""
     for name in type(config).model_fields:
         yield prefix + name
         yield from _keys_below(getattr(config, name), f"{prefix}{name}.")
@@ -102,7 +102,7 @@ def _edit(
     """Apply changes below one node: a section, or a list or mapping that may hold sections."""
     here, below = _split(changes)
     known = dict(_fields(node))
-    found = len(problems)
+    problems_before = len(problems)
     for name in list(here) + [name for name in below if name not in here]:
         if name not in known:
             full = [
@@ -122,7 +122,7 @@ def _edit(
         known[name] = value
     if not isinstance(node, Config):
         return known if isinstance(node, Mapping) else type(node)(known.values())
-    if len(problems) > found:
+    if len(problems) > problems_before:
         return node
     try:
         edited = type(node).model_validate(known)
@@ -130,9 +130,9 @@ def _edit(
         problems.extend(_explain(error, ".".join(path), type(node).model_fields))
         return node
     for name in known:
-        if not _truths_stay(known[name], getattr(edited, name)):
+        if not _booleans_kept(known[name], getattr(edited, name)):
             key = ".".join((*path, name))
-            problems.append(_no_number(key, known[name], type(node).model_fields[name]))
+            problems.append(_not_a_number(key, known[name], type(node).model_fields[name]))
     return edited
 
 
@@ -165,7 +165,7 @@ def _unknown(key: str, valid: tuple[str, ...]) -> str:
 
 
 def _value(node: Any, name: str, raw: Any, key: str, problems: list[str]) -> Any:
-    """One value, checked alone so that all bad values are reported together."""
+    """One value, checked on its own so that all bad values are reported together."""
     if not isinstance(node, Config):
         return _parse(raw, key, problems)  # an item: checked with its section
     field = type(node).model_fields[name]
@@ -173,24 +173,24 @@ def _value(node: Any, name: str, raw: Any, key: str, problems: list[str]) -> Any
     adapter = _adapter(annotation)
     parsed = _parse(raw, key, problems)
     try:
-        found = adapter.validate_python(parsed)
+        value = adapter.validate_python(parsed)
     except ValidationError as error:
         try:
-            # A string field means "123", "true" and "null" as they were typed.
+            # A string field takes "123", "true" and "null" literally.
             return adapter.validate_python(raw)
         except ValidationError:
             problems.extend(_explain(error, key, {"": field}))
             return getattr(node, name)
-    if not _truths_stay(parsed, found):
-        problems.append(_no_number(key, parsed, field))
+    if not _booleans_kept(parsed, value):
+        problems.append(_not_a_number(key, parsed, field))
         return getattr(node, name)
-    return found
+    return value
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
-    except PydanticUserError:  # a section: it has a config of its own
+    except PydanticUserError:  # a section has its own model config
         return TypeAdapter(annotation)
 
 
@@ -202,16 +202,16 @@ def _parse(raw: Any, key: str, problems: list[str]) -> Any:
         return raw
 
 
-def _no_number(key: str, value: Any, field: FieldInfo) -> str:
+def _not_a_number(key: str, value: Any, field: FieldInfo) -> str:
     return f"{key} = {value!r}: true and false are not numbers ({allowed(field)})"
 
 
-def _truths_stay(given: Any, found: Any) -> bool:
-    """Whether no true or false of a value became a number, as pydantic would have it."""
+def _booleans_kept(given: Any, validated: Any) -> bool:
+    """Whether no true or false of a value became a number, which pydantic would allow."""
     if isinstance(given, bool):
-        return type(found) not in (int, float)
-    before, after = dict(_items(given)), dict(_fields(found))
-    return all(_truths_stay(before[name], after[name]) for name in before.keys() & after.keys())
+        return type(validated) not in (int, float)
+    before, after = dict(_items(given)), dict(_fields(validated))
+    return all(_booleans_kept(before[name], after[name]) for name in before.keys() & after.keys())
 
 
 def _explain(error: ValidationError, prefix: str, fields: Mapping[str, FieldInfo]) -> list[str]:
@@ -234,7 +234,7 @@ def _explain(error: ValidationError, prefix: str, fields: Mapping[str, FieldInfo
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a field takes, for people: `float, > 0, <= 1`."""
+    """The values that a field allows, as text: `float, > 0, <= 1`."""
     parts = [_type_name(field.annotation)]
     for rule in field.metadata:
         parts += [
@@ -262,7 +262,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _without_marks(annotation: Any) -> Any:
-    """A type without what Annotated adds to it, or to a part of it."""
+    """A type without the metadata that Annotated adds to it or to a part of it."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _without_marks(parts[0])

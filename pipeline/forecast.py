@@ -1,9 +1,9 @@
-"""What a compression will take before anything runs: memory of a GPU, GPU-hours, money.
+"""Forecast of a compression before anything runs: GPU memory, GPU-hours, money.
 
 Closed forms on a config: no weights are loaded. FLOPs come from the cost model and are exact up to
-the text's length, which is the caller's guess; what share of the peak a GPU reaches is another.
-Memory is an estimate (a test holds the layer's part against what autograd really saves), good for
-seeing what can't fit. Deliberately not a planner: it changes nothing in the config.
+two assumptions of the caller, the length of the text and the achieved share of a GPU's peak. Memory
+is an estimate (a test compares the part of a layer with what autograd really saves), good enough to
+see what can't fit. Deliberately not a planner: it changes nothing in the config.
 
 Legend: d hidden width, m MLP width.
 """
@@ -33,11 +33,11 @@ from pipeline.training.plans import StepPlans
 from pipeline.training.throughput import PEAKS, TrainingCost
 
 USABLE = 0.92
-"""Share of a GPU's memory that a training can have: the rest is the context and fragments."""
+"""Share of a GPU's memory usable for training: the rest is the context and fragmentation."""
 
 
 class Hardware(NamedTuple):
-    """A GPU: what it holds, and its peak in dense bf16."""
+    """A GPU: its memory, and its peak in dense bf16 FLOP/s."""
 
     memory_gib: float
     peak_flops: float
@@ -50,23 +50,22 @@ HARDWARE = {
     "h200": Hardware(141, PEAKS["H200"]),
     "l40s": Hardware(48, PEAKS["L40S"]),
 }
-"""Memory by the vendors' data sheets, SXM where there is a choice."""
+"""From the vendors' data sheets, for SXM if there is a choice."""
 
 
 class Assumptions(NamedTuple):
-    """What the config does not say."""
+    """Assumptions that the config does not contain."""
 
     gpu: str = "h100"
     """A key of HARDWARE."""
     workers: int = 1
-    """GPUs, one a worker."""
+    """GPUs, one per worker."""
     hfu: float = 0.4
-    """Share of the peak that the training reaches, activations that are computed again
-    included."""
+    """Achieved share of the peak FLOP/s, including recomputed activations."""
     text_tokens: int = 200
     """Positions of a conversation that are not vision tokens, on average."""
     price: float | None = None
-    """What a GPU-hour costs, in any currency."""
+    """Price of a GPU-hour, in any currency."""
 
     @property
     def hardware(self) -> Hardware:
@@ -85,17 +84,17 @@ class StageForecast(NamedTuple):
     plan: str
     steps: int
     average_vision_tokens: float
-    """Over the decoder's layers, and over steps where these have different plans."""
+    """Averaged over the decoder's layers, and over steps if these have different plans."""
     flops: float
     teacher_share: float
-    """Of the FLOPs that the GPU computes, what a teacher takes."""
+    """The teacher's share of the FLOPs computed."""
     gpu_hours: float
     memory_gib: float
-    """Of each GPU, with a micro-batch of conversations of average length."""
+    """Per GPU, with a micro-batch of conversations of average length."""
 
 
 def model_config(source: str) -> Any | None:
-    """The base's transformers config: a folder's, or that of a known hub id; else None."""
+    """The base's transformers config, from a folder or a known hub id; else None."""
     if source in HUB_IDS:
         return geometry(source)
     if (resolve(source) / "config.json").is_file():
@@ -109,12 +108,12 @@ def forecast(
     records: int | None,
     assumed: Assumptions,
 ) -> list[StageForecast]:
-    """What each training stage takes.
+    """The forecast of each training stage.
 
     Args:
         model: the base's transformers config.
         stages: name and config of each.
-        records: conversations in the training split; needed where a stage counts epochs.
+        records: conversations in the training split; needed if a stage counts epochs.
 
     Raises:
         ValueError: an unknown GPU, a share outside (0, 1], epochs of an unknown number of records.
@@ -131,7 +130,7 @@ def forecast(
         prepared = prepared_for[key]
         if config.steps is None and records is None:
             raise ValueError(
-                f"{name} counts epochs of a set whose size is not known before it is prepared; "
+                f"{name} counts epochs of a data set whose size is unknown before it is prepared; "
                 "set train.steps for a forecast"
             )
         steps = config.steps_for(records or 0)
@@ -142,7 +141,7 @@ def forecast(
         )
         dense = adsc.estimate_cost(model, "", assumed.text_tokens).per_layer[0].vision_tokens
         row = [RowShape(assumed.text_tokens, dense, 1)]
-        # Of a conversation in the mean over steps: FLOPs of training, of the GPU, of the teacher.
+        # FLOPs per conversation, averaged over steps: of training, of the GPU, of the teacher.
         each = [(np.array(cost.under(plan).step(row)), share) for plan, share in plans.shares()]
         needed, computed, taught = np.sum([flops * share for flops, share in each], axis=0)
         conversations = config.batch_size * steps
@@ -182,33 +181,33 @@ def memory_bytes(
     plan: PruningPlan | Method,
     assumed: Assumptions,
 ) -> dict[str, float]:
-    """What lies in each GPU's memory at the end of a forward pass, by kind, in bytes.
+    """Memory of each GPU at the end of a forward pass, by kind, in bytes.
 
     Args:
         trainable: the base with its adapter, on the meta device.
         model: the base's transformers config.
         config: the training stage.
-        plan: of a step.
+        plan: the plan of a step.
     """
 
-    def share(least: int) -> int:
-        """Over how many GPUs ZeRO splits what it splits from stage `least` on."""
-        return assumed.workers if config.zero_stage >= least else 1
+    def shards(stage: int) -> int:
+        """Number of GPUs that share what ZeRO shards from `stage` on."""
+        return assumed.workers if config.zero_stage >= stage else 1
 
     sizes = [(p.numel(), p.requires_grad) for p in trainable.parameters()]
     trained = sum(size for size, moves in sizes if moves)
     frozen = sum(size for size, moves in sizes if not moves)
     width = 2 if config.precision == "bf16" else 4
-    found = {
-        "base": width * frozen / share(3),
-        "trained": 4 * trained / share(3),
-        "gradients": 4 * trained / share(2),
-        "moments": 8 * trained / share(1),
+    memory = {
+        "base": width * frozen / shards(3),
+        "trained": 4 * trained / shards(3),
+        "gradients": 4 * trained / shards(2),
+        "moments": 8 * trained / shards(1),
     }
     if config.offload.optimizer:
-        found["moments"] = 0.0
+        memory["moments"] = 0.0
     if config.offload.parameters:
-        found["base"] = found["trained"] = 0.0
+        memory["base"] = memory["trained"] = 0.0
     decoder = Decoder.from_config(model.get_text_config())
     cost = adsc.estimate_cost(model, plan, assumed.text_tokens)
     rows = math.ceil(config.batch_size / assumed.workers / config.accumulate)
@@ -218,25 +217,25 @@ def memory_bytes(
     tokens = [rows * layer.tokens for layer in cost.per_layer]
     each = layer_bytes(decoder, config.lora) * width / 2
     if config.activation_checkpointing:
-        # Each layer's input, and all of the layer that is being computed again.
-        found["activations"] = width * decoder.hidden * sum(tokens) + each * max(tokens)
+        # Each layer's input, and all of the layer being recomputed.
+        memory["activations"] = width * decoder.hidden * sum(tokens) + each * max(tokens)
     else:
-        found["activations"] = each * sum(tokens)
+        memory["activations"] = each * sum(tokens)
     # Logits in the model's type, in fp32 for the loss, and their gradient; a teacher's in fp32.
     logits = min(decoder.vocabulary * tokens[-1], CHUNK)
-    found["logits"] = (width + 8) * logits
+    memory["logits"] = (width + 8) * logits
     if config.distill is not None and plan.stages:
-        found["logits"] += 8 * logits
-        found["teacher"] = width * decoder.hidden * rows * assumed.text_tokens
-    return found
+        memory["logits"] += 8 * logits
+        memory["teacher"] = width * decoder.hidden * rows * assumed.text_tokens
+    return memory
 
 
 def layer_bytes(decoder: Decoder, lora: LoraSettings | None) -> float:
-    """What autograd keeps of one decoder layer for each position, in bytes: bf16 autocast, LoRA on
-    all its linear layers, an attention kernel that keeps no scores.
+    """Bytes that autograd saves per position of one decoder layer: with bf16 autocast, LoRA on all
+    its linear layers, and an attention kernel that saves no scores.
 
-    Counted from what a LLaMA layer saves: inputs and outputs of its products in bf16, those of
-    norms and activation in fp32; dropout keeps a mask and its output for each input.
+    Counted from what a LLaMA layer saves: inputs and outputs of its matrix products in bf16, those
+    of norms and activation in fp32; dropout saves a mask and its output for each input.
     """
     d, m, kv = decoder.hidden, decoder.mlp, decoder.kv_heads * decoder.head_dim
     kept = 30 * d + 6 * kv + 9 * m

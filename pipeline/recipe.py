@@ -181,14 +181,16 @@ def branches(config: CompressConfig) -> dict[str, list[TrainConfig]]:
         ConfigError: changes of `train` that it can't take.
     """
     plans = training_plans(config)
-    made = {
+    trainings = {
         "train": training_configs(config, plans),
         "control": training_configs(config, [""] * len(plans)),
     }
     for name, other in config.compare.items():
         train = edit(config.train, other.train)
-        made[name] = configs_of(other.curriculum, train, plans_of(other.curriculum, other.plan))
-    return made
+        trainings[name] = configs_of(
+            other.curriculum, train, plans_of(other.curriculum, other.plan)
+        )
+    return trainings
 
 
 def _merged(branch: str) -> str:
@@ -276,13 +278,13 @@ def base_and_prepare(data: Stage, checkpoint: BaseConfig, rendering: PrepareConf
 def training_plans(config: CompressConfig) -> list[str] | list[FoundPlan]:
     """The plan of each training stage; see `plans_of`. Those of a search are references, as its own
     is."""
-    own = config.curriculum
+    curriculum = config.curriculum
     if isinstance(config.plan, FoundPlan):
-        if own.order in WITHIN_ONE:
+        if curriculum.order in WITHIN_ONE:
             return [FoundPlan()]
-        each = pressures(own.order, own.stages, own.extreme)
+        each = pressures(curriculum.order, curriculum.stages, curriculum.extreme)
         return [FoundPlan(pressure=pressure) for pressure in each]
-    return plans_of(own, config.plan)
+    return plans_of(curriculum, config.plan)
 
 
 def training_configs(config: CompressConfig, plans: Sequence[str | FoundPlan]) -> list[TrainConfig]:
@@ -298,30 +300,30 @@ def _search(config: CompressConfig) -> list[Stage]:
     """
     if not config.searched:
         return []
-    own = config.search
+    search = config.search
     try:
-        own.budget  # noqa: B018  # raises
+        search.budget  # noqa: B018  # raises
     except ValueError as error:
         raise PlanError(f"plan = search: {error} (as search.average=192)") from None
-    held = {"rows": own.rows, "confirm_rows": own.confirm_rows, "seed": own.seed}
+    rows = {"rows": search.rows, "confirm_rows": search.confirm_rows, "seed": search.seed}
     # What doesn't change trials is left out of the search's identity.
     train = TrainConfig(precision=config.train.precision)
-    way = CurriculumConfig()
-    if own.fidelity != "untrained":
+    curriculum = CurriculumConfig()
+    if search.fidelity != "untrained":
         train = config.train
-    if own.fidelity == "curriculum":
-        way = config.curriculum
+    if search.fidelity == "curriculum":
+        curriculum = config.curriculum
     return [
         SEARCH_DATA.stage(
             name="search-data",
             title="search-data: conversations for trials",
-            config=SearchDataConfig(train_rows=own.train_rows, **held),
+            config=SearchDataConfig(train_rows=search.train_rows, **rows),
             needs={"data": "prepare"},
         ),
         SEARCH.stage(
             name="search",
-            title=f"search: {own.trials} trials, {own.fidelity}",
-            config=SearchStageConfig(search=own, train=train, curriculum=way),
+            title=f"search: {search.trials} trials, {search.fidelity}",
+            config=SearchStageConfig(search=search, train=train, curriculum=curriculum),
             needs={"base": "base", "data": "search-data"},
         ),
     ]

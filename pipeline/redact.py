@@ -1,9 +1,9 @@
-"""What may be shown of a nested config: dotted keys, and never a credential.
+"""Redaction: nested configs as dotted keys, and text, without credentials.
 
-Used wherever a config, a URI, an error or an answer leaves the program for people to read. It
-recognises credentials by the name of a key, by the shape of a value, and those of this process's
-environment by themselves. It is a safety net, deliberately not a licence to put secrets into
-configs: storage and tracking credentials belong into the environment.
+Used wherever a config, a URI, an error or an answer is shown or stored. It recognises credentials
+by the name of a key, by the format of a value, and by comparison with this process's environment.
+It is a safety net, deliberately not a licence to put secrets into configs: credentials for storage
+and tracking belong in the environment.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _SECRET_VARIABLE = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text with whatever looks like a credential replaced, and any secret of the environment.
+    """The text with everything that looks like a credential replaced, and any secret of the
+    environment.
 
     >>> redact("postgresql://ada:lovelace@db/mlflow")
     'postgresql://[redacted]@db/mlflow'
@@ -64,7 +65,7 @@ def flatten(nested: Mapping[str, Any]) -> dict[str, str]:
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The plain values of a nested structure with the keys that lead to each."""
+    """The plain values of a nested structure, each with its path of keys."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from leaves(inner, (*path, str(key)))
@@ -78,7 +79,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def names_secret(key: str) -> bool:
-    """Whether a key says that its value is a credential."""
+    """Whether a key's name marks its value as a credential."""
     return bool(_SECRET_KEY.search(key)) and not _SPECIAL_TOKEN.search(key)
 
 
@@ -94,7 +95,7 @@ def _shown(path: tuple[str, ...], value: object) -> str:
 
 
 def clean(value: Any) -> Any:
-    """JSON literals without what looks like a credential, nor any secret of the environment."""
+    """JSON literals with credentials replaced, as in `redact`."""
     if isinstance(value, Mapping):
         return {
             key: HIDDEN if isinstance(item, str) and item and names_secret(key) else clean(item)

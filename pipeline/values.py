@@ -1,9 +1,9 @@
-"""A value that a person typed: `--set KEY=VALUE`, and the options of a method.
+"""Values typed by users: `--set KEY=VALUE`, and the options of a method.
 
-YAML's syntax for lists, mappings and quotes; YAML 1.2's rule for numbers, that what looks like a
-number is the decimal number that it looks like. (YAML 1.1, PyYAML's own, reads 010 as 8, 1:30 as
-90, no as false, 2026-11-28 as a date, and ends a text at ` #`.) Anything that is no number, true,
-false, null, list or mapping is the text as it was typed. This is the only place that reads YAML.
+Lists, mappings and quotes follow YAML; numbers follow YAML 1.2, so that they are read as decimal.
+(YAML 1.1, which PyYAML implements, reads 010 as 8, 1:30 as 90, no as false, 2026-11-28 as a date,
+and ends a text at ` #`.) Anything that is not a number, true, false, null, list or mapping is
+literal text. This is the only module that reads YAML.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _PREFIXED = re.compile(r"[-+]?0[xob]")
 
 
 class ValueSyntaxError(ValueError):
-    """A text that can be read in two ways."""
+    """An ambiguous text."""
 
 
 def read_value(text: str) -> Any:
-    """What the text says: a number, true, false, null, a list, a mapping, or the text itself.
+    """The value of a text: a number, true, false, null, a list, a mapping, or the text itself.
 
     Raises:
         ValueSyntaxError: a mapping names a key twice.
@@ -39,9 +39,9 @@ def read_value(text: str) -> Any:
     {'layers': [1, 2], 'name': '007'}
     """
     bare = text.strip()
-    found = _scalar(bare)
-    if not isinstance(found, str):
-        return found
+    scalar = _scalar(bare)
+    if not isinstance(scalar, str):
+        return scalar
     if not bare.startswith(("[", "{", '"', "'")) and ":" not in bare and "- " not in bare:
         return bare
     import yaml  # seldom needed
@@ -96,9 +96,7 @@ def _loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := sorted({key for key in keys if keys.count(key) > 1}):
-                raise ValueSyntaxError(
-                    f"names {', '.join(map(repr, twice))} twice: which one counts?"
-                )
+                raise ValueSyntaxError(f"names {', '.join(map(repr, twice))} twice: keep one")
             return super().construct_mapping(node, deep)
 
     return Loader

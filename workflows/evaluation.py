@@ -1,7 +1,7 @@
 """Stages that evaluate a checkpoint on local questions: those of a compression, without training.
 
-Checkpoint and prepared data are taken where they lie and known by digests; task files
-(conversations in LLaVA's JSON) are prepared first. workflows/commands/eval.py is the command line.
+Checkpoint and prepared data are used in place and identified by digests; task files (conversations
+in LLaVA's JSON) are prepared first. workflows/commands/eval.py is the command line.
 """
 
 import hashlib
@@ -40,17 +40,17 @@ from pipeline.kinds.report import REPORT, ReportConfig
 from pipeline.packaged import resolve
 from pipeline.store import open_store
 
-CONTEXT = 1_000_000  # tokens: no question is set aside for its length
+CONTEXT = 1_000_000  # tokens: no question is quarantined for its length
 TOWERS = {"efficientnet_lite0": "workflows.stamps_tower.register"}
-"""Vision towers that transformers doesn't have, and what tells them to a process."""
+"""Vision towers missing from transformers -> the function that registers them in a process."""
 
 
 class TaskConfig(PrepareConfig):
-    """Preparation of task files. Their questions may repeat: benchmarks' files share some, and
-    nothing is learnt from them."""
+    """Preparation of task files. Questions may repeat: benchmark files share some, and nothing is
+    trained on them."""
 
     unique: ClassVar[bool] = False
-    bounded: ClassVar[str] = "mend the task files: every question counts"
+    bounded: ClassVar[str] = "fix the task files: every question counts"
 
 
 def evaluation_stages(
@@ -67,22 +67,22 @@ def evaluation_stages(
     Args:
         checkpoint: a folder, s3://, package://NAME/FOLDER or a hub id.
         methods: as parse_method reads them; `own` is the plan in the checkpoint's config, `own:64`
-            its plan of that name. None asks an elastic checkpoint with every plan and dense,
-            others with their own.
+            its plan of that name. None evaluates an elastic checkpoint with every plan and dense,
+            others with their own plan.
         tasks: JSON files of one folder, or benchmarks as NAME=FOLDER; with `data`, the names of
             its splits (`test` if none).
         data: the folder of a finished prepare stage.
-        limit: most records of each task, drawn at random by a fixed seed: of benchmarks, a picture
-            with its questions, or a question in all orders of its options.
+        limit: most records of each task, sampled with a fixed seed. A record of a benchmark is a
+            picture with its questions, or a question in all orders of its options.
         settings: further fields of EvaluateConfig.
 
     Raises:
-        ValueError: what doesn't exist, or can't be told apart.
+        ValueError: something doesn't exist, or is ambiguous.
     """
     source = _checkpoint(checkpoint)
     if other := original_name(checkpoint) or original_layout(_read_config(checkpoint) or {}):
         raise ValueError(f"can't evaluate {checkpoint}: {other}")
-    made, splits, benchmarks = _data(data, tasks, limit)
+    sources, splits, benchmarks = _data(data, tasks, limit)
     arms = _arms(methods, checkpoint)
     config = EvaluateConfig(
         title=f"Evaluation of {_short(checkpoint)}",
@@ -95,7 +95,7 @@ def evaluation_stages(
     )
     return [
         source,
-        *made,
+        *sources,
         EVALUATE.stage(
             name="evaluate",
             title="evaluate: every method, same questions",
@@ -112,17 +112,17 @@ def evaluation_stages(
 
 
 def setup_for(checkpoint: str) -> str | None:
-    """What Ray's processes call first, as a run's do (`Workflow.setup`); None where transformers
-    knows the checkpoint's tower."""
+    """The function that Ray's processes call first (`Workflow.setup`); None if transformers knows
+    the checkpoint's vision tower."""
     vision = (_read_config(checkpoint) or {}).get("vision_config") or {}
     return TOWERS.get(vision.get("model_type", ""))
 
 
 def content_digest(place: str) -> str | None:
-    """A digest of what lies in a folder or on S3; None if there is nothing.
+    """A digest of the content of a folder or an S3 prefix; None if it is empty.
 
-    By its manifest where it has one (exported checkpoints, prepared data), else by names, sizes
-    and times of change (on S3, ETags): hashing a large model takes minutes.
+    Of its manifest if it has one (exported checkpoints, prepared data), else of names, sizes and
+    modification times (on S3, ETags): hashing a large model takes minutes.
     """
     store = open_store(place)
     if (manifest := store.read("manifest.json")) is not None:
@@ -134,8 +134,8 @@ def content_digest(place: str) -> str | None:
 def _checkpoint(source: str) -> Stage:
     if source.startswith("package://") or _is_hub_id(source):
         config = pin_digest(BaseConfig(source=source))
-        if _is_hub_id(source) and (found := _hub_config(source)) is not None:
-            config = config.model_copy(update={"revision": extract_commit_hash(str(found), None)})
+        if _is_hub_id(source) and (cached := _hub_config(source)) is not None:
+            config = config.model_copy(update={"revision": extract_commit_hash(str(cached), None)})
         return BASE.stage(
             name="base",
             title="base: the checkpoint",
@@ -143,8 +143,8 @@ def _checkpoint(source: str) -> Stage:
         )
     if open_store(source).read("config.json") is None:
         raise ValueError(
-            f"there is no checkpoint at {source!r}: a config.json should lie there; "
-            "`adsc show demo export --path` prints a place"
+            f"there is no checkpoint at {source!r}: it has no config.json; "
+            "`adsc show demo export --path` prints the path of the demo's"
         )
     return adopted(
         name="base",
@@ -157,23 +157,23 @@ def _checkpoint(source: str) -> Stage:
 def _data(
     prepared: str | None, tasks: Sequence[str], limit: int | None
 ) -> tuple[list[Stage], list[str], list[str]]:
-    """The stages that make the questions, the splits to ask, and which of them are benchmarks."""
+    """The stages that prepare the questions, the splits to evaluate, and the benchmarks' names."""
     if prepared is not None:
         if limit is not None:
-            raise ValueError("a limit is for tasks; prepared data is asked as it is")
-        # Of an attempt's folder, which `adsc show` prints, the stage's folder knows more.
+            raise ValueError("--limit is for task files: leave it out with prepared data")
+        # `adsc show` prints the folder of an attempt; the stage's folder above it has the record.
         home = re.sub(r"/attempts/[^/]+/?$", "", prepared)
         place = home if open_store(home).read("record.json") is not None else prepared
         digest = content_digest(prepared)
         if digest is None:
             raise ValueError(f"there is no prepared data at {prepared!r}")
-        made = adopted(
+        prepare = adopted(
             name="prepare",
-            title="prepare: as it lies there",
+            title="prepare: existing data",
             place=place,
             digest=digest,
         )
-        return [made], _splits(prepared, tasks), []
+        return [prepare], _splits(prepared, tasks), []
     named = [task.partition("=") for task in tasks if not Path(task).is_file()]
     if not tasks:
         raise ValueError(
@@ -183,11 +183,11 @@ def _data(
     if missing := [name for name, sign, _ in named if not sign]:
         raise ValueError(f"there are no task files {', '.join(missing)}")
     if named and len(named) < len(tasks):
-        raise ValueError("benchmarks and task files: ask them by two commands")
+        raise ValueError("--tasks has both benchmarks and task files: evaluate them separately")
     if named:
-        made, sources = _benchmarks([(name, Path(place)) for name, _, place in named], limit)
+        files, sources = _benchmarks([(name, Path(place)) for name, _, place in named], limit)
     else:
-        made, sources = _files([Path(task) for task in tasks], limit)
+        files, sources = _files([Path(task) for task in tasks], limit)
     config = TaskConfig(
         splits={name: {name: source} for name, source in sources.items()},
         template="auto",
@@ -200,11 +200,11 @@ def _data(
         config=config,
         needs={"data": "files", "base": "base"},
     )
-    return [made, stage], list(sources), list(sources) if named else []
+    return [files, stage], list(sources), list(sources) if named else []
 
 
 def _splits(prepared: str, wanted: Sequence[str]) -> list[str]:
-    """The splits of prepared data that are asked: those wanted, `test`, or its only one.
+    """The splits of prepared data to evaluate: those wanted, `test`, or the only one.
 
     Raises:
         ValueError: a split isn't there.
@@ -212,18 +212,18 @@ def _splits(prepared: str, wanted: Sequence[str]) -> list[str]:
     shards = [
         entry.key for entry in open_store(prepared).list("") if entry.key.endswith(".parquet")
     ]
-    there = sorted({key.rpartition("/")[0].rpartition("/")[2] or FLAT for key in shards})
-    if not there:
+    present = sorted({key.rpartition("/")[0].rpartition("/")[2] or FLAT for key in shards})
+    if not present:
         raise ValueError(f"{prepared} holds no prepared data: there is no Parquet shard in it")
-    asked = list(wanted) or (["test"] if "test" in there else there)
-    if missing := [split for split in asked if split not in there]:
+    splits = list(wanted) or (["test"] if "test" in present else present)
+    if missing := [split for split in splits if split not in present]:
         raise ValueError(
-            f"{prepared} holds no {', '.join(missing)}, only {', '.join(there)}: name one with "
+            f"{prepared} holds no {', '.join(missing)}, only {', '.join(present)}: name one with "
             "--tasks, or leave --tasks out"
         )
-    if len(asked) > 1 and not wanted:
-        raise ValueError(f"{prepared} holds {', '.join(there)}: name which with --tasks")
-    return asked
+    if len(splits) > 1 and not wanted:
+        raise ValueError(f"{prepared} holds {', '.join(present)}: name one with --tasks")
+    return splits
 
 
 def _files(files: Sequence[Path], limit: int | None) -> tuple[Stage, dict[str, Source]]:
@@ -246,7 +246,7 @@ def _files(files: Sequence[Path], limit: int | None) -> tuple[Stage, dict[str, S
 def _benchmarks(
     named: Sequence[tuple[str, Path]], limit: int | None
 ) -> tuple[Stage, dict[str, Source]]:
-    """Public benchmarks, by their names, from their official files."""
+    """Public benchmarks by name, from their official files."""
     folders = {name: folder.expanduser().resolve() for name, folder in named}
     if len(folders) < len(named):
         raise ValueError(f"{', '.join(name for name, _ in named)}: name each benchmark once")
@@ -273,7 +273,7 @@ def _benchmarks(
 
 
 def _arms(methods: Sequence[str] | None, checkpoint: str) -> list[ArmConfig]:
-    """An arm a method, each checked as far as this machine knows the checkpoint."""
+    """One arm per method, each checked as far as this machine can read the checkpoint."""
     config = _read_config(checkpoint)
     named = names_in(config or {})
     if methods is None:
@@ -288,7 +288,7 @@ def _arms(methods: Sequence[str] | None, checkpoint: str) -> list[ArmConfig]:
 
 
 def _curve(arms: list[ArmConfig], name: str) -> list[ArmConfig]:
-    """Named plans are budgets of one checkpoint, and dense is one more where there are any."""
+    """Mark named plans as budgets of one checkpoint; if there are any, dense is one more."""
     if not any(arm.budget for arm in arms):
         return arms
     return [
@@ -334,14 +334,14 @@ def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
     """Attach every method to the model without weights, before any stage runs.
 
     Raises:
-        ValueError: one doesn't fit: a layer that isn't there, a budget out of reach.
+        ValueError: one doesn't fit: a layer the model doesn't have, a budget out of reach.
     """
     try:
         known = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(known, trust_remote_code=False)
     except (ValueError, KeyError, TypeError):
-        return  # code that only workers load may know this kind of model
+        return  # workers may load code that knows this kind of model
     try:
         for method in methods:
             adsc.attach(model, build_method(method, model))
@@ -350,10 +350,10 @@ def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
 
 
 def _read_config(checkpoint: str) -> dict[str, Any] | None:
-    """The checkpoint's config.json; None where that can't be read from here."""
+    """The checkpoint's config.json; None if it can't be read from here."""
     if _is_hub_id(checkpoint):
-        found = _hub_config(checkpoint)
-        data = None if found is None else found.read_bytes()
+        cached = _hub_config(checkpoint)
+        data = None if cached is None else cached.read_bytes()
     elif checkpoint.startswith("package://"):
         data = (resolve(checkpoint) / "config.json").read_bytes()
     else:
@@ -374,7 +374,7 @@ def _is_hub_id(checkpoint: str) -> bool:
 
 
 def _own_method(checkpoint: str, config: dict[str, Any] | None) -> str:
-    """The plan that travels in a checkpoint's config, as a method is written."""
+    """The plan in a checkpoint's config, as the text of a method."""
     if config is None:
         raise ValueError(_unreadable(checkpoint))
     plan = config.get("adsc")
@@ -386,8 +386,8 @@ def _own_method(checkpoint: str, config: dict[str, Any] | None) -> str:
 
 def _unreadable(checkpoint: str) -> str:
     return (
-        f"the config of {checkpoint!r} can't be read from here, so its own plan isn't known: "
-        "name what it runs with, such as --methods dense plan:2:1/4"
+        f"the config of {checkpoint!r} can't be read from here, so its own plan is unknown: "
+        "name the methods, such as --methods dense plan:2:1/4"
     )
 
 

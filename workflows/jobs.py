@@ -1,8 +1,8 @@
-"""What a job does on a cluster's head before it is the same `adsc run` as anywhere:
+"""The driver of a job: checks every node of the cluster, then runs the same `adsc run` as anywhere.
 
     python -m workflows.jobs '{"root": ..., "expected": ...}' run demo
 
-The commands that submit jobs and look at them are in workflows/commands/cluster/submit.py.
+The commands that submit and inspect jobs are in workflows/commands/cluster.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 
 def drive(arguments: Sequence[str]) -> int:
-    """On the cluster's head: look at every node, then run the workflow."""
+    """On the cluster's head: check every node, then run the workflow."""
     from pipeline.cluster import preflight
     from pipeline.durable.session import ray_for
     from pipeline.durable.stage import RunContext
@@ -22,13 +22,13 @@ def drive(arguments: Sequence[str]) -> int:
 
     given = json.loads(arguments[0])
     try:
-        # All that is imported before every node was asked is imported before Ray knows of us: where
-        # two nodes share a machine, the other one unpacks this code once more under our feet.
+        # Import everything the check needs before Ray connects: where two nodes share a machine,
+        # the other node unpacks this code again and replaces the files.
         open_store(given["root"])
         with ray_for(RunContext(root=given["root"], workflow="", address="auto")):
             signal.signal(signal.SIGTERM, _interrupt)  # Ray has set a handler of its own by now
-            for node, said in preflight.check(given["root"], given["expected"]).items():
-                print(f"node {node}: {said}")
+            for node, result in preflight.check(given["root"], given["expected"]).items():
+                print(f"node {node}: {result}")
             return cli.main(arguments[1:])
     except KeyboardInterrupt:
         return 130
@@ -38,7 +38,7 @@ def drive(arguments: Sequence[str]) -> int:
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """A job that is stopped ends like a command on which somebody pressed Ctrl-C."""
+    """End a stopped job as Ctrl-C ends a command."""
     raise KeyboardInterrupt
 
 

@@ -25,7 +25,7 @@ ROWS = 256  # questions of a row group
 
 
 def write_task(split: Path, folder: Path, name: str, max_new_tokens: int) -> int:
-    """Write the task and return how many questions it has."""
+    """Write the task and return its number of questions."""
     folder.mkdir(parents=True, exist_ok=True)
     questions = Questions(split)
     picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -46,7 +46,7 @@ def write_task(split: Path, folder: Path, name: str, max_new_tokens: int) -> int
     with pq.ParquetWriter(data, schema, compression="zstd") as writer:
         for rows in _rows(questions):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    kinds = list(dict.fromkeys(asked.kind for asked in questions.asked))
+    kinds = list(dict.fromkeys(entry.kind for entry in questions.entries))
     metrics = ["exact_match", *(f"exact_match_{kind}" for kind in kinds)]
     functions = {
         key: f"!function {FUNCTIONS}.{key}"
@@ -95,7 +95,7 @@ def _rows(questions: Questions) -> Iterator[list[dict[str, object]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflows.lmms_task")
     parser.add_argument("split", type=Path, help="a split of prepared data: .../test")
-    parser.add_argument("folder", type=Path, help="where the task goes")
+    parser.add_argument("folder", type=Path, help="folder to write the task into")
     parser.add_argument("--name", default="local_questions", help="the task's name")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="longest answer in tokens")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The workflows that `adsc` knows, by name. A module is imported when its workflow is wanted."""
+"""The workflows that `adsc` knows, by name. A workflow's module is imported when it is loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Listed(NamedTuple):
     """A workflow before it is imported."""
 
     module: str
-    """Where its function is, which has the workflow's name."""
+    """Module of the function that has the workflow's name."""
     title: str
-    """One line for people."""
+    """Its description, in one line."""
 
 
 WORKFLOWS = {
@@ -31,15 +31,15 @@ WORKFLOWS = {
     ),
     "tiny_base": Listed(
         "workflows.demo.tiny_base",
-        "train the small LLaVA that ships here, from nothing",
+        "train the small LLaVA that ships here from scratch",
     ),
     "evidence": Listed(
         "workflows.evidence.workflow",
-        "ADSC's choices and its peers, trained alike: hours on two cores",
+        "compare ADSC's choices and its peers under the same training: hours on two cores",
     ),
     "stamps": Listed(
         "workflows.evidence.stamps",
-        "the evidence on pretrained parts, which are installed apart: nights on two cores",
+        "the evidence on pretrained parts, installed separately: nights on two cores",
     ),
     "llava15_7b": Listed(
         "workflows.llava15_7b",

@@ -1,8 +1,8 @@
-"""Workflow names that came to mean another recipe, and what stores of before then hold under them.
+"""Workflow names that now mean another recipe, and stores from before the change.
 
-A store knows stages by what they compute, never by a workflow's name, so nothing that was made is
-lost: the former recipe has a name of its own. But the same command must not begin another training
-in a store where it began the former one.
+A store identifies stages by what they compute, never by a workflow's name, so nothing is lost: the
+former recipe has a new name. But the same command must not start another training in a store where
+it started the former one.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ FORMERLY = {
     "llava15_7b_128": "llava15_7b_paper_128",
     "llava15_7b_64": "llava15_7b_paper_64",
 }
-"""Name of a workflow -> the name that its former recipe has now."""
+"""Name of a workflow -> the present name of its former recipe."""
 
 
 def former(workflow: Workflow, changes: Sequence[str], store: Store) -> str | None:
-    """What a store says about a name that meant another recipe when its training began there.
+    """A warning if the name meant another recipe when its training started in this store.
 
     Args:
         changes: `KEY=VALUE`, with which the workflow was loaded.
 
     Returns:
-        A sentence with the way out; None where the name means what it meant, where this recipe has
-        begun as well, or where the plan was given, so that it is clear which one is meant.
+        A sentence with the way out; None if the name still means the same, if this recipe has
+        started as well, or if the plan was given, which makes the recipe unambiguous.
     """
     name = FORMERLY.get(workflow.name)
     if name is None or any(change.partition("=")[0] == "plan" for change in changes):
@@ -47,9 +47,9 @@ def former(workflow: Workflow, changes: Sequence[str], store: Store) -> str | No
         return None
     plan = workflow.config.plan  # type: ignore[attr-defined]
     return (
-        f"{workflow.name} began in {store.root} with the recipe that is called {name} now: "
-        f"`adsc run {name}` opens or resumes it, and repeats nothing that is finished. To train "
-        f"what {workflow.name} is today in the same store, name its plan: "
+        f"{workflow.name} was started in {store.root} with the recipe now called {name}: "
+        f"`adsc run {name}` resumes it and repeats no finished stage. To train today's "
+        f"{workflow.name} in the same store, name its plan: "
         f"`adsc run {workflow.name} --set 'plan={plan}'`"
     )
 

@@ -1,7 +1,6 @@
-"""`adsc serve`: fetch and verify a checkpoint, tell its plan and costs, run vLLM's own server.
+"""`adsc serve`: fetch and verify a checkpoint, print its plan and costs, run vLLM's own server.
 
-The server is a process of its own, run by this Python; what it does with a plan is up to
-`adsc.serving`.
+The server is a separate process of this Python; `adsc.serving` applies the plan in it.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from typing import IO, Any
 SERVER = "vllm.entrypoints.openai.api_server"
 LIMIT = 100 << 30  # bytes of fetched checkpoints under ~/.cache/adsc
 PATIENCE = 60.0  # seconds that a server has to end after Ctrl-C
-TEXT = 100  # text tokens of the request that is counted
-INSTALL = """vLLM is not installed here. It needs an environment of its own; in the repository:
+TEXT = 100  # text tokens of the request whose cost is printed
+INSTALL = """vLLM is not installed here. It needs a separate environment; in the repository:
   make vllm                                  (with a GPU: make vllm ENGINE=vllm==0.32.0)
   .venv-vllm/bin/adsc serve CHECKPOINT"""
 
 
 class ServingError(RuntimeError):
-    """The server could not be started, or ended by itself."""
+    """The server could not be started, or ended on its own."""
 
 
 def check_engine() -> None:
@@ -38,7 +37,7 @@ def check_engine() -> None:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Fetch, tell and serve until Ctrl-C; returns the exit code.
+    """Fetch, print plan and costs, and serve until Ctrl-C; returns the exit code.
 
     Raises:
         ServingError: a port in use, a server that failed.
@@ -109,7 +108,7 @@ def _pulled(address: str, expect: str) -> Path:
     text = store.read(MANIFEST)
     if text is None:
         raise ValueError(
-            f"no checkpoint is published at {address}: `adsc export FOLDER {address}` does that"
+            f"no checkpoint is published at {address}: `adsc export FOLDER {address}` publishes one"
         )
     name = f"checkpoint-{digest(text)[:16]}"
     use = cache.fetch(cache.folder(), name, LIMIT, lambda at: pull(store, at, expect))
@@ -121,7 +120,7 @@ _IN_USE: list[Any] = []  # keeps copies from being deleted while they are served
 
 
 def described(place: str, plan: str | None) -> list[str]:
-    """What is served, and what one image costs: lines for the terminal.
+    """The plan served and the cost of one image, as lines for the terminal.
 
     Raises:
         ValueError: the plan is unknown, malformed or not served.
@@ -164,10 +163,10 @@ def command(place: str, options: argparse.Namespace) -> list[str]:
 
 
 def run(words: list[str]) -> int:
-    """The server until it ends or Ctrl-C, which a terminal sends to it as well.
+    """Run the server until it ends or until Ctrl-C, which a terminal sends to it as well.
 
     Raises:
-        ServingError: it ended by itself, with its last error.
+        ServingError: it ended on its own; the message is its last error.
     """
     errors: deque[str] = deque(maxlen=1)
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, errors="replace") as server:
@@ -187,7 +186,7 @@ def run(words: list[str]) -> int:
 
 
 def _end(server: subprocess.Popen[str]) -> None:
-    """Wait for a server that Ctrl-C has reached, then insist."""
+    """Interrupt the server; terminate, then kill it if it doesn't end in time."""
     server.send_signal(signal.SIGINT)
     for insist in (server.terminate, server.kill):
         try:
@@ -204,7 +203,7 @@ def _pass_on(stream: IO[str], errors: deque[str]) -> None:
         sys.stderr.write(line)
         head, colon, rest = line.strip().rpartition("Error: ")
         if head.endswith("Validation"):
-            continue  # what is wrong stands on the next line
+            continue  # the next line has the reason
         if line.strip().startswith("Value error, "):
             errors.append(line.strip().removeprefix("Value error, "))
         elif colon and not rest.startswith("Engine core initialization failed"):

@@ -1,9 +1,9 @@
 """The plan travels with whatever is saved of a model, and is in force, or warned of, wherever
 something that holds one is loaded or built.
 
-A plan stands in a checkpoint's config.json, and in an adapter's adapter_config.json under the same
-name; plain transformers and PEFT ignore it. transformers and PEFT have no hook for what happens on
-their own paths (the Auto classes, pipelines, `Trainer` checkpoints, `from_config`,
+A plan is stored in a checkpoint's config.json, and in an adapter's adapter_config.json under the
+same name; plain transformers and PEFT ignore it. transformers and PEFT have no hook for what
+happens on their own paths (the Auto classes, pipelines, `Trainer` checkpoints, `from_config`,
 `PeftModel.from_pretrained`), so a handful of their methods are wrapped once both are imported:
 `import adsc` alone imports neither. No weight is read or written here.
 """
@@ -193,9 +193,9 @@ def _name(model: Any, data: Any) -> None:
 
 def _with_plan(to_dict: Any) -> Any:
     def with_plan(self: Any) -> dict[str, Any]:
-        found: dict[str, Any] = to_dict(self)
-        held = {field: getattr(self, field, None) for field in (FIELD, PLANS_FIELD)}
-        return found | {field: data for field, data in held.items() if data is not None}
+        fields: dict[str, Any] = to_dict(self)
+        plans = {field: getattr(self, field, None) for field in (FIELD, PLANS_FIELD)}
+        return fields | {field: data for field, data in plans.items() if data is not None}
 
     return with_plan
 
@@ -204,9 +204,9 @@ def _without_plan(from_peft_type: Any) -> Any:
     """PEFT's configs know no plan: it is put on them once they are made."""
 
     def without_plan(cls: Any, **kwargs: Any) -> Any:
-        held = {field: kwargs.pop(field, None) for field in (FIELD, PLANS_FIELD)}
+        plans = {field: kwargs.pop(field, None) for field in (FIELD, PLANS_FIELD)}
         config = from_peft_type(cls, **kwargs)
-        for field, data in held.items():
+        for field, data in plans.items():
             _note(config, field, data)
         return config
 

@@ -1,4 +1,4 @@
-"""Attach a pruning plan to a model, take it off again, ask for it; give a model plans by name.
+"""Attach a pruning plan to a model, detach it, read it; give a model plans by name.
 
 Attaching installs hooks on a transformers model as it is and writes the plan into its config; it
 makes no subclass, replaces no method and keeps no state of a call.

@@ -52,7 +52,7 @@ def running(
         if isinstance(plan, Method) and plan != has:
             raise PlanError(
                 f"calls can't run under {str(plan)!r} while the model has {str(has)!r}: a method "
-                "installs hooks of its own, so attach it (adsc.attach)"
+                "installs its own hooks, so attach it (adsc.attach)"
             )
     _, inner = find_family(base)
     return block((base, inner, *_hooked(base)), plan)

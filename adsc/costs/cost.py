@@ -55,7 +55,7 @@ class Reductions(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Cost of a prefill, and of `new_tokens` decode steps where asked for.
+    """Cost of a prefill, and of `new_tokens` decode steps if given.
 
     Attributes:
         flops: the total in `convention`: exact counts FLOPs, the other conventions the MACs that

@@ -28,7 +28,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from adsc.dropping.cache_record import CacheError, Held, held_by
+from adsc.dropping.cache_record import CacheError, CacheRecord, record_of
 from adsc.dropping.choice import Choice, Scene
 from adsc.dropping.layout import Layout
 from adsc.dropping.segment import Segment
@@ -54,7 +54,7 @@ class Call:
         past: columns of the conversation before this call.
         segments: after each drop, the call's columns that are left; empty if it drops nothing. Of a
             method, stand-ins of the same shapes until it has chosen.
-        before: what the cache held before this call, None if nothing was ever dropped into it.
+        before: the cache's record before this call, None if it has no drops.
         after: what it holds after this call; None if that is no other than before.
         seen: (B, at least past + S) bool, columns that aren't padding; None if none is.
         square: a mask (B or 1, any, S, S) that the caller made; None if there is none.
@@ -72,8 +72,8 @@ class Call:
     width: int
     past: Any
     segments: list[Segment]
-    before: Held | None
-    after: Held | None
+    before: CacheRecord | None
+    after: CacheRecord | None
     seen: Tensor | None
     square: Tensor | None
     blocks: Tensor | None
@@ -335,19 +335,19 @@ def begin(
     rows, width = tokens.shape[:2]
     cache = inputs.get("past_key_values")
     if cache is not None and not isinstance(cache, Cache):
-        raise CacheError(f"{type(cache).__name__} is no transformers Cache; pass a DynamicCache")
-    before = held_by(cache)
+        raise CacheError(f"{type(cache).__name__} is not a transformers Cache; pass a DynamicCache")
+    before = record_of(cache)
     if before is not None and before.plan not in (None, plan):
         raise CacheError(
             f"this cache holds a conversation from which plan {str(before.plan)!r} dropped tokens, "
-            f"and the model now has {str(plan)!r}: attach the former to go on, or start a new cache"
+            f"and the model now has {str(plan)!r}: attach the former, or start a new cache"
         )
     past = before.total(cache) if before else _length(cache, 0)
     decoder, first = family.decoder(model), plan.stages[0][0]
     if cache is not None and cache.is_compileable and first <= first_full_layer(decoder.config):
         raise CacheError(
             f"{type(cache).__name__} with a plan that drops before layer {first}: `generate` makes "
-            f"masks for layer {first_full_layer(decoder.config)}, which must still stand for the "
+            f"masks for layer {first_full_layer(decoder.config)}, which must still cover the "
             "whole conversation; drop after that layer, or use a DynamicCache"
         )
     seen, square = _read_mask(inputs.get("attention_mask"), cache, past, width)
@@ -373,7 +373,7 @@ def begin(
         if before is None and past:
             nothing = torch.empty(1, 0, dtype=torch.long, device=tokens.device)
             count = len(plan.stages)
-            before = Held(0, (nothing,) * count, (False,) * count, first)
+            before = CacheRecord(0, (nothing,) * count, (False,) * count, first)
         if isinstance(plan, Method):
             holds = partial(_after, before, segments, seen, past, width, plan)
             choice = Choice(plan, model, vision, new, inputs, samples, holds)
@@ -398,12 +398,12 @@ def begin(
 
 
 def _check_text(inputs: dict[str, Any]) -> None:
-    """Embeddings without images: text if the caller says so, else nobody knows."""
+    """Embeddings without images: text if the caller says so, otherwise unknown."""
     types = inputs.get(TYPES)
     if types is None or (not is_captured() and bool((types != 0).any())):
         raise VisionTokenError(
             "inputs_embeds came without images: if vision features are merged into them already, "
-            "it can't be told where and of which images they are, so nothing could be dropped; "
+            "their positions and images are unknown, so nothing could be dropped; "
             "pass input_ids, or embeddings of the image tokens themselves, together with "
             f"pixel_values; for text alone pass {TYPES}=torch.zeros(rows, columns) beside them"
         )
@@ -440,12 +440,12 @@ def _read_mask(
 
 
 def _samples(inputs: dict[str, Any], cache: Cache | None, seen: Tensor | None) -> Tensor | None:
-    """(B, S) number of the packed sample of each column, told from position ids that restart."""
+    """(B, S) number of the packed sample of each column, from position ids that restart."""
     positions = inputs.get("position_ids")
     if positions is None or seen is not None or _length(cache, 0) or is_captured():
         if positions is None and inputs.get("cu_seq_lens_q") is not None:
             raise VisionTokenError(
-                "cu_seq_lens without position_ids: packed samples are told apart by position ids "
+                "cu_seq_lens without position_ids: packed samples are separated by position ids "
                 "that restart, so pass both"
             )
         return None
@@ -468,13 +468,13 @@ def _check_ragged(segments: list[Segment], samples: Tensor | None, square: Tenso
 
 
 def _after(
-    before: Held | None,
+    before: CacheRecord | None,
     segments: list[Segment],
     seen: Tensor | None,
     past: int,
     width: int,
     plan: PruningPlan | Method,
-) -> Held:
+) -> CacheRecord:
     """What a cache holds after a call that drops."""
     columns, padded = [], []
     for drop, segment in enumerate(segments):
@@ -490,4 +490,4 @@ def _after(
         columns.append(torch.cat(parts, dim=1))
         was_padded = before is not None and (before.padded[drop] or seen is not None)
         padded.append(segment.valid is not None or was_padded)
-    return Held(past + width, tuple(columns), tuple(padded), plan.stages[0][0], plan)
+    return CacheRecord(past + width, tuple(columns), tuple(padded), plan.stages[0][0], plan)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from adsc.dropping.cache_record import Held
+from adsc.dropping.cache_record import CacheRecord
 from adsc.dropping.segment import Segment
 from adsc.dropping.segments import substituted
 from adsc.families.family import Family, Image, Images
@@ -40,7 +40,7 @@ class Spot:
         columns: (n,) where its tokens are.
         query: the column that speaks for the question about it: the one before the first
             supervised label after it, or else the last of its row (or packed sample).
-        lattice: (height, width) of its tokens, if they lie on one.
+        lattice: (height, width) of its tokens, if they form one.
     """
 
     row: int
@@ -55,7 +55,7 @@ class Spot:
 
 
 class Schedule(Protocol):
-    """What methods may ask of the call (adsc.dropping.call.Call)."""
+    """The interface of a call (adsc.dropping.call.Call) to methods."""
 
     @property
     def plan(self) -> PruningPlan | Method: ...
@@ -85,7 +85,7 @@ class Choice:
         valid: Tensor | None,
         inputs: dict[str, Any],
         samples: Tensor | None,
-        holds: Callable[[], Held],
+        holds: Callable[[], CacheRecord],
     ):
         self.method, self.model, self.holds = method, model, holds
         self.valid = valid
@@ -119,8 +119,8 @@ class Choice:
                 end = int(mine[-1])
                 after = here[row] & (packed[row] == packed[row, end])
                 after[:end] = False
-                asked = (answers[row] & after).nonzero().flatten()
-                query = int(asked[0]) - 1 if len(asked) else int(after.nonzero()[-1])
+                supervised = (answers[row] & after).nonzero().flatten()
+                query = int(supervised[0]) - 1 if len(supervised) else int(after.nonzero()[-1])
                 number = sum(spot.row == row for spot in self.spots)
                 self.spots.append(Spot(row, number, mine, max(query, end), image.lattice))
 

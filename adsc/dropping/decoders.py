@@ -1,6 +1,6 @@
 """What a decoder must look like for dropping to serve it, looked up rather than trusted.
 
-A family says which multimodal model it is; what stands in it as a decoder may be anything that
+A family identifies the multimodal model; its decoder may be anything that
 transformers builds from a text config. A plan needs little: layers that take their mask, rotary
 tables and cache as the hooks replace them, and nothing else that is as long as the sequence. A
 method that scores tokens by attention also computes keys and queries itself and needs to know how.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adsc.dropping.blocks import current
-from adsc.dropping.cache_record import CacheError, held_by, keep_record
+from adsc.dropping.cache_record import CacheError, keep_record, record_of
 from adsc.dropping.call import TYPES, Call, begin
 from adsc.dropping.decoders import check_rotary
 from adsc.dropping.layout import Layout, all_columns, chosen_columns, moved, own_sides
@@ -104,7 +104,7 @@ class EnterModel:
         """Where the call's last states are to stand; None leaves them as the last layer has them.
 
         With labels the loss is taken inside, so a batch stays packed, unless rows are padded at
-        different ends: then somebody takes log-probabilities of the last columns.
+        different ends: then a caller takes log-probabilities of the last columns.
         """
         device, wanted = call.segments[-1].columns.device, inputs.get("logits_to_keep")
         # trl's fused head takes the states of the inner model, and labels of full length.
@@ -184,7 +184,7 @@ class EnterLayer:
         call: Call | None = kwargs.get(CALL)
         cache = kwargs.get("past_key_values")
         if call is None:
-            if held_by(cache) is not None:
+            if record_of(cache) is not None:
                 raise CacheError(
                     "this cache holds a conversation with dropped vision tokens; continue it "
                     "through the multimodal model, not through its language model alone"
@@ -246,7 +246,7 @@ class EnterVision:
 class LeaveVision:
     """Forward hook of a vision tower: its output keeps the shapes that it was called with.
 
-    `generate` encodes images first and then forgets their grids, by which frames are told apart.
+    `generate` encodes images first and then forgets their grids, which separate frames.
     """
 
     def __call__(

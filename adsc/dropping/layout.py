@@ -72,7 +72,7 @@ def all_columns(width: int, device: torch.device) -> Layout:
 
 
 def chosen_columns(wanted: int | Tensor, width: int, device: torch.device) -> Layout:
-    """What `logits_to_keep` asks for: a number of last columns, columns, or columns of each row."""
+    """The columns of `logits_to_keep`: a number of last ones, a list, or a list for each row."""
     if not isinstance(wanted, Tensor):
         return Layout(width, torch.arange(max(width - wanted, 0), width, device=device))
     return Layout(width, wanted.to(device) % width)

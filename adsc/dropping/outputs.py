@@ -76,7 +76,7 @@ def full_length_logits(predictions: Any, labels: Tensor) -> Tensor:
             return logits
         raise VisionTokenError(
             f"logits of {logits.shape[1]} columns for labels of {width}: vision tokens were "
-            "dropped, and these predictions don't say which; pass all that the model returned, "
+            "dropped, and these predictions don't say which; pass the model's whole output, "
             "with its kept_positions (trl's trainers hand on logits alone: use the metrics that "
             "they compute themselves, or transformers.Trainer)"
         )

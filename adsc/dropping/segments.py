@@ -83,7 +83,7 @@ def _check_left(lengths: list[int], plan: PruningPlan | Method) -> None:
     """
     if 0 in lengths and plan.stages[-1][1] == 0:
         raise VisionTokenError(
-            f"row {lengths.index(0)} holds vision tokens alone, and plan {str(plan)!r} leaves none "
+            f"row {lengths.index(0)} has only vision tokens, and plan {str(plan)!r} leaves none "
             "of them: pass images together with the text after them, or take out the exit (keep 0)"
         )
 
@@ -257,7 +257,7 @@ def _check_images(tokens: list[int], images: Images) -> None:
         for row, wanted in enumerate(tokens):
             if wanted % images.tokens:
                 raise VisionTokenError(
-                    f"row {row} holds {wanted} vision tokens, which is no multiple of the "
+                    f"row {row} has {wanted} vision tokens, which is not a multiple of the "
                     f"{images.tokens} that an image of this model has; {_REMEDY}"
                 )
         return

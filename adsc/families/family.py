@@ -78,7 +78,7 @@ class ImageCost:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """One id that stands for vision tokens.
+    """One id that marks vision tokens.
 
     Args:
         token: attribute of the config that holds the id.

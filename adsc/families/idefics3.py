@@ -21,7 +21,7 @@ from adsc.families.towers import square_tower
 
 
 def images(config: Any, inputs: Inputs) -> Images:
-    """Tiles between words; some of `pixel_values` only pad, so their number is not asked."""
+    """Tiles between words; some of `pixel_values` are padding, so their number is not checked."""
     if inputs.get("pixel_values") is None:
         whole(features_of(inputs, "image"))
     side = side_of(config) // config.scale_factor

@@ -59,7 +59,7 @@ def find_family(model: nn.Module) -> tuple[Family, nn.Module]:
         for family in FAMILIES
     )
     raise UnsupportedModel(
-        f"{type(model).__name__} with config.model_type {model_type!r} is of no known family; "
+        f"{type(model).__name__} with config.model_type {model_type!r} has no known family; "
         f"looked for {looked_for}. A new family is a file in adsc/families."
     )
 

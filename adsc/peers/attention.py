@@ -82,10 +82,10 @@ def probabilities(scene: Scene, rows: Tensor, slots: Tensor) -> Tensor:
         past = 0
         if scene.cache is not None and scene.number < len(scene.cache.layers):
             past = int(scene.cache.get_seq_length(scene.number))
-            held = scene.cache.layers[scene.number].keys
-            past = min(past, held.shape[-2]) if past else 0
+            cached = scene.cache.layers[scene.number].keys
+            past = min(past, cached.shape[-2]) if past else 0
             if past:
-                key = torch.cat([held[..., :past, :].to(key), key], dim=2)
+                key = torch.cat([cached[..., :past, :].to(key), key], dim=2)
         groups = query.shape[1] // key.shape[1]
         query = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # (N, kv, G * T, d)
         scores = query @ key[rows].transpose(-1, -2) * attention.scaling

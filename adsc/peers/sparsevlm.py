@@ -89,12 +89,12 @@ class SparseVLM(Method):
         """(T,) bool: which text tokens of an image's row rate it."""
         row = scene.spots[spot].row
         text = scene.choice.text[row].to(scene.device)
-        asked = torch.isin(text, scene.text(spot).to(scene.device))
+        candidates = torch.isin(text, scene.text(spot).to(scene.device))
         vectors = scene.hidden[row][scene.slot(row, text)]
         pointed = (scene.states(spot) @ vectors.T).float()
-        pointed = pointed.masked_fill(~asked, -torch.inf).softmax(-1).mean(0)
-        mean = pointed.sum() / asked.sum().clamp(min=1)
-        return asked & (pointed >= mean)
+        pointed = pointed.masked_fill(~candidates, -torch.inf).softmax(-1).mean(0)
+        mean = pointed.sum() / candidates.sum().clamp(min=1)
+        return candidates & (pointed >= mean)
 
     def _scores(self, scene: Scene, raters: list[Tensor]) -> list[Tensor]:
         """For each image (n',): mean attention of its raters, mean over heads."""

@@ -161,8 +161,8 @@ class VisionZip(Method):
         total = int(known.sum())
         if total < count // 2:
             raise VisionTokenError(
-                f"{len(known) - total} of {len(known)} vision tokens are none that this call's "
-                "vision tower made; visionzip needs the features as they left the projector"
+                f"{len(known) - total} of {len(known)} vision tokens were not made by this call's "
+                "vision tower; visionzip needs the projector's output unchanged"
             )
         score = scores[patch.clamp(min=0)].masked_fill(~known, -1)
         merged = self.merged(count) if total >= count else 0

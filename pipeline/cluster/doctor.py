@@ -1,6 +1,6 @@
-"""What this machine, or every node of a cluster, has and lacks for a workflow, each with a way out.
+"""Checks of this machine, or of every node of a cluster, before a workflow; each with a way out.
 
-Nothing is installed or repaired. An object is written to the store and deleted again.
+Nothing is installed or repaired. One object is written to the store and deleted again.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _SECONDS = 180.0  # for all nodes: each starts a process
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: Literal["ok", "note", "missing"]
     """`note`: works, with a limit; `missing`: a workflow fails."""
     found: str
     way_out: str = ""
-    """What to do about a note, or about what is missing."""
+    """What to do about a note or a missing part."""
 
 
 def examine(root: str, cache: str) -> list[Finding]:
-    """What this machine has.
+    """Check this machine.
 
     Args:
         root: the store's address.
@@ -61,18 +61,18 @@ def examine(root: str, cache: str) -> list[Finding]:
 def examine_driver(
     address: str | None, tracking_uri: str | None, port: int | None
 ) -> list[Finding]:
-    """What only the machine needs that starts a workflow: Ray, MLflow, a port for the dashboard.
+    """Check what only the machine that starts a workflow needs: Ray, MLflow, a dashboard port.
 
     Args:
-        address: of a Ray cluster; None for a Ray that is started here.
-        tracking_uri: of MLflow; None tracks nothing.
-        port: of the dashboard; None takes a free one.
+        address: address of a Ray cluster; None for a local Ray.
+        tracking_uri: address of MLflow; None disables tracking.
+        port: port of the dashboard; None uses a free one.
     """
     return [_ray(address, port), _mlflow(tracking_uri)]
 
 
 def examine_nodes(root: str, cache: str) -> dict[str, list[Finding]]:
-    """What every node has of the cluster that this process is connected to, by its address."""
+    """Check every node of the cluster that this process is connected to; results by address."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -90,7 +90,7 @@ def examine_nodes(root: str, cache: str) -> dict[str, list[Finding]]:
             found[name] = ray.get(ref, timeout=0.1)
         except ray.exceptions.RayError as error:
             line = str(error).strip().splitlines()[-1]
-            way_out = "install this version of adsc there, and look at the node's Ray logs"
+            way_out = "install this version of adsc there, and check the node's Ray logs"
             found[name] = [Finding("answer", "missing", f"{type(error).__name__}: {line}", way_out)]
     return found
 
@@ -123,9 +123,7 @@ def _devices() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        way_out = (
-            "look at `nvidia-smi` if there should be one" if built else "install torch for CUDA"
-        )
+        way_out = "check `nvidia-smi` if there should be one" if built else "install torch for CUDA"
         yield Finding("GPU", "note", f"none; torch {torch.__version__} computes on CPUs", way_out)
         return
     for number in range(torch.cuda.device_count()):
@@ -139,11 +137,11 @@ def _devices() -> Iterator[Finding]:
 
 
 def _store(root: str) -> Finding:
-    """Whether objects can be written there, and are not written over."""
+    """Whether objects can be written there, with conditional writes."""
     try:
         open_store(root).check_writable()
     except (StoreError, OSError) as error:
-        return Finding("store", "missing", redact(str(error)), "choose another --root, or mend it")
+        return Finding("store", "missing", redact(str(error)), "choose another --root, or fix it")
     return Finding("store", "ok", f"{redact(root)}: writable, conditional")
 
 
@@ -156,7 +154,7 @@ def _disks(folders: dict[str, str]) -> Iterator[Finding]:
         text = f"{free / 2**30:.0f} GiB free at {place}"
         if free < FREE:
             move = "TMPDIR" if name == "temporary files" else "ADSC_CACHE"
-            yield Finding(name, "note", text, f"make room, or set {move} to another folder")
+            yield Finding(name, "note", text, f"free some space, or set {move} to another folder")
         else:
             yield Finding(name, "ok", text)
 
@@ -167,7 +165,7 @@ def _memory() -> Finding:
     free = psutil.virtual_memory().available
     text = f"{free / 2**30:.1f} GiB free, {os.cpu_count()} cores"
     if free < FREE:
-        return Finding("memory", "note", text, f"the demo needs {FREE >> 30} GiB: close programs")
+        return Finding("memory", "note", text, f"the demo needs {FREE >> 30} GiB: free some memory")
     return Finding("memory", "ok", text)
 
 
@@ -191,16 +189,16 @@ def _mlflow(uri: str | None) -> Finding:
     from pipeline.tracking.address import database_of, explained
 
     if uri is None:
-        return Finding("MLflow", "note", "off: nothing is tracked", "leave --mlflow off out")
+        return Finding("MLflow", "note", "off: nothing is tracked", "leave out --mlflow off")
     shown = redact(uri)
     if (file := database_of(uri)) is not None:
         if os.access(file if file.exists() else _existing(file), os.W_OK):
             return Finding("MLflow", "ok", f"a database at {file}")
         return Finding("MLflow", "missing", f"{file} can't be written", "choose another --root")
     if problem := explained(uri):
-        return Finding("MLflow", "missing", problem, "name a server, http://HOST:5000")
+        return Finding("MLflow", "missing", problem, "give a server, http://HOST:5000")
     if not uri.startswith(("http://", "https://")):
-        return Finding("MLflow", "note", f"{shown}: not looked at", "")
+        return Finding("MLflow", "note", f"{shown}: not checked", "")
     parts = urlsplit(uri)
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # 401 will do
     try:
@@ -209,10 +207,10 @@ def _mlflow(uri: str | None) -> Finding:
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             text = f"{shown} answers {error.code}"
-            return Finding("MLflow", "missing", text, "is this MLflow? name its root")
+            return Finding("MLflow", "missing", text, "give the root address of an MLflow server")
     except (OSError, ValueError) as error:
         text = f"no answer at {shown}: {redact(str(error))}"
-        way_out = "start it (`mlflow server`), or name another: --mlflow http://HOST:5000"
+        way_out = "start it (`mlflow server`), or give another: --mlflow http://HOST:5000"
         return Finding("MLflow", "missing", text, way_out)
     return Finding("MLflow", "ok", f"a server answers at {shown}")
 

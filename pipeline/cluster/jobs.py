@@ -1,9 +1,9 @@
-"""Jobs of a Ray cluster: a workflow's run, sent to the cluster's job server, looked at, stopped.
+"""Jobs of a Ray cluster: submit, follow and stop the run of a workflow through the job server.
 
-The code that is installed here travels with a job; the environment doesn't: it comes from the
-cluster's image, and is compared before anything runs (pipeline/cluster/preflight.py). Credentials
-never travel. Nothing is kept here: ids follow from what is computed, and the store knows what is
-done, so a job that was cancelled or lost is continued by submitting the same again.
+The code installed here is uploaded with a job; the environment isn't: it comes from the cluster's
+image and is compared before anything runs (pipeline/cluster/preflight.py). Credentials are never
+sent. This module keeps no state: job ids follow from what is computed, and the store records
+finished stages, so resubmitting a cancelled or lost job resumes it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pipeline.durable.workflow import Workflow
 
 PREFIX = "adsc"
 MAX_CODE = 200 * 2**20
-"""Bytes of code; Ray's head keeps what is shipped in memory, and refuses 500 MiB."""
+"""Bytes of code; Ray's head keeps uploads in memory and refuses 500 MiB."""
 FORWARDED = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION",
     "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
 )  # fmt: skip
-"""Settings of this machine's environment that a job gets; none of them is a credential."""
+"""Environment variables of this machine passed on to a job; none of them is a credential."""
 STOP_SECONDS = 20
-"""Between asking a job to stop and killing it: it gives its leases back."""
-_START_SECONDS = 30  # a head that has just started takes no jobs for a while
+"""Seconds between asking a job to stop and killing it, in which it releases its leases."""
+_START_SECONDS = 30  # a head that has just started accepts no jobs for a while
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 
 
 class JobError(ValueError):
-    """A job can't be submitted or found: what was asked, the rule, the way out."""
+    """A job can't be submitted or found: the message has the value, the rule and the way out."""
 
 
 class JobFailed(RuntimeError):
@@ -49,18 +49,18 @@ class JobFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What is sent to the job server; nothing in it may be secret, since everyone there sees it."""
+    """The request to the job server. It must hold no secret: every user of the cluster sees it."""
 
     family: str
-    """The job's id without its number: the same work on the same store has the same one."""
+    """The job's id without its number; the same for the same stages on the same store."""
     entrypoint: str
     """Shell command on the head."""
     metadata: dict[str, str]
-    """What `adsc status` shows."""
+    """Shown by `adsc status`."""
     environment: dict[str, str]
     """Environment variables of all the job's processes."""
     packages: tuple[str, ...]
-    """Names of the packages that travel with the job."""
+    """Names of the packages uploaded with the job."""
 
 
 def plan_submission(
@@ -76,18 +76,18 @@ def plan_submission(
     driver: str,
     packages: tuple[str, ...],
 ) -> Submission:
-    """A submission, checked for all that can be known before anything is sent.
+    """A submission, checked as far as possible before anything is sent.
 
     Args:
-        workflow: with its changes already made.
+        workflow: with its changes already applied.
         changes: the same changes as KEY=VALUE, for the command on the cluster.
-        options: further words for `adsc run`, such as --workers 8.
+        options: further arguments for `adsc run`, such as --workers 8.
         driver: the module that runs on the cluster's head.
-        packages: names of the packages that travel with the job.
+        packages: names of the packages to upload with the job.
 
     Raises:
         JobError: a store or tracking that nodes can't share; anything that looks like a credential.
-        GraphError: stages that make no graph.
+        GraphError: the stages are not a valid graph.
     """
     from pipeline.cluster import preflight
     from pipeline.commit import git_commit
@@ -101,13 +101,13 @@ def plan_submission(
     if store.local("") is not None and not shared_root:
         raise JobError(
             f"--root {root} is a folder of this machine, which the cluster's nodes don't see; "
-            "choose s3://bucket/prefix, or add --shared-root if every node mounts "
-            f"{store.root} at the same place"
+            "choose s3://bucket/prefix, or add --shared-root if every node mounts it at "
+            f"{store.root}"
         )
     if mlflow is None and store.local("") is None:
         raise JobError(
-            f"--root {root} says nothing about tracking, and a database on one node is no use to "
-            "the others; add --mlflow http://HOST:5000, or --mlflow off"
+            f"--root {root} needs an MLflow server, because nodes can't share a database file; "
+            "add --mlflow http://HOST:5000, or --mlflow off"
         )
     if mlflow and mlflow.startswith("sqlite") and not shared_root:
         raise JobError(
@@ -155,22 +155,20 @@ def _refuse_secrets(submission: Submission, changes: Sequence[str]) -> None:
         found.append("the command")
     if found:
         raise JobError(
-            f"{', '.join(found)} looks like a credential, and everyone who may look at the cluster "
-            "sees what a job is given; let the cluster's nodes have it (a role, a mounted secret)"
+            f"{', '.join(found)} looks like a credential, and every user of the cluster can read "
+            "it; give it to the nodes themselves instead (a role, a mounted secret)"
         )
 
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Ray's job client for the length of a `with`.
+    """Ray's job client for the duration of a `with`.
 
     Raises:
-        JobError: nothing answers there, or it refuses us.
+        JobError: nothing answers at the address, or it refuses the client.
     """
     if not address:
-        raise JobError(
-            "no cluster is named; add --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS"
-        )
+        raise JobError("no cluster: add --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS")
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise JobError(
@@ -178,15 +176,15 @@ def connected(address: str | None) -> Iterator[Any]:
             "dashboard, such as http://HEAD:8265"
         )
     if parts.username or parts.password:
-        raise JobError("--address carries credentials; Ray's token belongs into ~/.ray/auth_token")
-    # Ray's client itself waits for minutes where a firewall swallows everything.
+        raise JobError("--address has credentials; put Ray's token into ~/.ray/auth_token instead")
+    # Ray's client waits for minutes if a firewall drops its packets.
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname, port), timeout=5).close()
     except OSError as error:
         raise JobError(
             f"nothing answers at {address} ({error.strerror or error}); check that the cluster "
-            "runs and that the port is reachable (kubectl port-forward, ray dashboard)"
+            "is running and that the port is reachable (kubectl port-forward, ray dashboard)"
         ) from None
     from pipeline.durable.session import set_auth_mode
 
@@ -196,15 +194,15 @@ def connected(address: str | None) -> Iterator[Any]:
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # else they tell of the upload
-    # Ray prefers this variable to the address that it is given.
+        logging.getLogger(name).setLevel(logging.WARNING)  # they log uploads at INFO
+    # Ray prefers this variable to the client's argument.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address.rstrip("/")
     try:
         verify: Any = os.environ.get("REQUESTS_CA_BUNDLE", True)
         try:
             client = JobSubmissionClient(address.rstrip("/"), verify=verify)
-        except (RuntimeError, KeyError, ValueError) as error:  # what answers isn't Ray's
+        except (RuntimeError, KeyError, ValueError) as error:  # it isn't a Ray server
             raise ConnectionError(str(error)) from None
         yield client
     except AuthenticationError:
@@ -212,16 +210,17 @@ def connected(address: str | None) -> Iterator[Any]:
         why = (
             "the token here is not the cluster's"
             if mode == "token"
-            else f"it wants a token, and RAY_AUTH_MODE is {mode} here"
+            else f"it requires a token, and RAY_AUTH_MODE is {mode} here"
         )
         raise JobError(
-            f"the cluster at {address} refuses us: {why}; set RAY_AUTH_MODE=token and put the "
-            "cluster's token into ~/.ray/auth_token (or name its file in RAY_AUTH_TOKEN_PATH)"
+            f"the cluster at {address} refused the connection: {why}; set RAY_AUTH_MODE=token and "
+            "put the cluster's token into ~/.ray/auth_token (or name its file in "
+            "RAY_AUTH_TOKEN_PATH)"
         ) from None
     except (requests.RequestException, ConnectionError) as error:
         raise JobError(
-            f"the job server at {address} stopped answering or is none "
-            f"({type(error).__name__}); is that the dashboard of a Ray cluster?"
+            f"the job server at {address} stopped answering or is not one "
+            f"({type(error).__name__}); check that this is the dashboard of a Ray cluster"
         ) from None
     finally:
         if before is None:
@@ -230,18 +229,18 @@ def connected(address: str | None) -> Iterator[Any]:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
-def ours(client: Any, family: str = PREFIX) -> list[Any]:
-    """The cluster's jobs of a family, the oldest first."""
+def adsc_jobs(client: Any, family: str = PREFIX) -> list[Any]:
+    """The cluster's jobs of a family, oldest first."""
     jobs = [job for job in client.list_jobs() if (job.submission_id or "").startswith(f"{family}-")]
     return sorted(jobs, key=lambda job: job.start_time or 0)
 
 
 def start(client: Any, submission: Submission) -> tuple[str, bool]:
-    """Submit, unless the same work already runs there: the job's id, and whether it is new."""
+    """Submit, unless the same job is already running: the job's id, and whether it is new."""
     deadline = time.monotonic() + _START_SECONDS
-    with _shipped(submission.packages) as code:
+    with _copied(submission.packages) as code:
         while True:
-            before = ours(client, submission.family)
+            before = adsc_jobs(client, submission.family)
             for job in before:
                 if job.status not in ENDED:
                     return job.submission_id, False
@@ -258,9 +257,9 @@ def start(client: Any, submission: Submission) -> tuple[str, bool]:
                     },
                 )
             except RuntimeError as error:
-                # Somebody submitted the same just now, or the head has only just started.
-                passing = any(text in str(error) for text in ("already", "No available agent"))
-                if not passing or time.monotonic() > deadline:
+                # Another client has just submitted the same job, or the head has just started.
+                transient = any(text in str(error) for text in ("already", "No available agent"))
+                if not transient or time.monotonic() > deadline:
                     raise JobError(f"the job server refused {name}: {last_line(error)}") from None
                 time.sleep(0.5)
             else:
@@ -268,9 +267,9 @@ def start(client: Any, submission: Submission) -> tuple[str, bool]:
 
 
 @contextlib.contextmanager
-def _shipped(packages: Sequence[str]) -> Iterator[Path]:
-    """A folder with the packages alone. As a job's working directory it comes before whatever the
-    machine has installed, on all nodes; what else lies beside the packages here stays here."""
+def _copied(packages: Sequence[str]) -> Iterator[Path]:
+    """A folder with copies of the packages and nothing else. As a job's working directory it takes
+    precedence over installed packages on all nodes."""
     with tempfile.TemporaryDirectory(prefix="adsc-code-") as folder:
         for name in packages:
             ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -279,30 +278,30 @@ def _shipped(packages: Sequence[str]) -> Iterator[Path]:
 
 
 def package_folder(name: str) -> Path:
-    """The folder of an installed package, if it may be shipped.
+    """The folder of an installed package.
 
     Raises:
-        JobError: it isn't installed, or too large.
+        JobError: it isn't installed, or is too large to upload.
     """
     from importlib.util import find_spec
 
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise JobError(f"the package {name} is not installed here, so it can't be shipped")
+        raise JobError(f"the package {name} is not installed here, so it can't be uploaded")
     folder = Path(spec.origin).parent
     files = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
     sizes = {path: path.stat().st_size for path in files if path.is_file()}
     if sum(sizes.values()) > MAX_CODE:
         largest = max(sizes, key=lambda path: sizes[path])
         raise JobError(
-            f"{folder} has {sum(sizes.values()) >> 20} MiB, more than the {MAX_CODE >> 20} MiB "
-            f"that are shipped; its largest file is {largest}: keep data in the store"
+            f"{folder} has {sum(sizes.values()) >> 20} MiB, but at most {MAX_CODE >> 20} MiB can "
+            f"be uploaded with a job; its largest file is {largest}: keep data in the store"
         )
     return folder
 
 
 def follow(client: Any, job: str, write: Callable[[str], object]) -> str:
-    """Pass on what a job prints until it ends; its last status. Goes on after a lost connection."""
+    """Pass on a job's output until it ends, across lost connections; returns its last status."""
     import asyncio
 
     import aiohttp
@@ -313,7 +312,7 @@ def follow(client: Any, job: str, write: Callable[[str], object]) -> str:
         nonlocal passed
         position = 0
         async for chunk in client.tail_job_logs(job):
-            # A new connection starts at the beginning again.
+            # A new connection starts from the beginning.
             write(chunk[max(0, passed - position) :])
             position += len(chunk)
             passed = max(passed, position)
@@ -322,29 +321,33 @@ def follow(client: Any, job: str, write: Callable[[str], object]) -> str:
         try:
             asyncio.run(tail())
         except (aiohttp.ClientError, RuntimeError):
-            time.sleep(1)  # the connection was lost; `found` says whether the job was too
-        status = str(found(client, job).status.value)
+            time.sleep(1)  # the connection is lost; `job_details` shows whether the job is too
+        status = str(job_details(client, job).status.value)
         if status in ENDED:
             return status
         time.sleep(0.5)
 
 
-def found(client: Any, job: str) -> Any:
-    """The job's details."""
+def job_details(client: Any, job: str) -> Any:
+    """The job's details.
+
+    Raises:
+        JobError: the server failed, or doesn't know the job.
+    """
     try:
         return client.get_job_info(job)
     except RuntimeError as error:
         if "404" not in str(error) and "does not exist" not in str(error):
             raise JobError(f"the job server failed: {last_line(error)}") from None
-        there = [it.submission_id for it in ours(client)][-5:]
+        newest = [job.submission_id for job in adsc_jobs(client)][-5:]
         raise JobError(
-            f"the cluster knows no job {job!r}; its newest are {', '.join(there) or 'none'}. A "
-            "cluster that was restarted has forgotten its jobs: submit again, and the store's "
-            "finished stages are taken over"
+            f"the cluster knows no job {job!r}; its newest are {', '.join(newest) or 'none'}. A "
+            "restarted cluster forgets its jobs: submit again to resume from the store's finished "
+            "stages"
         ) from None
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error's text that says something, without Ray's traceback."""
+    """The last meaningful line of an error's text, without Ray's traceback."""
     lines = str(error).replace("\\n", "\n").strip().rstrip("\"}'.").strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

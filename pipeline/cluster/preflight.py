@@ -1,9 +1,8 @@
-"""What has to hold on every machine of a cluster before a workflow starts there.
+"""Checks of every node of a cluster before a workflow starts there.
 
-Two things go wrong on clusters that don't on one machine: a node has other versions of the packages
-than the person who submits, and a node doesn't see the store. Both are asked of each node that is
-alive, as a Ray task on that node. Nodes that an autoscaler adds later aren't asked; nothing is
-installed or repaired here.
+Two things go wrong on clusters that don't on one machine: a node has other package versions than
+the machine that submits, and a node doesn't see the store. A Ray task checks both on each node that
+is alive. Nodes that an autoscaler adds later aren't checked; nothing is installed or repaired here.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Any
 from pipeline.store import StoreError, open_store
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "mlflow")
-"""Packages whose versions decide what a workflow computes, or whether its parts can talk."""
+"""Packages whose versions affect a workflow's results, or whether its processes can communicate."""
 _TIMEOUT = 180.0  # seconds for all nodes: each starts a process and imports this module
 
 
 class PreflightError(ValueError):
-    """The cluster isn't fit for the workflow; the message names every node and what it lacks."""
+    """The cluster can't run the workflow; the message names every node with its problem."""
 
 
 def versions() -> dict[str, str]:
@@ -36,17 +35,17 @@ def versions() -> dict[str, str]:
 
 
 def check(root: str, expected: Mapping[str, str] | None) -> dict[str, str]:
-    """Ask each node of the cluster that this process is connected to.
+    """Check each node of the cluster that this process is connected to.
 
     Args:
-        root: the store's address; every node has to read there what this process wrote.
-        expected: what `versions` said where the workflow was submitted; None compares nothing.
+        root: the store's address; every node has to read what this process wrote there.
+        expected: `versions()` of the machine that submitted; None compares nothing.
 
     Returns:
-        What each node said that is fit: its address and versions, for the log.
+        Address of each node -> its versions, for the log.
 
     Raises:
-        PreflightError: everything that is wrong, on all nodes, at once.
+        PreflightError: all problems of all nodes at once.
         StoreError: this process itself can't write to the store.
     """
     import ray
@@ -57,47 +56,48 @@ def check(root: str, expected: Mapping[str, str] | None) -> dict[str, str]:
     store.create(key, b"written by the driver")
     try:
         probe: Any = ray.remote(num_cpus=0, max_retries=1)(_probe)
-        asked: dict[Any, str] = {}
+        probes: dict[Any, str] = {}
         for node in ray.nodes():
             if node["Alive"]:
                 place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 ref = probe.options(scheduling_strategy=place, name="preflight").remote(root, key)
-                asked[ref] = node["NodeManagerAddress"] + f" ({node['NodeID'][:6]})"
-        ray.wait(list(asked), num_returns=len(asked), timeout=_TIMEOUT)
+                probes[ref] = node["NodeManagerAddress"] + f" ({node['NodeID'][:6]})"
+        ray.wait(list(probes), num_returns=len(probes), timeout=_TIMEOUT)
         problems, fit = [], {}
-        for ref, name in asked.items():
+        for ref, name in probes.items():
             try:
-                found, unread = ray.get(ref, timeout=0.1)
+                installed, unread = ray.get(ref, timeout=0.1)
             except ray.exceptions.RayError as error:
                 line = str(error).strip().splitlines()[-1]
                 problems.append(f"node {name} did not answer ({type(error).__name__}: {line})")
                 continue
             wrong = [unread] if unread else []
             wrong += [
-                f"{package} is {found.get(package, 'none')} there and {wanted} here"
+                f"{package} is {installed.get(package, 'none')} there and {wanted} here"
                 for package, wanted in (expected or {}).items()
-                if found.get(package, "none") != wanted
+                if installed.get(package, "none") != wanted
             ]
             problems += [f"node {name}: {it}" for it in wrong]
             if not wrong:
-                fit[name] = ", ".join(f"{package} {it}" for package, it in found.items())
+                fit[name] = ", ".join(f"{package} {it}" for package, it in installed.items())
     finally:
         store.delete(key)
     if problems:
         raise PreflightError(
-            "the cluster is not fit for this workflow:\n  "
+            "the cluster can't run this workflow:\n  "
             + "\n  ".join(problems)
-            + "\nUse one image on all nodes and its versions on your machine (constraints.txt), "
-            "and a store that every node may read and write; --any-versions skips the comparison"
+            + "\nUse one image on all nodes and the same versions on your machine "
+            "(constraints.txt), and a store that every node can read and write; --any-versions "
+            "skips the comparison of versions"
         )
     return fit
 
 
 def _probe(root: str, key: str) -> tuple[dict[str, str], str]:
-    """On a node: its versions, and why it can't read what the driver wrote, if so."""
+    """Run on a node: its versions, and the reason if it can't read what the driver wrote."""
     try:
         seen = open_store(root).read(key)
     except StoreError as error:
         return versions(), str(error)
-    missing = f"it does not see what the driver wrote to {root}: that is not one shared place"
+    missing = f"it does not see what the driver wrote to {root}: use a store all nodes share"
     return versions(), "" if seen is not None else missing

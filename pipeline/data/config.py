@@ -1,4 +1,4 @@
-"""Config of data preparation, apart from the stage: whoever names it loads nothing else."""
+"""Config of data preparation, separate from the stage so that importing it loads nothing else."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from pipeline.data.mixture import Source
 
 @dataclass(frozen=True, kw_only=True)
 class PictureLimits:
-    """What a picture may be."""
+    """Limits of a picture."""
 
     min_side: int
     """Shortest allowed side, pixels."""
@@ -25,13 +25,13 @@ class PictureLimits:
 
 
 class PrepareConfig(Config):
-    """What is read, how it is rendered, and how much may be bad."""
+    """Sources, rendering, and the allowed share of bad records."""
 
     unique: ClassVar[bool] = True
-    """Whether a record that was there before is set aside; nothing that a training can change."""
+    """Whether duplicate records are quarantined; fixed for each class, not a setting."""
 
     bounded: ClassVar[str] = "mend the data, or raise max_quarantined"
-    """What to do about too many bad records."""
+    """The way out of too many bad records, for the error."""
 
     splits: dict[str, str | dict[str, Source]] = {"train": "train.json", "test": "test.json"}
     """Name of a split -> its records: a file, glob or folder (JSON list, JSON Lines, Parquet,
@@ -46,8 +46,8 @@ class PrepareConfig(Config):
     checkpoint's own, or `auto` for the checkpoint's own where it marks the end of answers, else
     vicuna_v1."""
     context: int = Field(2048, gt=0)
-    """Longest rendered conversation in tokens, vision tokens included; longer ones are set
-    aside."""
+    """Longest rendered conversation in tokens, vision tokens included; longer ones are
+    quarantined."""
     min_side: int = Field(14, gt=0)
     """Shortest allowed side of a picture, pixels."""
     max_pixels: int = Field(50_000_000, gt=0)
@@ -57,7 +57,7 @@ class PrepareConfig(Config):
     max_aspect: float = Field(100, ge=1, json_schema_extra=ADDED)
     """Most times that a picture's longer side may be as long as its shorter one."""
     max_quarantined: float = Field(0.01, ge=0, le=1)
-    """Share of records that may be set aside before the stage fails."""
+    """Share of records that may be quarantined before the stage fails."""
     rows_per_shard: int = Field(5000, gt=0)
     """Most records in one Parquet file."""
     bytes_per_shard: int = Field(256 << 20, gt=0)

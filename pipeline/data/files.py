@@ -126,7 +126,7 @@ def describe(head: bytes) -> str | None:
     'is empty: fetch it again'
     """
     if head.startswith(LFS):
-        return "is a git-LFS pointer, not the file that it stands for: run `git lfs pull` there"
+        return "is a git-LFS pointer, not the file itself: run `git lfs pull` there"
     if not head:
         return "is empty: fetch it again"
     if head[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGES):

@@ -192,8 +192,8 @@ def _unread(key: str, value: Any, seen: bool, texts: list[str]) -> str | None:
         about = bool({ends[0], ends[-1]} & _ABOUT)
         return None if about and seen else f"holds {_shown(value)}, which is not read"
     if joined in _SPOKEN:
-        said = isinstance(value, str) and any(value.strip() in text for text in texts)
-        return None if said else f"holds {_shown(value)}, which no turn has"
+        repeated = isinstance(value, str) and any(value.strip() in text for text in texts)
+        return None if repeated else f"holds {_shown(value)}, which no turn has"
     for leaf in _leaves(value):
         if isinstance(leaf, bytes):
             return f"holds a file, {_shown(leaf)}" if len(leaf) > _DIGEST else None

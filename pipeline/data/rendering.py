@@ -51,7 +51,7 @@ def load_processor(folder: str) -> Any:
         raise ProcessorError(f"no processor can be loaded from {folder}: {first}") from None
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ProcessorError(
-            f"{folder} is not a checkpoint that sees: its processor is a "
+            f"{folder} is not a vision-language checkpoint: its processor is a "
             f"{type(processor).__name__}, without an image processor"
         )
     if not processor.tokenizer.is_fast:

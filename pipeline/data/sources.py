@@ -206,7 +206,7 @@ class _Window:
         if len(self.text) > MAX_RECORD:
             raise self.error(
                 f"a record does not end within {MAX_RECORD >> 20} MiB: an unpaired bracket or "
-                "quotation mark?"
+                "quotation mark? Fix the file"
             )
         read = self.file.read(max(_READ, len(self.text)))
         self.text += read.decode("latin-1")
@@ -350,7 +350,7 @@ def read_chunk(chunk: Chunk, place: str | Path) -> Iterator[tuple[int, Any]]:
     if number != chunk.count:
         raise SourceError(
             f"{_name(place)} has {number} records from line {chunk.line} on where it had "
-            f"{chunk.count} a moment ago: it was changed while being read; run again"
+            f"{chunk.count} before: it was changed while being read; rerun"
         )
 
 

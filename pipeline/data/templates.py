@@ -196,7 +196,7 @@ class OwnTemplate:
                 raise TemplateError(
                     "the checkpoint's chat template renders the beginning of a conversation "
                     "differently once more turns follow, and marks no answers with "
-                    "{% generation %}: what to supervise can't be told. Add those marks to the "
+                    "{% generation %}: the supervised tokens are unknown. Add those marks to the "
                     f"template, or name another with template={'|'.join(TEMPLATES)}"
                 )
             spans.append((len(prompt), len(answered.rstrip())))
@@ -230,7 +230,7 @@ def find_template(name: str, processor: Any) -> Template | OwnTemplate:
 
     Raises:
         TemplateError: an unknown name; a checkpoint without a template; a template that ends
-            answers without an end token, or whose mask can't be told.
+            answers without an end token, or whose mask is unknown.
     """
     if name not in NAMES:
         raise TemplateError(f"template {name!r} is unknown; there are {sorted(NAMES)}")
@@ -252,7 +252,7 @@ def find_template(name: str, processor: Any) -> Template | OwnTemplate:
 
 
 def special_tokens(processor: Any, prompts: Sequence[str]) -> dict[str, bool]:
-    """What a processor is to be told about rendered prompts: to put no second BOS token before
+    """Arguments of a processor for rendered prompts: to put no second BOS token before
     those that begin with one."""
     bos = processor.tokenizer.bos_token
     begins = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)

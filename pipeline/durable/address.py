@@ -1,6 +1,6 @@
-"""What can be known of a Ray cluster, or of this machine, before Ray itself is asked to start.
+"""Checks of a Ray cluster's address, or of this machine, before Ray starts.
 
-Ray's own answers come late (a head that is gone is waited for over ten minutes) or as tracebacks.
+Ray's own errors come late (it waits over ten minutes for a missing head) or as tracebacks.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from pathlib import Path
 from typing import Any
 
 CONNECT_SECONDS = 5.0
-"""Per try: a head that is there accepts in milliseconds, over any network that Ray can work on."""
+"""Timeout of a connection: a running head accepts within milliseconds."""
 SOCKET_BYTES = 107
 """Longest path of a Unix socket on Linux."""
 
 
 class ClusterError(ValueError):
-    """Ray can't be started or reached; the message says why and what to do."""
+    """Ray can't be started or reached; the message has the reason and the way out."""
 
 
 def check_head(address: str) -> None:
-    """Whether anything listens at a cluster's address.
+    """Check that something listens at a cluster's address.
 
     Args:
         address: HOST:PORT or ray://HOST:PORT; `auto` and `local` are left to Ray.
 
     Raises:
-        ClusterError: nothing does, or it is no address.
+        ClusterError: nothing does, or it isn't an address.
     """
     if address in ("auto", "local"):
         return
-    found = re.fullmatch(r"(?:ray://)?(\[[0-9a-fA-F:.]+\]|[^/:\s]+):(\d{1,5})/?(?:\?.*)?", address)
-    if found is None or not 0 < int(found[2]) < 65536:
+    match = re.fullmatch(r"(?:ray://)?(\[[0-9a-fA-F:.]+\]|[^/:\s]+):(\d{1,5})/?(?:\?.*)?", address)
+    if match is None or not 0 < int(match[2]) < 65536:
         raise ClusterError(
             f"{address!r} is not the address of a Ray cluster; write HOST:6379 on one of its "
             "machines, or ray://HOST:10001 elsewhere (`adsc submit` takes the dashboard's, "
             "http://HOST:8265)"
         )
     try:
-        with socket.create_connection((found[1].strip("[]"), int(found[2])), CONNECT_SECONDS):
+        with socket.create_connection((match[1].strip("[]"), int(match[2])), CONNECT_SECONDS):
             pass
     except OSError as error:
         raise ClusterError(
             f"no Ray answers at {address} ({error.strerror or error}); start one, or leave the "
-            "address out (and unset RAY_ADDRESS) to run on this machine alone"
+            "address out (and unset RAY_ADDRESS) to run on this machine only"
         ) from None
 
 
 def check_socket_room() -> None:
-    """Whether the sockets of a Ray that is started here have room in their folder's path.
+    """Check that the temporary folder's path is short enough for Ray's sockets.
 
     Raises:
-        ClusterError: they have not.
+        ClusterError: it is too long.
     """
     names = [name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
     folder = os.environ[names[0]] if names else tempfile.gettempdir()
@@ -65,16 +65,16 @@ def check_socket_room() -> None:
         raise ClusterError(
             f"{names[0] if names else 'the folder for temporary files'} is too long for Ray's "
             f"sockets ({folder}: {len(os.fsencode(folder))} bytes, at most {room}); set "
-            "RAY_TMPDIR=/tmp, which moves Ray's own files alone"
+            "RAY_TMPDIR=/tmp, which moves only Ray's files"
         )
 
 
 def job_config() -> Any:
-    """Ray's settings for a run: its workers import from where this process does.
+    """Ray's settings for a run: its workers import from the same folders as this process.
 
-    Ray puts the folder in which the command was given in front of its workers' `sys.path`: a file
-    `queue.py` or a folder `pipeline` there would be imported instead of the real one. Where this
-    process imports from that folder itself (`python -m` in a checkout), workers do as well.
+    Ray puts the current folder in front of its workers' `sys.path`: a file `queue.py` or a folder
+    `pipeline` there would shadow the real one. If this process itself imports from that folder
+    (`python -m` in a checkout), workers do as well.
     """
     import ray
 
@@ -82,6 +82,6 @@ def job_config() -> Any:
     if Path.cwd() not in {Path(path).absolute() for path in sys.path}:
         script = str(Path(sys.argv[0]).resolve().parent)
         config._py_driver_sys_path = [script] if script in sys.path else []
-        # With a working directory of its own, a job's workers get no folder of the driver's.
+        # If the job has a working directory, Ray adds no folder of the driver.
         config._runtime_env_has_working_dir = lambda: True
     return config

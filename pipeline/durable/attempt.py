@@ -1,7 +1,7 @@
-"""One attempt at a stage: what a Ray task runs, and what makes a stage durable.
+"""One attempt at a stage: the function that a Ray task runs, which makes a stage durable.
 
-Look for the record, take the lease, run the body, publish the record once. It works without Ray as
-well, and it neither orders stages nor retries them: that is Ray's part, and the graph's to ask for.
+Look for the record, take the lease, run the body, publish the record once. It also works without
+Ray. It neither orders nor retries stages: Ray does, as the graph submits them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.durable.progress import ProgressHandle, Report
 from pipeline.durable.record import Record, Source
 from pipeline.durable.reference import references, resolve
 from pipeline.durable.stage import Input, Inputs, RunContext, Stage, StageContext
-from pipeline.store import Store, StoreAway, open_store
+from pipeline.store import Store, StoreUnavailable, open_store
 from pipeline.tracking import spool
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 PATIENCE_SECONDS = 600.0
-"""How long a store may be away before a stage gives up."""
+"""How long a store may be unavailable before a stage gives up."""
 
 
 def execute(
@@ -45,7 +45,7 @@ def execute(
     progress: ProgressHandle,
     inputs: Mapping[str, Record],
 ) -> Record:
-    """The stage's record: found, waited for, or made by running the body under a lease.
+    """The stage's record: read, waited for, or produced by running the body under a lease.
 
     Raises:
         StageFailed: the body raised; StageInterrupted when it lost a process or machine.
@@ -53,12 +53,12 @@ def execute(
     store = open_store(context.root)
 
     def patiently(call: Callable[[], Result]) -> Result:
-        """What `call` returns, tried again while the store is away."""
+        """The result of `call`, retried while the store is unavailable."""
         give_up = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 return call()
-            except StoreAway as error:
+            except StoreUnavailable as error:
                 if time.monotonic() > give_up:
                     raise
                 progress.send(Report(state="waiting", note=f"for the store: {error}"))
@@ -68,28 +68,30 @@ def execute(
         return patiently(lambda: records.load(store, stage.name, fingerprint))
 
     def settled() -> Record | None:
-        """Finished, with nothing left that this run is to make up for."""
-        found = finished()
-        return None if found and completion.is_due(stage, found, context) else found
+        """The record, if the stage is finished and this run has nothing to complete."""
+        record = finished()
+        return None if record and completion.is_due(stage, record, context) else record
 
     def waiting(holder: Holder, seconds: float) -> None:
         note = f"for {seconds:.0f} s: held by {holder.holder} since {holder.since}"
         progress.send(Report(state="waiting", note=note))
 
-    if found := settled():
-        return found
+    if record := settled():
+        return record
     attempt = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     lease = Lease(store, records.lease_key(stage.name, fingerprint), attempt, context.lease_seconds)
     while not patiently(lambda: acquire(lease, lambda: settled() is not None, waiting)):
-        if found := settled():
-            return found
+        if record := settled():
+            return record
     try:
-        # Whoever held the lease may have finished between our look and our turn.
-        if found := settled():
-            return found
+        # The previous holder may have finished just before the lease was acquired.
+        if record := settled():
+            return record
         progress.send(Report(state="running"))
-        if found := finished():
-            return _complete(stage, fingerprint, context, progress, inputs, store, found, patiently)
+        if record := finished():
+            return _complete(
+                stage, fingerprint, context, progress, inputs, store, record, patiently
+            )
         return _attempt(stage, fingerprint, context, progress, inputs, store, lease, patiently)
     finally:
         lease.release()
@@ -118,14 +120,14 @@ def _attempt(
                 name=stage.name,
                 fingerprint=fingerprint,
                 run=context,
-                inputs=_inputs(inputs, context, leaving=referred),
+                inputs=_inputs(inputs, context, without=referred),
                 out=out,
                 train_storage=(store.uri(home), "run"),
                 track=track,
                 progress_handle=progress,
             )
             outputs = _outputs(stage, load_body(stage.kind.body)(body_context, config))
-            made = Record(
+            own_record = Record(
                 stage=stage.name,
                 fingerprint=fingerprint,
                 attempt=lease.attempt,
@@ -148,15 +150,15 @@ def _attempt(
             if store.local("") is None:
                 patiently(lambda: store.upload(out, target))
             track.flush()
-            if notes := _notes(track, records.undone(made).values()):
-                made = made.model_copy(update={"notes": notes})
+            if notes := _notes(track, records.undone(own_record).values()):
+                own_record = own_record.model_copy(update={"notes": notes})
             if not patiently(lease.confirm):
                 lease.lost()
-            record = patiently(lambda: records.publish(store, made))
-    # The boundary of a stage: whatever its body raises is written down and becomes a text.
+            record = patiently(lambda: records.publish(store, own_record))
+    # The boundary of a stage: any error of its body is written to the store and becomes text.
     except Exception as error:  # noqa: BLE001
         raise failure.of_body(store, stage.name, fingerprint, lease.attempt, error) from None
-    # Other attempts can't be reached any more: of processes that died, or ours, if we came second.
+    # Other attempts are unreachable now: those of dead processes, or this one if it came second.
     records.sweep(store, record)
     return record
 
@@ -168,33 +170,33 @@ def _complete(
     progress: ProgressHandle,
     inputs: Mapping[str, Record],
     store: Store,
-    found: Record,
+    record: Record,
     patiently: Callable[[Callable[[], Any]], Any],
 ) -> Record:
-    """Do what a finished stage left undone, under the lease."""
+    """Complete what a finished stage left undone, under the lease."""
     assert stage.kind.complete is not None
     complete = load_body(stage.kind.complete)
     home = records.folder(stage.name, fingerprint)
-    tags = _tags(stage, fingerprint, context, store, found.attempt)
+    tags = _tags(stage, fingerprint, context, store, record.attempt)
     try:
         with _tracker(context, stage, store, tags) as track:
             config, referred = _resolved(stage, inputs)
-            made = Input(found, context.cache, context.cache_gib)  # keeps its copy while it lives
+            result = Input(record, context.cache, context.cache_gib)  # keeps its copy while alive
             body_context = StageContext(
                 name=stage.name,
                 fingerprint=fingerprint,
                 run=context,
-                inputs=_inputs(inputs, context, leaving=referred),
-                out=made.folder,
+                inputs=_inputs(inputs, context, without=referred),
+                out=result.folder,
                 train_storage=(store.uri(home), "run"),
                 track=track,
                 progress_handle=progress,
             )
-            outputs = _outputs(stage, complete(body_context, config, found))
-        return patiently(lambda: completion.publish(store, home, found, outputs))
+            outputs = _outputs(stage, complete(body_context, config, record))
+        return patiently(lambda: completion.publish(store, home, record, outputs))
     # The boundary of a stage, as in `_attempt`.
     except Exception as error:  # noqa: BLE001
-        raise failure.of_body(store, stage.name, fingerprint, found.attempt, error) from None
+        raise failure.of_body(store, stage.name, fingerprint, record.attempt, error) from None
 
 
 def _tags(
@@ -207,34 +209,34 @@ def _tags(
 
 
 def _resolved(stage: Stage, inputs: Mapping[str, Record]) -> tuple[Config, set[str]]:
-    """The config as bodies see it, and the stages that only the config refers to."""
+    """The config with references resolved, and the stages that it refers to."""
     referred = {reference.stage for reference in references(stage.config)}
     config = resolve(stage.config, {name: inputs[name].outputs for name in referred})
     return config, referred
 
 
 def _inputs(
-    inputs: Mapping[str, Record], context: RunContext, leaving: Collection[str] = ()
+    inputs: Mapping[str, Record], context: RunContext, without: Collection[str] = ()
 ) -> Inputs:
-    """What a body works with; `leaving` are stages that its config only refers to."""
+    """The inputs of a body, `without` the stages that its config only refers to."""
     return Inputs(
         {
             name: Input(it, context.cache, context.cache_gib)
             for name, it in inputs.items()
-            if name not in leaving
+            if name not in without
         }
     )
 
 
 def _notes(track: Tracker, known: Collection[str]) -> tuple[str, ...]:
-    """What people should know of tracking: an absence, and what was refused and is lost."""
+    """Notes on tracking: that the server was unavailable, and what it refused, which is lost."""
     lost = [it for it in track.problems if it not in known and not it.startswith("tracking waits")]
     return tuple(filter(None, (track.summary(), *lost)))
 
 
 @contextlib.contextmanager
 def _folder(store: Store, target: str) -> Iterator[Path]:
-    """The attempt's folder: in place where the store is local, else a scratch folder."""
+    """The attempt's folder: in place if the store is local, else a scratch folder."""
     place = store.local(target)
     if place is None:
         with tempfile.TemporaryDirectory(prefix="adsc-stage-") as scratch:
@@ -268,7 +270,7 @@ def _outputs(stage: Stage, outputs: object) -> dict[str, Any]:
     if not isinstance(outputs, Mapping):
         raise TypeError(
             f"the body of {stage.name} returned a {type(outputs).__name__}; return a dict of JSON "
-            "values, {} if there is nothing to say"
+            "values, {} if there are none"
         )
     literals: dict[str, Any] = canonical(outputs, "outputs")
     return literals

@@ -1,9 +1,9 @@
-"""What a finished stage could not do of what was wanted, and how a later run does just that.
+"""Completion of a finished stage: what it left undone is done by a later run, without its body.
 
-A stage whose results are whole can still fail at something beside them, such as registering a model
-where MLflow refuses. Its outputs then say so under `undone`, {what: why}; the record stands, and
-`Kind.complete` is run by the next run instead of the body. Records are never rewritten: what was
-made up for is an object of its own beside the record, created once.
+A stage whose results are complete can still fail at something else, such as registering a model
+with MLflow. Its outputs then list it under `undone`, {what: why}; the record stands, and the next
+run calls `Kind.complete` instead of the body. Records are never rewritten: a completion is a
+separate object beside the record, created once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def is_due(stage: Stage, record: Record, context: RunContext) -> bool:
-    """Whether this run is to make up for it: without tracking nothing is asked for."""
+    """Whether this run should complete the stage; without tracking there is nothing to complete."""
     wanted = stage.kind.complete and stage.pinned is None and context.tracking_uri
     return bool(wanted and undone(record))
 
 
 def publish(store: Store, home: str, record: Record, outputs: Mapping[str, Any]) -> Record:
-    """Note what was made up for; the record as it is from now on. Nothing is noted while anything
-    is still left: the next run tries again."""
+    """Store a completion and return the completed record. Nothing is stored while something is
+    still undone: the next run tries again."""
     if not outputs.get(UNDONE):
         text = json.dumps(clean({**outputs, UNDONE: {}}), indent=1, ensure_ascii=False)
         store.create(completed_key(home), text.encode())

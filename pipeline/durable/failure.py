@@ -1,7 +1,7 @@
-"""How failures are told: as text that survives process boundaries, with where to read on.
+"""Failures as text that survives process boundaries, with the address of the details.
 
-It also decides whether a retry can help: it does where a process or machine was lost, never where
-the body refused its config or data.
+It also decides whether a retry can help: yes if a process or machine was lost, never if the body
+refused its config or data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from pipeline.durable import record as records
-from pipeline.store import Store, StoreAway, StoreError
+from pipeline.store import Store, StoreError, StoreUnavailable
 
 
 class StageFailed(RuntimeError):
@@ -23,7 +23,7 @@ class StageFailed(RuntimeError):
         super().__init__(stage, message, retry_helps, details)
         self.stage, self.message = stage, message
         self.retry_helps = retry_helps
-        """Whether the same command may succeed next time: a machine was lost, nothing is wrong."""
+        """Whether the same command may succeed next time, for example after a lost machine."""
         self.details = details
         """Address of the traceback."""
 
@@ -32,11 +32,11 @@ class StageFailed(RuntimeError):
 
 
 class StageInterrupted(StageFailed):
-    """A stage lost a process or a machine that it used: Ray starts it again."""
+    """A stage lost a process or a machine that it used: Ray restarts it."""
 
 
 class RunFailed(RuntimeError):
-    """Some stages failed, after all others that could run were done."""
+    """Some stages failed; all others that could run are done."""
 
     def __init__(self, failures: Mapping[str, StageFailed], skipped: Sequence[str]) -> None:
         super().__init__(dict(failures), list(skipped))
@@ -50,16 +50,16 @@ class RunFailed(RuntimeError):
         if self.skipped:
             lines.append(f"not run, because they need it: {', '.join(self.skipped)}")
         if any(failure.retry_helps for failure in self.failures.values()):
-            lines.append("That can pass: the same command goes on from here.")
+            lines.append("This may be temporary: rerun the same command to resume.")
         else:
-            lines.append("A retry would not help: change what the message names, then run again.")
+            lines.append("A retry would not help: fix what the message names, then rerun.")
         return "\n".join(lines)
 
 
 def of_body(
     store: Store, stage: str, fingerprint: str, attempt: str, error: Exception
 ) -> StageFailed:
-    """Write the traceback down for people, and make the error that the driver gets."""
+    """Store the traceback, and return the error for the driver."""
     key = records.failure_key(stage, fingerprint, attempt)
     text = "".join(traceback.format_exception(error))
     cause = getattr(error, "cause", None)  # of a Ray task that the body started
@@ -67,24 +67,24 @@ def of_body(
     message = str(shown).strip() or "no message"
     if isinstance(shown, OSError) and shown.errno in (errno.ENOSPC, errno.EDQUOT):
         place = shown.filename or "where the stage writes"
-        message = f"the disk is full ({place}): free some space, or choose another root"
+        message = f"the disk is full ({place}): free some space, or choose another --root"
     elif not isinstance(shown, ValueError):
         message = f"{type(shown).__name__}: {message}"
     message = records.clean(message)
     content = records.clean({"stage": stage, "message": message, "traceback": text})
     with contextlib.suppress(ValueError):  # the store itself may be what failed
         store.create(key, json.dumps(content, indent=1).encode())
-    kind = StageInterrupted if _may_pass(error) else StageFailed
+    kind = StageInterrupted if _is_transient(error) else StageFailed
     return kind(stage, message, kind is StageInterrupted, store.uri(key))
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether a process, a machine or the store was lost, here or below what Ray Train raised."""
+def _is_transient(error: Exception) -> bool:
+    """Whether a process, a machine or the store was lost, here or in a cause within Ray Train."""
     from ray import exceptions
 
     below = [getattr(error, "controller_failure", None), getattr(error, "cause", None)]
     below += getattr(error, "worker_failures", {}).values()
-    if any(isinstance(it, Exception) and it is not error and _may_pass(it) for it in below):
+    if any(isinstance(it, Exception) and it is not error and _is_transient(it) for it in below):
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
@@ -95,17 +95,17 @@ def _may_pass(error: Exception) -> bool:
         | exceptions.NodeDiedError
         | exceptions.ObjectLostError
         | exceptions.OutOfMemoryError
-        | StoreAway,
+        | StoreUnavailable,
     )
 
 
 def of_task(stage: str, error: Exception, folder: str) -> StageFailed:
-    """The stage's own failure from what Ray raised, or that its process was lost for good."""
+    """The stage's failure within an error of Ray's, or the permanent loss of its process."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, StageFailed):
         return cause
     if isinstance(cause, StoreError):
-        return StageFailed(stage, str(cause), isinstance(cause, StoreAway), folder)
+        return StageFailed(stage, str(cause), isinstance(cause, StoreUnavailable), folder)
     first = str(error).strip().partition("\n")[0]
     message = f"its process was lost ({type(error).__name__}: {first})"
     return StageFailed(stage, message, True, folder)

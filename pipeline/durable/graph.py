@@ -1,7 +1,7 @@
-"""The graph of stages: checked, compared with the store, and handed to Ray.
+"""The graph of stages: checked, compared with the store, and submitted to Ray.
 
-Ray orders, places and retries; the store holds the truth. Deliberately not an engine: no scheduler,
-no state of its own, no dynamic graphs.
+Ray orders, places and retries; the store is the source of truth. This is deliberately not an
+engine: no scheduler, no state of its own, no dynamic graphs.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 
 class GraphError(ValueError):
-    """Stages that don't make a graph; the message lists everything that is wrong."""
+    """The stages are not a valid graph; the message lists everything that is wrong."""
 
 
 class State(NamedTuple):
-    """A stage before a run."""
+    """The state of a stage before a run."""
 
     name: str
     state: str
-    """cached; incomplete (cached, with something left undone); running (elsewhere); waiting (for a
-    stage that runs elsewhere); or to run"""
+    """cached; incomplete (cached, but something is left undone); running (elsewhere); waiting (for
+    a stage running elsewhere); or to run."""
     path: str
 
 
-def lint(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages in an order in which each comes after its needs.
+def topological_order(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages in topological order, checked: each comes after its needs.
 
     Raises:
-        GraphError: all at once, names, unknown needs, cycles, kinds that share an id, bodies and
-            values without identity.
+        GraphError: all problems at once: names, unknown needs, cycles, kinds that share an id,
+            bodies and values without identity.
     """
     problems, names = [], [stage.name for stage in stages]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -69,14 +69,14 @@ def lint(stages: Sequence[Stage]) -> list[Stage]:
         needs = {stage.name: list(stage.needs.values()) for stage in stages}
         order = list(TopologicalSorter(needs).static_order())
     except CycleError as error:
-        problems.append("stages need each other in a circle: " + " -> ".join(error.args[1]))
+        problems.append("stages need each other in a cycle: " + " -> ".join(error.args[1]))
     if problems:
         raise GraphError("\n".join(problems))
     return [by_name[name] for name in order]
 
 
 def _shared_ids(kinds: Iterable[Kind[Any]]) -> Iterator[str]:
-    """Two kinds of one id would take each other's results for their own."""
+    """Problems of kinds that share an id: they would reuse each other's results."""
     known: dict[str, list[Kind[Any]]] = {}
     for kind in kinds:
         for id in kind.ids:
@@ -85,13 +85,13 @@ def _shared_ids(kinds: Iterable[Kind[Any]]) -> Iterator[str]:
     for id, same in known.items():
         if len(same) > 1:
             which = " and ".join(f"{kind.body!r} in version {kind.version}" for kind in same)
-            yield f"{len(same)} kinds have the id {id}: {which}; give each an id of its own"
+            yield f"{len(same)} kinds have the id {id}: {which}; give each a unique id"
 
 
 def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
-    """The fingerprint of each stage; a pinned stage is its address and its digest."""
+    """The fingerprint of each stage; that of a pinned stage covers its address and its digest."""
     prints: dict[str, str] = {}
-    for stage in lint(stages):
+    for stage in topological_order(stages):
         if stage.pinned is not None:
             content = {"digest": stage.digest} if stage.digest else {}
             prints[stage.name] = digest({"pinned": stage.pinned.rstrip("/"), **content})
@@ -106,17 +106,17 @@ def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def state(store: Store, stages: Sequence[Stage]) -> list[State]:
-    """What a run would do, in its order; takes a few beats of a lease where one is held."""
-    ordered, prints = lint(stages), fingerprints(stages)
-    found = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
+    """What a run would do, in order; takes a few heartbeats if a lease is held."""
+    ordered, prints = topological_order(stages), fingerprints(stages)
+    finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
     leases = {s.name: records.lease_key(s.name, prints[s.name]) for s in ordered}
-    fresh = alive(store, [key for name, key in leases.items() if name not in found])
+    fresh = alive(store, [key for name, key in leases.items() if name not in finished])
     rows, elsewhere = list[State](), set[str]()
     for stage in ordered:
         path = store.uri(records.folder(stage.name, prints[stage.name]))
-        if stage.name in found:
-            left = stage.kind.complete and undone(found[stage.name])
-            word, path = "incomplete" if left else "cached", found[stage.name].uri
+        if stage.name in finished:
+            left = stage.kind.complete and undone(finished[stage.name])
+            word, path = "incomplete" if left else "cached", finished[stage.name].uri
         elif leases[stage.name] in fresh:
             word = "running"
         else:
@@ -130,22 +130,22 @@ def state(store: Store, stages: Sequence[Stage]) -> list[State]:
 def run(
     stages: Sequence[Stage], context: RunContext, console: Console | None = None
 ) -> dict[str, Record]:
-    """Run what isn't finished, complete what was left undone, and return every stage's record.
+    """Run unfinished stages, complete what was left undone, and return every stage's record.
 
     Args:
-        console: where progress and the table at the end go; `Console(quiet=True)` for nowhere.
+        console: prints progress and the final table; `Console(quiet=True)` prints nothing.
 
     Raises:
         GraphError, StoreError, ClusterError, TrackingError: before anything runs.
-        RunFailed: stages failed; their siblings finished, what needs them did not run.
+        RunFailed: stages failed; independent stages finished, dependent stages did not run.
     """
     console = console or _console()
-    ordered, prints = lint(stages), fingerprints(stages)
+    ordered, prints = topological_order(stages), fingerprints(stages)
     store = open_store(context.root)
-    found = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
-    due = {s.name for s in ordered if s.name in found and is_due(s, found[s.name], context)}
-    todo = [stage for stage in ordered if stage.name not in found or stage.name in due]
-    cached = found.keys() - due
+    finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
+    due = {s.name for s in ordered if s.name in finished and is_due(s, finished[s.name], context)}
+    todo = [stage for stage in ordered if stage.name not in finished or stage.name in due]
+    cached = finished.keys() - due
     if todo:
         fresh = [stage.name for stage in todo if stage.name not in due]
         for word, group in (("cached", sorted(cached)), ("to run", fresh)):
@@ -156,8 +156,8 @@ def run(
         store.check_writable()
         context = replace(context, root=store.root, commit=git_commit())
         with tracked(context, ordered, console) as context, ray_for(context):
-            found |= _submit(todo, prints, context, found, console)
-    result = {stage.name: found[stage.name] for stage in ordered}
+            finished |= _submit(todo, prints, context, finished, console)
+    result = {stage.name: finished[stage.name] for stage in ordered}
     took = {n: "cached" if n in cached else f"{it.seconds:.0f} s" for n, it in result.items()}
     console.print(table([(n, took[n], it.uri) for n, it in result.items()]), **PLAIN)
     for name, record in result.items():
@@ -177,9 +177,9 @@ def _task(
     fingerprint: str,
     context: RunContext,
     progress: ProgressHandle,
-    *made: Record,
+    *upstream: Record,
 ) -> Record:
-    inputs = dict(zip(stage.needs, made, strict=True))
+    inputs = dict(zip(stage.needs, upstream, strict=True))
     return execute(stage, fingerprint, context, progress, inputs)
 
 
@@ -187,7 +187,7 @@ def _submit(
     todo: Sequence[Stage],
     prints: Mapping[str, str],
     context: RunContext,
-    found: Mapping[str, Record],
+    finished: Mapping[str, Record],
     console: Console,
 ) -> dict[str, Record]:
     import ray
@@ -201,23 +201,23 @@ def _submit(
     )(_task)
     refs: dict[str, Any] = {}
     for stage in todo:
-        # Of an upstream stage that failed, Ray hands the error on instead of starting the task.
-        made = [refs.get(source) or found[source] for source in stage.needs.values()]
+        # If an upstream stage failed, Ray passes on its error instead of starting the task.
+        upstream = [refs.get(source) or finished[source] for source in stage.needs.values()]
         handle = ProgressHandle(stage=stage.name, board=board)
         refs[stage.name] = task.options(name=stage.name).remote(
-            stage, prints[stage.name], context, handle, *made
+            stage, prints[stage.name], context, handle, *upstream
         )
     names = {ref: name for name, ref in refs.items()}
     needs = {stage.name: set(stage.needs.values()) for stage in todo}
     done: dict[str, Record] = {}
     failures: dict[str, StageFailed] = {}
     skipped: list[str] = []
-    states = dict.fromkeys(found, "cached") | dict.fromkeys(refs, "to run")
+    states = dict.fromkeys(finished, "cached") | dict.fromkeys(refs, "to run")
     display = Display(console, {stage.name: stage.title for stage in todo})
     with display, cancelling(list(refs.values())):
         while names:
             ready, _ = ray.wait(list(names), num_returns=len(names), timeout=0.5)
-            with suppress(ray.exceptions.RayError):  # the board's machine may be lost: no matter
+            with suppress(ray.exceptions.RayError):  # losing the board's machine is harmless
                 reports = ray.get(board.all.remote(), timeout=5)
                 display.update(reports)
                 states |= {name: it.state for name, it in reports.items() if name in needs}

@@ -2,9 +2,9 @@
 
 It covers the canonical config, the fingerprints of the inputs, and the id and version of the
 stage's kind. Machines, worker counts, storage roots, tracking and credentials aren't part of it,
-nor are config fields that are marked OPERATIONAL, or ADDED and at their default (pipeline.config).
-Source code isn't hashed either, nor where it stands: a body may move to another file, and whoever
-changes what it computes raises its kind's version.
+nor are config fields marked OPERATIONAL, or ADDED and at their default (pipeline.config). Neither
+source code nor its location is hashed: a body may move to another file, and a change of what it
+computes requires raising its kind's version.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config import ADDED, OPERATIONAL
 from pipeline.durable.reference import Reference
 
-SHORT = 12  # hexadecimal digits of a fingerprint that a folder's name carries
+SHORT = 12  # hexadecimal digits of a fingerprint in a folder's name
 
 
 class IdentityError(ValueError):
@@ -101,16 +101,17 @@ def digest(value: Any, field: str = "config") -> str:
 
 
 def load_body(body: Callable[..., Any] | str) -> Callable[..., Any]:
-    """The function itself, of a body that may be given by its full name: imports its module."""
+    """The body's function; if it is given by its full name, its module is imported."""
     if not isinstance(body, str):
         return body
     module, _, name = body.rpartition(".")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def body_name(body: Any) -> str:
-    """Where another process finds a stage's body: `module.function`; no part of any identity.
+    """The full name of a stage's body, `module.function`, for other processes; not part of any
+    identity.
 
     Raises:
         IdentityError: a lambda, an inner function, a partial, an object, or a text that is no full
@@ -125,7 +126,7 @@ def body_name(body: Any) -> str:
     name, module = getattr(body, "__qualname__", None), getattr(body, "__module__", None)
     if not name or not module or "<" in name:
         raise IdentityError(
-            f"the body {body!r} has no name to find it by; use a function at the top of a module"
+            f"the body {body!r} can't be imported by name; use a function at the top of a module"
         )
     return f"{module}.{name}"
 
@@ -134,10 +135,10 @@ def fingerprint(*, config: Any, inputs: Mapping[str, str], version: int, kind: s
     """The fingerprint of one stage.
 
     Args:
-        inputs: parameter names to the inputs' fingerprints.
-        version: of the kind.
-        kind: its id.
+        inputs: parameter names -> fingerprints of the inputs.
+        version: version of the kind.
+        kind: id of the kind.
     """
-    # The key `body` is from when a kind was known by its body's name: finished stages hold it.
+    # The key `body` dates from when a body's name identified its kind: finished stages contain it.
     parts = {"inputs": dict(inputs), "version": version, "body": kind}
     return digest({"config": canonical(config), **parts})

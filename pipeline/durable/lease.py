@@ -1,9 +1,9 @@
 """A lease: one process at a time works on a stage, and others can tell whether it is alive.
 
-The holder rewrites the lease with every beat. A waiter watches, on its own clock, whether it still
-changes: clocks of other machines aren't compared, and the time in the lease is for people. This is
-deliberately not a lock: a stopped process may wake up and work on. So results are published with a
-create-once write, and only after the lease was confirmed.
+The holder rewrites the lease with every heartbeat. A waiter watches, on its own clock, whether it
+still changes: clocks of other machines aren't compared, and the time in the lease is for display.
+This is deliberately not a lock: a suspended process may wake up and continue. So results are
+published with a create-once write, and only after the lease was confirmed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 from pipeline.store import Store, StoreError
 
 LOST_LEASE_EXIT = 75  # exit status of a stage's process that lost its lease: "temporary failure"
-_BEATS = 10  # beats in the lease's life
+_BEATS = 10  # heartbeats in the lifetime of a lease
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lease, as a reader sees it."""
+    """The holder of a lease, as a reader sees it."""
 
     attempt: str
     holder: str
@@ -37,20 +37,20 @@ class Holder:
 
     @classmethod
     def read(cls, store: Store, key: str) -> Holder | None:
-        found = store.read_versioned(key)
-        if found is None:
+        stored = store.read_versioned(key)
+        if stored is None:
             return None
         try:
-            content: Any = json.loads(found[0])
+            content: Any = json.loads(stored[0])
             known = {name: content[name] for name in ("attempt", "holder", "since", "seconds")}
         except (ValueError, KeyError, TypeError):
-            # Not ours; but whether it changes can be watched all the same.
+            # Not a lease of this format, but its changes can still be watched.
             known = {"attempt": "", "holder": "an unknown process", "since": "", "seconds": 60.0}
-        return cls(**known, version=found[1])
+        return cls(**known, version=stored[1])
 
 
 class Lease:
-    """A held lease with its heartbeat. `acquire` makes one."""
+    """A lease with its heartbeat; `acquire` takes it."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class Lease:
         """Nothing is written yet.
 
         Args:
-            seconds: the lease's life. Waiters take it over when it didn't change for this long, and
-                the holder gives up when it could not renew it for 0.8 of this.
+            seconds: lifetime of the lease. Waiters take it over if it hasn't changed for this long,
+                and the holder gives up if it couldn't renew it for 0.8 of this.
             on_lost: called once, in the heartbeat's thread; the default ends the process at once.
         """
         self.store, self.key, self.attempt, self.seconds = store, key, attempt, seconds
@@ -74,7 +74,7 @@ class Lease:
         self._version = ""
         self._renewed = 0.0
         self._stop = threading.Event()
-        self._one = threading.Lock()
+        self._lock = threading.Lock()
 
     def take(self, stale: Holder | None = None) -> bool:
         """Try once to take the lease: create it, or replace a stale holder's."""
@@ -93,8 +93,12 @@ class Lease:
         return True
 
     def confirm(self) -> bool:
-        """Renew it now: whether it is still ours. Raises StoreError where the store is away."""
-        with self._one:
+        """Renew it now; returns whether it is still ours.
+
+        Raises:
+            StoreError: the store is unavailable.
+        """
+        with self._lock:
             started = time.monotonic()
             self._beat += 1
             version = self.store.replace(self.key, self._content(), self._version)
@@ -108,11 +112,11 @@ class Lease:
     def release(self) -> None:
         """Stop the heartbeat and delete the lease if it is still ours."""
         self._stop.set()
-        with self._one, contextlib.suppress(StoreError):  # it goes stale by itself
+        with self._lock, contextlib.suppress(StoreError):  # it becomes stale anyway
             self.store.delete(self.key, self._version)
 
     def lost(self) -> None:
-        """Another process has it, or may have: by default this ends the process."""
+        """Another process holds it, or may: stop, which by default ends the process."""
         self._stop.set()
         self._on_lost()
 
@@ -122,22 +126,22 @@ class Lease:
         return json.dumps({**content, "seconds": self.seconds, "beat": self._beat}).encode()
 
     def _mine(self) -> str | None:
-        """The stored version, if the lease is ours: a refused write may follow one whose answer was
-        lost."""
-        found = Holder.read(self.store, self.key)
-        return found.version if found and found.attempt == self.attempt else None
+        """The stored version, if the lease is ours: a write may be refused because an earlier one
+        succeeded but its answer was lost."""
+        holder = Holder.read(self.store, self.key)
+        return holder.version if holder and holder.attempt == self.attempt else None
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self.seconds / _BEATS):
             try:
                 mine = self.confirm()
             except StoreError:
-                # A store that refuses writes is no loss while the lease can be seen to be ours:
-                # whoever took it would have written. Else `_watch` counts the time.
+                # A store that refuses writes costs nothing while the stored lease is still ours: a
+                # new holder would have written. If it can't be read, `_watch` counts the time.
                 with contextlib.suppress(StoreError):
-                    asked = time.monotonic()
+                    started = time.monotonic()
                     mine = self._mine() is not None
-                    self._renewed = asked if mine else self._renewed
+                    self._renewed = started if mine else self._renewed
                     if not mine and not self._stop.is_set():
                         self.lost()
                 continue
@@ -145,7 +149,7 @@ class Lease:
                 self.lost()
 
     def _watch(self) -> None:
-        """Give up in time, even while a request hangs."""
+        """Give up in time, even if a request hangs."""
         while not self._stop.wait(self.seconds / _BEATS):
             if time.monotonic() - self._renewed > 0.8 * self.seconds and not self._stop.is_set():
                 self.lost()
@@ -156,9 +160,9 @@ def acquire(
     finished: Callable[[], bool],
     waiting: Callable[[Holder, float], object] = lambda holder, seconds: None,
 ) -> bool:
-    """Take the lease, or wait for it: False as soon as `finished()`, without the lease.
+    """Take the lease, waiting for it if need be; returns False, without it, once `finished()`.
 
-    `waiting` is told who holds it and for how many seconds we have waited, about once a second.
+    `waiting(holder, seconds waited)` is called about once a second.
     """
     started = time.monotonic()
     seen: tuple[str, float] = ("", started)
@@ -180,7 +184,7 @@ def acquire(
 
 
 def alive(store: Store, keys: Sequence[str]) -> set[str]:
-    """Which of these leases change while we watch, for about two of their beats."""
+    """The leases that change within about two of their heartbeats."""
     first = {key: holder for key in keys if (holder := Holder.read(store, key))}
     fresh: set[str] = set()
     started, longest = time.monotonic(), max((h.seconds for h in first.values()), default=0.0)

@@ -1,6 +1,6 @@
 """Progress of stages: reported from any process of a run, shown by the driver.
 
-One small Ray actor holds the latest report of each stage; nothing is kept, and nothing depends on
+One small Ray actor holds the latest report of each stage. Nothing is stored and nothing depends on
 it: a lost report is replaced by the next. Metrics belong to tracking, not here.
 """
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 _EVERY = 0.2  # seconds between two reports of one handle
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-"""For `Console.print`: the text as it is, and lines that are never cut."""
+"""For `Console.print`: text without markup, in lines that are never wrapped."""
 _LINE_EVERY = 10.0  # seconds between two lines of one stage where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The latest word of one stage. `state` is a short word: waiting, running, done, failed."""
+    """The latest report of one stage. `state` is waiting, running, done or failed."""
 
     state: str = ""
     done: float = 0.0
@@ -48,7 +48,7 @@ class Board:
 class ProgressHandle:
     """Reports the progress of one stage; it can be pickled, for the workers of Ray Train.
 
-    Without a board (a stage outside of Ray) reports go nowhere.
+    Without a board (a stage outside of Ray) reports are dropped.
     """
 
     stage: str
@@ -56,7 +56,7 @@ class ProgressHandle:
     _last: float = field(default=0.0, repr=False, compare=False)
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
-        """`done` of `total` in any unit; cheap: at most a few reports a second are sent."""
+        """Report `done` of `total`, in any unit; at most a few reports a second are sent."""
         now = time.monotonic()
         if now - self._last >= _EVERY or done >= total:
             self._last = now
@@ -68,7 +68,7 @@ class ProgressHandle:
 
 
 class Display:
-    """One bar a stage on a terminal; elsewhere a line per stage every ten seconds or so."""
+    """One bar per stage on a terminal; elsewhere a line per stage about every ten seconds."""
 
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -106,7 +106,7 @@ class Display:
                 self._print(stage, report)
 
     def end(self, stage: str, text: str, style: str = "") -> None:
-        """Say how a stage ended."""
+        """Print how a stage ended."""
         task = self._tasks.pop(stage, None)
         if task is not None:
             self._bars.remove_task(task)
@@ -121,7 +121,7 @@ class Display:
         self._bars.update(
             self._tasks[stage],
             completed=report.done,
-            total=report.total or None,  # not known yet: a bar that pulses
+            total=report.total or None,  # unknown so far: the bar pulses
             note=note,
             refresh=True,
         )
@@ -147,7 +147,7 @@ class Display:
 
 
 def table(rows: Iterable[tuple[str, str, str]]) -> str:
-    """Stages with state and path, as lines that are never cut: paths are there to be copied."""
+    """Stages with state and path, in lines that are never wrapped, so that paths can be copied."""
     lines = [("stage", "state", "path"), *rows]
     first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
     return "\n".join(f"{a.ljust(first)}  {b.ljust(second)}  {c}" for a, b, c in lines)

@@ -1,7 +1,7 @@
-"""The record of a finished stage: it is there if the stage finished, and is never rewritten.
+"""The record of a finished stage: it exists if and only if the stage finished, and never changes.
 
-It says what was computed, from what and where the files are; it names no machine to run on and
-carries no credentials. Where things lie in the store is written down here, and nowhere else.
+It states what was computed, from which inputs, and where the files are; it names no machine to run
+on and holds no credentials. This module alone defines the layout of the store.
 """
 
 from __future__ import annotations
@@ -56,39 +56,40 @@ class File(BaseModel):
 
     @classmethod
     def read(cls, folder: Path, path: Path) -> File:
-        """What lies at `path`, named relative to `folder` with forward slashes."""
+        """The file at `path`, named relative to `folder` with forward slashes."""
         name = path.relative_to(folder).as_posix()
         return cls(path=name, size=path.stat().st_size, sha256=file_sha256(path))
 
 
 class Source(BaseModel):
-    """One input: what it was, and where it lay at that time."""
+    """One input: its fingerprint, and its address at that time."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     fingerprint: str
-    """Of the stage that made it."""
+    """Fingerprint of the stage that produced it."""
     uri: str
-    """Where its files were."""
+    """Address of its files at that time."""
 
 
 class Record(BaseModel):
-    """What a finished stage did. `uri`, where its files lie, isn't written: stores can move."""
+    """What a finished stage computed. `uri`, the address of its files, isn't stored: stores can
+    move."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
     schema_version: int = SCHEMA
-    """Version of this form."""
+    """Version of this schema."""
     stage: str
     """Name of the stage."""
     fingerprint: str
     """Hash of the config, the kind and the fingerprints of the inputs."""
     attempt: str
-    """Which attempt's files count."""
+    """The attempt whose files are the result."""
     outputs: dict[str, Any] = {}
-    """What the body returned, as JSON."""
+    """The body's return value, as JSON."""
     files: tuple[File, ...] = ()
     """Every file of the attempt."""
     inputs: dict[str, Source] = {}
-    """The stages that this one needed, by the name that its body has for them."""
+    """The inputs, by the names that the body uses."""
     config: Any = None
     """The stage's whole config."""
     version: int = 0
@@ -96,7 +97,7 @@ class Record(BaseModel):
     body: str = ""
     """Id of the stage's kind."""
     commit: str | None = None
-    """Git commit of the code; null where it isn't known."""
+    """Git commit of the code; null if unknown."""
     started: str = ""
     """Time in UTC, ISO 8601."""
     finished: str = ""
@@ -108,7 +109,7 @@ class Record(BaseModel):
     host: str = ""
     """The machine that ran it."""
     notes: tuple[str, ...] = ()
-    """What people should know of the attempt, such as a tracking server that was away."""
+    """Remarks on the attempt, such as a tracking server that was unavailable."""
     uri: str = Field(default="", exclude=True)
 
     @property
@@ -119,8 +120,7 @@ class Record(BaseModel):
 
 
 def load(store: Store, stage: str, fingerprint: str) -> Record | None:
-    """The record of a finished stage, with what was made up for since; None where it isn't
-    finished.
+    """The record of a finished stage, with later completions; None if it isn't finished.
 
     Raises:
         StoreError: a file that is not a record, or one of a later schema.
@@ -133,7 +133,7 @@ def load(store: Store, stage: str, fingerprint: str) -> Record | None:
     if record.fingerprint != fingerprint:
         raise StoreError(
             f"{store.uri(key)} belongs to fingerprint {record.fingerprint}, not {fingerprint}: "
-            "move that folder away and run again"
+            "move that folder elsewhere and rerun"
         )
     record = record.model_copy(
         update={"uri": store.uri(attempt_key(stage, fingerprint, record.attempt))}
@@ -146,20 +146,21 @@ def _parse(data: bytes, uri: str) -> Record:
         content = json.loads(data)
         if content.get("schema_version", 0) > SCHEMA:
             raise StoreError(
-                f"{uri} was written by a later version (schema {content['schema_version']}, this "
-                f"one reads up to {SCHEMA}): use that version, or another root"
+                f"{uri} was written by a later version of adsc (schema "
+                f"{content['schema_version']}, this one reads up to {SCHEMA}): use that version, "
+                "or another root"
             )
         return Record.model_validate(content)
     except StoreError:
         raise
     except (ValueError, AttributeError, ValidationError) as error:
         raise StoreError(
-            f"{uri} is not a record ({type(error).__name__}): delete it and run again"
+            f"{uri} is not a record ({type(error).__name__}): delete it and rerun"
         ) from error
 
 
 def publish(store: Store, record: Record) -> Record:
-    """Create the record, once: ours, or that of whoever was first."""
+    """Create the record once; returns the one that stands, ours or that of an earlier writer."""
     text = json.dumps(clean(record.model_dump()), indent=1, ensure_ascii=False, allow_nan=False)
     store.create(record_key(record.stage, record.fingerprint), text.encode())
     winner = load(store, record.stage, record.fingerprint)
@@ -171,30 +172,30 @@ def publish(store: Store, record: Record) -> Record:
 
 
 def adopt(store: Store, stage: str, fingerprint: str) -> Record:
-    """The record for a pinned place: a finished stage's folder (with its outputs), or plain files.
+    """The record for a pinned address: a finished stage's folder (with its outputs) or plain files.
 
-    `store` is opened at the pinned address.
+    `store` is opened at that address.
     """
     data = store.read("record.json")
     if data is not None:
-        found = _parse(data, store.uri("record.json"))
+        record = _parse(data, store.uri("record.json"))
         update = {
-            "uri": store.uri(f"attempts/{found.attempt}"),
+            "uri": store.uri(f"attempts/{record.attempt}"),
             "fingerprint": fingerprint,
             "stage": stage,
         }
-        return found.model_copy(update=update)
+        return record.model_copy(update=update)
     if not store.list(""):
         raise StoreError(
-            f"stage {stage} is pinned to {store.root}, where there is nothing: check it"
+            f"stage {stage} is pinned to {store.root}, which is empty: check the address"
         )
     return Record(stage=stage, fingerprint=fingerprint, attempt="", uri=store.root)
 
 
-def behind(record: Record) -> list[Record]:
-    """The records of a stage's inputs: in the store of the stage itself, which may have moved since
-    they were written down, or else as far as they are still where they were."""
-    found = []
+def input_records(record: Record) -> list[Record]:
+    """The records of a stage's inputs: from the store of the stage itself, which may have moved
+    since, otherwise from the recorded address; inputs that are in neither are left out."""
+    inputs = []
     here = record.uri.rpartition("/attempts/")[0].rpartition("/")[0]
     for source in record.inputs.values():
         home, attempts, attempt = source.uri.rpartition("/attempts/")
@@ -205,13 +206,13 @@ def behind(record: Record) -> list[Record]:
             with contextlib.suppress(StoreError):  # a store that has moved
                 if (data := open_store(place).read("record.json")) is not None:
                     update = {"uri": f"{place}/attempts/{attempt}"}
-                    found.append(_parse(data, place).model_copy(update=update))
+                    inputs.append(_parse(data, place).model_copy(update=update))
                     break
-    return found
+    return inputs
 
 
 def manifest(out: Path) -> tuple[File, ...]:
-    """All files below a folder, by path."""
+    """All files below a folder, sorted by path."""
     return tuple(File.read(out, path) for path in sorted(out.rglob("*")) if path.is_file())
 
 
@@ -221,51 +222,51 @@ def verify(place: Path, record: Record) -> None:
     Raises:
         StoreError: a file is missing or differs.
     """
-    found = {file.path: file.sha256 for file in manifest(place)}
+    actual = {file.path: file.sha256 for file in manifest(place)}
     for file in record.files:
-        if found.get(file.path) != file.sha256:
+        if actual.get(file.path) != file.sha256:
             raise StoreError(
-                f"{record.uri}/{file.path} is not the file that stage {record.stage} made (its "
-                "checksum differs): delete that stage's folder and run again"
+                f"{record.uri}/{file.path} is not the file that stage {record.stage} wrote (its "
+                "checksum differs): delete that stage's folder and rerun"
             )
 
 
 def sweep(store: Store, record: Record) -> None:
-    """Delete the attempts that a finished stage doesn't name: nobody can reach them any more."""
+    """Delete the attempts that a finished stage's record doesn't name: they are unreachable."""
     home = f"{folder(record.stage, record.fingerprint)}/attempts"
     for entry in store.list(home):
         if not entry.key.startswith(f"{home}/{record.attempt}/"):
             store.delete(entry.key)
     place = store.local(home)
-    if place is not None and place.is_dir():  # a process that was killed left its folder as well
+    if place is not None and place.is_dir():  # a killed process leaves its folder as well
         for left in place.iterdir():
             if left.name != record.attempt:
                 shutil.rmtree(left, ignore_errors=True)
 
 
 UNDONE = "undone"
-"""The key of a stage's outputs; absent or empty where all was done."""
+"""The key in a stage's outputs; absent or empty if nothing is left to do."""
 
 
 def completed_key(home: str) -> str:
-    """Of the outputs that a completion made, in a stage's folder."""
+    """The key of a completion's outputs in a stage's folder."""
     return f"{home}/completed.json"
 
 
 def undone(record: Record) -> dict[str, str]:
-    """What is left to do, and why it could not be done."""
+    """What is left to do -> why it failed."""
     if record.outputs.get(UNDONE):
         return dict(record.outputs[UNDONE])
-    # Exports of versions that did not say so: asked for, tracked, and not there.
+    # Exports of versions without UNDONE: a model to be registered, tracked, without a version.
     config = record.config if isinstance(record.config, Mapping) else {}
-    asked = config.get("log_model") and "mlflow_version" in record.outputs and record.run_id
-    if asked and record.outputs["mlflow_version"] is None and UNDONE not in record.outputs:
+    wanted = config.get("log_model") and "mlflow_version" in record.outputs and record.run_id
+    if wanted and record.outputs["mlflow_version"] is None and UNDONE not in record.outputs:
         return {"register the model in MLflow": "see adsc.tracking_problems of its run"}
     return {}
 
 
 def merged(store: Store, home: str, record: Record) -> Record:
-    """The record with what was made up for later."""
+    """The record with the outputs of a later completion."""
     if not undone(record):
         return record
     data = store.read(completed_key(home))
@@ -275,6 +276,6 @@ def merged(store: Store, home: str, record: Record) -> Record:
 
 
 def sentence(record: Record) -> str:
-    """For a stage's summary; empty where all was done."""
+    """What is left undone, for a stage's summary; empty if nothing is."""
     left = "; ".join(f"{what} ({why})" for what, why in undone(record).items())
-    return f"not done: {left}; the next run with MLflow tries it again" if left else ""
+    return f"not done: {left}; the next run with MLflow tries again" if left else ""

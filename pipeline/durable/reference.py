@@ -1,9 +1,9 @@
-"""References: in a config, in the place of a value that another stage's result holds.
+"""References: placeholders in a config for a value from another stage's result.
 
-The value is put in once, before the stage's body runs; bodies know nothing of references, and don't
-see the inputs by which they are resolved. Until then a reference is its text, in fingerprints, in
-records and for people; what it stands for is in the fingerprint of the stage that is needed. What a
-result holds, and how that becomes a value, is each subclass's matter.
+The value is filled in once, before the stage's body runs; bodies never see references, nor the
+inputs they are resolved from. Until then a reference is its text, in fingerprints, records and
+output; the fingerprint of the needed stage covers its value. Each subclass defines how a result
+becomes a value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Reference(BaseModel):
     """The stage's name."""
 
     def value(self, outputs: Mapping[str, Any]) -> Any:
-        """What the reference stands for, given the stage's outputs."""
+        """The value of the reference, given the stage's outputs."""
         raise NotImplementedError
 
     @model_serializer
@@ -42,10 +42,10 @@ def references(config: Any) -> Iterator[Reference]:
 
 
 def resolve(config: Value, outputs: Mapping[str, Mapping[str, Any]]) -> Value:
-    """The config with every reference's value in its place.
+    """The config with every reference replaced by its value.
 
     Args:
-        outputs: of the stages that it refers to, by name.
+        outputs: stage name -> outputs, for the stages that it refers to.
     """
     if isinstance(config, Reference):
         return config.value(outputs[config.stage])  # type: ignore[no-any-return]

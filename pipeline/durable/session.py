@@ -1,8 +1,8 @@
-"""What a driver needs around its stages: Ray, the workflow's MLflow run, the code's commit.
+"""The session of a driver: Ray, the workflow's MLflow run, and the code's commit.
 
-Ray is an existing cluster, or one embedded in this machine for the time of a run. Two Rays on one
-machine don't disturb each other, and their logs stay out of the display. Nothing here knows stages'
-order or state.
+Ray is an existing cluster, or a local one for the duration of a run. Two Rays on one machine don't
+interfere, and their logs stay out of the display. Nothing here depends on the order or state of
+stages.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from pipeline.tracking import spool
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Set before Ray is imported; what the user has set stays.
+# Set before Ray is imported; the user's settings take precedence.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # The default is to start a task that fills the memory again and again, for ever.
+    # By default, a task that runs out of memory is retried forever.
     "RAY_task_oom_retries": "1",
-    # Idle workers hold half a gigabyte of imported torch each; the default keeps one a core.
+    # An idle worker holds half a gigabyte of imported torch; the default keeps one per core.
     "RAY_num_workers_soft_limit": "1",
 }
 
 
 @contextlib.contextmanager
 def ray_for(context: RunContext) -> Iterator[None]:
-    """Ray for the length of a `with`; where this process has a Ray already, that one, untouched."""
+    """Ray for the duration of a `with`; if this process has one already, it is used unchanged."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = context.address or os.environ.get("RAY_ADDRESS")
-    set_auth_mode(own=not address)
+    set_auth_mode(embedded=not address)
     import ray
 
     if ray.is_initialized():
@@ -64,24 +64,24 @@ def ray_for(context: RunContext) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"no Ray answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
-                "the address out (and unset RAY_ADDRESS) to run on this machine alone"
+                "the address out (and unset RAY_ADDRESS) to run on this machine only"
             ) from error
         with contextlib.closing(_Shutdown()):
             yield
         return
     check_socket_room()
     port = free_port(context.dashboard_port)
-    # With another Ray on this machine, Ray Train would ask all of them about its workers and fail.
+    # With another Ray on this machine, Ray Train would query both about its workers and fail.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     try:
         cores = max(os.cpu_count() or 1, math.ceil(context.most_workers * context.cpus_per_worker))
         _start_ray(
             context.dashboard_port,
-            address="local",  # not a cluster that somebody started on this machine
-            # One more than there is: stages wait for the workers that they ask for.
+            address="local",  # not another cluster on this machine
+            # One extra: stages hold their share of a core while they wait for workers.
             num_cpus=cores + 1,
-            include_dashboard=True,  # Ray Train asks it whether a controller is alive
+            include_dashboard=True,  # Ray Train queries it whether a controller is alive
             dashboard_host="127.0.0.1",
             dashboard_port=port,
             logging_level=logging.ERROR,
@@ -98,10 +98,10 @@ def ray_for(context: RunContext) -> Iterator[None]:
 
 
 def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
-    """Start Ray here; again where it took too long, which busy machines need.
+    """Start Ray here; retry if it took too long, as it may on busy machines.
 
     Raises:
-        ClusterError: it still did not start.
+        ClusterError: it did not start in any of the tries.
     """
     import ray
 
@@ -110,25 +110,25 @@ def _start_ray(wanted_port: int | None, tries: int = 3, **options: Any) -> None:
             with _safe_path():
                 ray.init(**options)
             return
-        except Exception as error:  # Ray raises this very class
+        except Exception as error:  # Ray raises a bare Exception
             if not re.search("timed out|failed to start", str(error), re.IGNORECASE):
                 raise
             ray.shutdown()
-            if wanted_port is None:  # what was left of that try may still hold its port
+            if wanted_port is None:  # leftovers of the failed try may still hold its port
                 options["dashboard_port"] = free_port(None)
                 address = f"http://127.0.0.1:{options['dashboard_port']}"
                 os.environ["RAY_API_SERVER_ADDRESS"] = address
             if not left:
                 raise ClusterError(
                     f"Ray did not start here in {tries} tries ({str(error).splitlines()[0]}): this "
-                    "machine may be too busy; run the same command again"
+                    "machine may be too busy; rerun the same command"
                 ) from error
 
 
 @contextlib.contextmanager
 def _safe_path() -> Iterator[None]:
-    """For processes that are started meanwhile, Ray's daemons and what they start: Python doesn't
-    import from the folder where the user stands, whose `queue.py` would end them."""
+    """Keep processes started meanwhile, Ray's daemons and their children, from importing from the
+    current folder: a file `queue.py` there would break them."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -140,22 +140,21 @@ def _safe_path() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def set_auth_mode(own: bool = False) -> None:
-    """Choose Ray's authentication before Ray is imported, unless the user has: by token where there
-    is one. Left unset, Ray itself and its clients take different modes, and refuse each other.
+def set_auth_mode(embedded: bool = False) -> None:
+    """Choose Ray's authentication before Ray is imported, unless the user has: by token if there is
+    one. If it is unset, Ray and its clients choose different modes and refuse each other.
 
     Args:
-        own: of a Ray that lives as long as this process: it gets a token that nobody else knows,
-            since Ray's inner processes listen on every network of the machine.
+        embedded: for a Ray that lives as long as this process: it gets a secret token, because
+            Ray's internal processes listen on every network interface of the machine.
     """
-    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    there = bool(token)
+    has_token = bool({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys())
     with contextlib.suppress(RuntimeError):  # a user id without an account, and no HOME
-        there = there or Path("~/.ray/auth_token").expanduser().is_file()
-    if own and not there and "RAY_AUTH_MODE" not in os.environ:
+        has_token = has_token or Path("~/.ray/auth_token").expanduser().is_file()
+    if embedded and not has_token and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        there = True
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if there else "disabled")
+        has_token = True
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
 
 
 class _Shutdown:
@@ -166,7 +165,7 @@ class _Shutdown:
 
 
 def free_port(wanted: int | None) -> int:
-    """A port that nobody listens on: the wanted one, or any.
+    """A free port: the wanted one, or any.
 
     Raises:
         ClusterError: the wanted one is in use.
@@ -177,10 +176,10 @@ def free_port(wanted: int | None) -> int:
             probe.bind(("127.0.0.1", wanted or 0))
         except (OSError, OverflowError) as error:
             if isinstance(error, OverflowError):
-                raise ClusterError(f"port {wanted} is none: ports go from 1 to 65535") from None
+                raise ClusterError(f"{wanted} is not a port: use 1 to 65535") from None
             raise ClusterError(
                 f"port {wanted} for Ray's dashboard is in use ({error.strerror}); choose another, "
-                "or none to take a free one"
+                "or leave out --dashboard-port to use a free one"
             ) from error
         port: int = probe.getsockname()[1]
         return port
@@ -188,7 +187,7 @@ def free_port(wanted: int | None) -> int:
 
 @contextlib.contextmanager
 def cancelling(refs: Sequence[Any]) -> Iterator[None]:
-    """On an interrupt, cancel the tasks that still run, and let them give their leases back."""
+    """On an interrupt, cancel the running tasks and wait until they have released their leases."""
     import ray
 
     try:
@@ -202,8 +201,8 @@ def cancelling(refs: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> Iterator[RunContext]:
-    """The workflow's run in MLflow, around its stages' runs. What earlier processes could not send
-    is sent before and after, and the console told."""
+    """The workflow's run in MLflow, parent of its stages' runs. Data that earlier processes could
+    not send is sent before and after, and reported on the console."""
     if context.tracking_uri is None or context.parent_run_id is not None:
         yield context
         return
@@ -218,19 +217,19 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
     known = place / "servers"
     try:
         uri = tracking.prepare(
-            context.tracking_uri, context.experiment, artifacts, lambda said: _tell(console, said)
+            context.tracking_uri, context.experiment, artifacts, lambda text: _print(console, text)
         )
         place.mkdir(parents=True, exist_ok=True)
         with known.open("a") as file:
             file.write(f"{redact(uri)}\n")
-    except tracking.NoAnswer as error:
+    except tracking.TrackingUnavailable as error:
         uri = context.tracking_uri
-        # An address that has never answered is a mistake; one that has will answer again.
+        # An address that never answered is a mistake; one that has will answer again.
         if not known.is_file() or redact(uri) not in known.read_text().splitlines():
             raise
-        _tell(console, f"{error}. The run goes on, and MLflow is told later")
+        _print(console, f"{error}. The run continues, and tracking data is sent later")
     params = {stage.name: stage.config.model_dump() for stage in stages}
-    _tell(console, tracking.reconcile(place, uri))
+    _print(console, tracking.reconcile(place, uri))
     tags = {"adsc.root": context.root, "adsc.commit": context.commit or "unknown"}
     tags["mlflow.note.content"] = "\n".join(f"- {stage.title}" for stage in stages)
     tracker = tracking.start_workflow(
@@ -245,13 +244,13 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
         raise
     finally:
         tracker.finish(status)
-        # What stages could not send while they ran.
-        _tell(console, tracking.reconcile(place, uri))
+        # Send what the stages could not send while they ran.
+        _print(console, tracking.reconcile(place, uri))
 
 
-def settle(root: str, tracking_uri: str | None, cache: str) -> str | None:
-    """Send what earlier runs could not send to MLflow; None, without loading it, where all is
-    sent."""
+def send_pending(root: str, tracking_uri: str | None, cache: str) -> str | None:
+    """Send the tracking data that earlier runs could not send; returns a report. None, without
+    importing MLflow, if nothing is pending."""
     store = open_store(root)
     place = spool.folder(store.root, store.local("tracking"), cache)
     if not any(place.glob("*.jsonl")):
@@ -261,6 +260,6 @@ def settle(root: str, tracking_uri: str | None, cache: str) -> str | None:
     return tracking.reconcile(place, tracking_uri or "")
 
 
-def _tell(console: Console, text: str | None) -> None:
+def _print(console: Console, text: str | None) -> None:
     if text:
         console.print(text, **PLAIN)

@@ -1,7 +1,7 @@
-"""A stage: a kind with a config and inputs, and what the kind's body gets to work with.
+"""A stage: a kind with a config and inputs; and the context that the kind's body works with.
 
-Only descriptions stand here: `pipeline.durable.attempt` runs a body, `pipeline.durable.graph` puts
-stages in order.
+This module only describes: `pipeline.durable.attempt` runs a body, `pipeline.durable.graph` orders
+stages.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(Generic[ConfigT]):
-    """What stages do: a body, and the identity of what it computes."""
+    """A kind of stage: a body, and the identity of what it computes."""
 
     id: str
-    """Chosen once and never changed, wherever the body moves: finished stages are known by it.
-    Unique; letters, digits, `_`, `.` and `-`. The first kinds have the names that their bodies
-    had then."""
+    """Chosen once and never changed, wherever the body moves: it identifies finished stages.
+    Unique; letters, digits, `_`, `.` and `-`. The first kinds are named after their bodies at that
+    time."""
     version: int
-    """To be raised whenever the body computes something else: results of old versions are left."""
+    """Raise it whenever the body computes something else: results of other versions are ignored."""
     body: Callable[[StageContext, ConfigT], Mapping[str, Any]] | str
     """A function at the top of a module: (context, config) to outputs, which are JSON. Or its full
-    name: then its module is imported when it runs, and whoever lists stages does without."""
+    name: then its module is imported only when it runs, not when stages are listed."""
     config: type[ConfigT]
-    """The class of its stages' configs."""
+    """The config class of its stages."""
     complete: Callable[[StageContext, ConfigT, Record], Mapping[str, Any]] | str | None = None
-    """Does what a finished stage could not do (pipeline/durable/completion.py): (context, config,
-    record) to the outputs that change, `undone` among them while something is left. A function or
-    its full name, as `body`."""
+    """Completes a finished stage (pipeline/durable/completion.py): (context, config, record) to the
+    outputs that change, with `undone` while something is left. A function or its full name, as for
+    `body`."""
     referring_id: str = ""
-    """The id of stages whose config has references, where stores know such stages by an id of
-    their own; empty: the same id."""
+    """The id of stages whose config has references, where stores use another id for them; empty:
+    the same id."""
 
     def __post_init__(self) -> None:
         for id in self.ids:
@@ -63,7 +63,7 @@ class Kind(Generic[ConfigT]):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """All by which results of this kind are known."""
+        """All ids that identify results of this kind."""
         return (self.id, self.referring_id) if self.referring_id else (self.id,)
 
     def stage(
@@ -84,33 +84,33 @@ class Stage:
     name: str
     """Lower case letters, digits, `-` and `_`; the folder in the store starts with it."""
     title: str
-    """One line for people."""
+    """A description, in one line."""
     kind: Kind[Any]
-    """What it does."""
+    """What it computes."""
     config: Config
-    """All that decides what the body computes, apart from its inputs."""
+    """Everything that decides what the body computes, apart from its inputs."""
     needs: Mapping[str, str] = field(default_factory=dict)
-    """Inputs: the name that the body uses, and the stage that makes it."""
+    """Inputs: the name used by the body -> the stage that produces it."""
     pinned: str | None = None
-    """An address whose files (and outputs) are taken instead of running the body."""
+    """An address whose files (and outputs) are used instead of running the body."""
     digest: str = ""
-    """Of what lies at that address: other files there are another result. Empty: what is there is
-    taken never to change."""
+    """Digest of the files at that address: other files are another result. Empty: the files are
+    assumed never to change."""
 
     @property
     def kind_id(self) -> str:
-        """The id by which results of this stage are known."""
+        """The id that identifies results of this stage."""
         refers = any(references(self.config))
         return self.kind.ids[-1] if refers else self.kind.id
 
     def finished(self, store: Store, fingerprint: str) -> Record | None:
-        """Its record, None if it isn't finished; of a pinned stage, the record of what is there."""
+        """Its record, or None if it isn't finished; the adopted record if it is pinned."""
         if self.pinned is not None:
             return records.adopt(open_store(self.pinned), self.name, fingerprint)
         return records.load(store, self.name, fingerprint)
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with this stage by itself."""
+        """Everything that is wrong with this stage alone."""
         if not _NAME.fullmatch(self.name):
             yield f"{self.name!r} is not a stage's name: use lower case letters, digits, - and _"
         if not isinstance(self.config, self.kind.config):
@@ -135,73 +135,73 @@ class Stage:
 
 
 def _adopted(context: StageContext, config: Config) -> dict[str, Any]:
-    raise RuntimeError(f"stage {context.name} has no body: its files are taken from where they lie")
+    raise RuntimeError(f"stage {context.name} has no body: its files are used in place")
 
 
 ADOPTED = Kind(id="adopted", version=1, body=_adopted, config=Config)
 
 
 def adopted(*, name: str, title: str, place: str, digest: str = "") -> Stage:
-    """A stage whose files are there already, in a folder or on S3; `digest` is theirs."""
+    """A stage whose files exist already, in a folder or on S3; `digest` is the digest of them."""
     root = open_store(place).root
     return Stage(name=name, title=title, kind=ADOPTED, config=Config(), pinned=root, digest=digest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """Where and on what a workflow runs; no part of any fingerprint."""
+    """Where a workflow runs, and with what resources; not part of any fingerprint."""
 
     root: str
     """The store: a folder or s3://bucket/prefix."""
     workflow: str
-    """The workflow's name, for people."""
+    """The workflow's name, for display."""
     tracking_uri: str | None = None
-    """MLflow; None tracks nothing."""
+    """MLflow; None disables tracking."""
     experiment: str = "adsc"
     """MLflow experiment."""
     parent_run_id: str | None = None
-    """The workflow's MLflow run; made by the driver where it is None."""
+    """The workflow's MLflow run; the driver creates one if it is None."""
     num_workers: int | tuple[int, int] = 1
-    """Ray Train workers of a training stage; (fewest, most) takes as many as the cluster has."""
+    """Ray Train workers of a training stage; (min, max) uses as many as the cluster has."""
     cpus_per_worker: float = 1
     """CPU cores of a worker."""
     gpus_per_worker: float = 0
     """GPUs of a worker."""
     data_workers: int = 0
-    """Processes that make batches for each training worker, on any machine of the cluster; 0 makes
+    """Processes per training worker that build batches, on any machine of the cluster; 0 builds
     them in a thread of the worker."""
     stage_cpus: float = 0.1
-    """The share of a core that a stage's own process reserves."""
+    """CPU cores that the process of a stage reserves."""
     max_retries: int = 2
-    """How often a stage starts again after its process or machine was lost."""
+    """How often a stage is restarted after its process or machine was lost."""
     lease_seconds: float = 20
-    """After so long without a sign of life others take a stage over."""
+    """Seconds without a heartbeat after which another run may take over a stage."""
     address: str | None = None
     """An existing Ray cluster; None starts Ray on this machine, unless RAY_ADDRESS is set."""
     dashboard_port: int | None = None
-    """The port of the embedded Ray's dashboard; None takes a free one."""
+    """The port of the embedded Ray's dashboard; None uses a free one."""
     cache: str = ""
-    """Where inputs from a remote store are kept on each machine; empty takes what ADSC_CACHE says
-    there, else ~/.cache/adsc."""
+    """Folder on each machine for copies of inputs from a remote store; empty: $ADSC_CACHE there,
+    else ~/.cache/adsc."""
     cache_gib: float = 100
-    """GiB that these copies may take; those that nobody uses go, least recently used first."""
+    """Size limit of these copies in GiB; unused copies are deleted, least recently used first."""
     commit: str | None = None
     """The code's git commit; the driver fills it in."""
     setup: str | None = None
-    """What every process of Ray's calls first (`Workflow.setup`)."""
+    """The function that every Ray process calls first (`Workflow.setup`)."""
 
     @property
     def most_workers(self) -> int:
-        """The largest number of workers that a training may have."""
+        """The largest number of workers of a training stage."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class InputError(ValueError):
-    """A body asked for an input that its stage doesn't declare."""
+    """A body used an input that its stage doesn't declare."""
 
 
 class Input:
-    """What an upstream stage made."""
+    """The result of an upstream stage."""
 
     def __init__(self, record: Record, cache: str = "", cache_gib: float = 100) -> None:
         self.record, self._cache, self._cache_gib = record, cache, cache_gib
@@ -212,7 +212,7 @@ class Input:
 
     @cached_property
     def folder(self) -> Path:
-        """The files on this machine: in place where the store is local, else a checked copy.
+        """The files on this machine: in place if the store is local, else a verified copy.
 
         Read only: other stages and later runs use the same files.
         """
@@ -224,7 +224,7 @@ class Input:
         name = f"{stage}-{self.record.attempt or 'pinned'}"
 
         def get(folder: Path) -> None:
-            if self.record.files or not self.record.attempt:  # else there is nothing to get
+            if self.record.files or not self.record.attempt:  # else there are no files
                 store.download("", folder)
             records.verify(folder, self.record)
 
@@ -233,12 +233,12 @@ class Input:
         return self._use.folder
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process, perhaps of another machine, asks for its own copy."""
+        """Drop the local copy: another process, perhaps on another machine, fetches its own."""
         return {k: v for k, v in self.__dict__.items() if k != "folder"} | {"_use": None}
 
 
 class Inputs(dict[str, Input]):
-    """Inputs by the names that the stage declares."""
+    """Inputs by the names declared by the stage."""
 
     def __missing__(self, name: str) -> NoReturn:
         declared = ", ".join(self) or "none"
@@ -247,16 +247,16 @@ class Inputs(dict[str, Input]):
 
 @dataclass(kw_only=True)
 class StageContext:
-    """What a body gets besides its config."""
+    """What a body receives besides its config."""
 
     name: str
     fingerprint: str
     run: RunContext
     inputs: dict[str, Input]
     out: Path
-    """A folder for everything that the stage makes; stored when the body returns."""
+    """A folder for all files of the stage; stored when the body returns."""
     train_storage: tuple[str, str]
-    """(storage_path, name) for `ray.train.RunConfig`, the same for all attempts: they resume."""
+    """(storage_path, name) for `ray.train.RunConfig`, the same for all attempts, so they resume."""
     track: Tracker
     progress_handle: ProgressHandle
     """`progress` for other processes: it can be pickled."""

@@ -15,15 +15,15 @@ from pipeline.durable.stage import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Workflow:
-    """What `adsc run NAME` runs."""
+    """A workflow, as run by `adsc run NAME`."""
 
     name: str
     config: Config
     build: Callable[[Any], list[Stage]]
-    """From the config to stages; runs nothing."""
+    """Builds the stages from the config; runs nothing."""
     setup: str | None = None
-    """A function by its full name, such as one that makes transformers know a model: every process
-    of Ray's calls it first."""
+    """Full name of a function that every Ray process calls first, such as one that registers a
+    model with transformers."""
 
     def edit(self, changes: Mapping[str, Any], name: str | None = None) -> Workflow:
         """The workflow with dotted keys of its config changed.

@@ -66,7 +66,7 @@ class AnswersFailed(RuntimeError):
             f"{len(self.failures)} answers failed, {self.answered} of {self.total} are kept: "
             + shown
             + (f"; and {more} more" if more > 0 else "")
-            + ". Mend or leave out these questions, or lower evaluate.batch_size where memory ran "
+            + ". Fix or leave out these questions, or lower evaluate.batch_size if memory ran "
             "out; finished shards are not repeated"
         )
 
@@ -85,27 +85,27 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """All that a worker needs; it can be pickled."""
+class EvaluationJob:
+    """Everything that a worker needs; it can be pickled."""
 
     storage: str
     """Where shards are kept: a folder or s3://."""
     inputs: Mapping[str, Input]
     """`data`, `base` and the checkpoints."""
     rules: Mapping[str, str]
-    """Splits of the data whose questions are asked, and the key of scoring.RULES of each."""
+    """Splits to evaluate -> the key of scoring.RULES."""
     arms: Mapping[str, tuple[str, MethodConfig]]
-    """Of each arm the input with its checkpoint, and its method."""
+    """Arm -> the input with its checkpoint, and its method."""
     chat_template: str | None
-    """How questions are put; None is as the base's processor says."""
+    """Formats the questions; None uses the base's processor."""
     batch_size: int
     max_new_tokens: int
 
 
 class Worker:
-    """The Ray actor: holds one checkpoint at a time, and each only once if asked in order."""
+    """The Ray actor: holds one checkpoint at a time; shards in order load each only once."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EvaluationJob) -> None:
         self._job = job
         self._store = open_store(job.storage)
         self._processor: Any = AutoProcessor.from_pretrained(job.inputs["base"].folder)
@@ -120,7 +120,7 @@ class Worker:
         """Answer a shard and store it.
 
         Returns:
-            What could not be answered, and why; then nothing was stored.
+            Questions that failed, with the reason; if there are any, nothing is stored.
         """
         checkpoint, method = self._job.arms[shard.arm]
         model = self._model(checkpoint)
@@ -166,9 +166,9 @@ class Worker:
     def _batch(
         self, model: Any, shard: Shard, questions: Questions, numbers: Sequence[int]
     ) -> list[dict[str, Any]]:
-        asked = questions.load(numbers)
+        loaded = questions.load(numbers)
         rule = RULES[self._job.rules[shard.split]]
-        answers = generate_batch(model, self._processor, asked, self._job.max_new_tokens)
+        answers = generate_batch(model, self._processor, loaded, self._job.max_new_tokens)
         return [
             {
                 "arm": shard.arm,
@@ -187,7 +187,7 @@ class Worker:
                 "seconds": answer.seconds,
                 "batch_size": len(numbers),
             }
-            for number, question, answer in zip(numbers, asked, answers, strict=True)
+            for number, question, answer in zip(numbers, loaded, answers, strict=True)
         ]
 
     def _culprits(
@@ -209,7 +209,7 @@ class Worker:
                 break
         return [
             (
-                f"{shard.arm}/{shard.split}/{questions.asked[number].record} (question {number})",
+                f"{shard.arm}/{shard.split}/{questions.entries[number].record} (question {number})",
                 f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}",
             )
             for number, reason in failures or [(number, error) for number in numbers]
@@ -227,7 +227,7 @@ def shards_of(arms: Sequence[str], sizes: Mapping[str, int], size: int) -> list[
 
 
 def answer_all(
-    job: Job,
+    job: EvaluationJob,
     shards: Sequence[Shard],
     workers: Sequence[Any],
     report: Callable[[int, int, str], None],
@@ -279,7 +279,7 @@ def read_answers(storage: str, shards: Sequence[Shard]) -> Iterator[pa.Table]:
         yield pq.read_table(io.BytesIO(data))
 
 
-def start_workers(job: Job, count: int, cpus: float, gpus: float) -> list[Any]:
+def start_workers(job: EvaluationJob, count: int, cpus: float, gpus: float) -> list[Any]:
     """Actors, each with its own copy of a checkpoint."""
     import ray
 

@@ -87,67 +87,67 @@ class Benchmark:
 
 
 def _gqa(files: Files) -> Iterator[Item]:
-    for asked in _json(files.found[0]).values():
+    for item in _json(files.found[0]).values():
         yield Item(
-            f"{asked['imageId']}.jpg",
-            f"{asked['question']}\n{SHORT}",
-            asked["answer"],
-            asked["types"]["structural"],
+            f"{item['imageId']}.jpg",
+            f"{item['question']}\n{SHORT}",
+            item["answer"],
+            item["types"]["structural"],
         )
 
 
 def _vqav2(files: Files) -> Iterator[Item]:
     answers = {one["question_id"]: one for one in _json(files.found[1])["annotations"]}
-    for asked in _json(files.found[0])["questions"]:
-        own = answers[asked["question_id"]]
+    for item in _json(files.found[0])["questions"]:
+        own = answers[item["question_id"]]
         yield Item(
-            f"COCO_val2014_{asked['image_id']:012d}.jpg",
-            f"{asked['question']}\n{SHORT}",
+            f"COCO_val2014_{item['image_id']:012d}.jpg",
+            f"{item['question']}\n{SHORT}",
             _lines(one["answer"] for one in own["answers"]),
             own["answer_type"],
         )
 
 
 def _textvqa(files: Files) -> Iterator[Item]:
-    for asked in _json(files.found[0])["data"]:
+    for item in _json(files.found[0])["data"]:
         yield Item(
-            f"{asked['image_id']}.jpg",
-            f"{asked['question'].capitalize()}\n{SHORT}",
-            _lines(asked["answers"]),
+            f"{item['image_id']}.jpg",
+            f"{item['question'].capitalize()}\n{SHORT}",
+            _lines(item["answers"]),
             "text",
         )
 
 
 def _vizwiz(files: Files) -> Iterator[Item]:
-    for asked in _json(files.found[0]):
+    for item in _json(files.found[0]):
         yield Item(
-            asked["image"],
-            f"{asked['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}",
-            _lines(one["answer"] for one in asked["answers"]),
-            asked["answer_type"],
+            item["image"],
+            f"{item['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}",
+            _lines(one["answer"] for one in item["answers"]),
+            item["answer_type"],
         )
 
 
 def _pope(files: Files) -> Iterator[Item]:
     for file in files.found:
         kind = file.stem.rpartition("_")[2]
-        for asked in map(json.loads, _rows(file)):
-            question = f"{asked['text'].strip()}\n{SHORT}"
-            yield Item(asked["image"], question, _yes_or_no(asked["label"]), kind)
+        for item in map(json.loads, _rows(file)):
+            question = f"{item['text'].strip()}\n{SHORT}"
+            yield Item(item["image"], question, _yes_or_no(item["label"]), kind)
 
 
 def _scienceqa(files: Files) -> Iterator[Item]:
     problems = _json(files.found[0])
     for number in _json(files.found[1])["test"]:
-        asked = problems[number]
-        if asked["image"] is None:
+        item = problems[number]
+        if item["image"] is None:
             continue
-        hint = f"Context: {asked['hint']}\n" if asked["hint"] else ""
+        hint = f"Context: {item['hint']}\n" if item["hint"] else ""
         yield Item(
-            f"{number}/{asked['image']}",
-            hint + _choices(asked["question"], asked["choices"], LETTER),
-            chr(ord("A") + asked["answer"]),
-            asked["subject"],
+            f"{number}/{item['image']}",
+            hint + _choices(item["question"], item["choices"], LETTER),
+            chr(ord("A") + item["answer"]),
+            item["subject"],
         )
 
 
@@ -165,19 +165,19 @@ def _mme(files: Files) -> Iterator[Item]:
             for row in _rows(text):
                 question, answer = _cells(text, row)
                 question = question.replace(" Please answer yes or no.", "").strip()
-                asked = f"{question}\n{SHORT}"
-                yield Item(str(place), asked, _yes_or_no(answer), folder.name)
+                text = f"{question}\n{SHORT}"
+                yield Item(str(place), text, _yes_or_no(answer), folder.name)
 
 
 def _seedbench(files: Files) -> Iterator[Item]:
     whole = _json(files.found[0])
     types = {number: name for name, number in whole["question_type"].items()}
-    for asked in whole["questions"]:
-        if asked["data_type"] == "image":
-            choices = [asked[f"choice_{letter}"] for letter in "abcd"]
-            question = _choices(asked["question"], choices, LETTER)
-            kind = types[asked["question_type_id"]]
-            yield Item(asked["data_id"], question, _letter_of(choices, asked["answer"]), kind)
+    for item in whole["questions"]:
+        if item["data_type"] == "image":
+            choices = [item[f"choice_{letter}"] for letter in "abcd"]
+            question = _choices(item["question"], choices, LETTER)
+            kind = types[item["question_type_id"]]
+            yield Item(item["data_id"], question, _letter_of(choices, item["answer"]), kind)
 
 
 def _mmbench(prompt: str) -> Callable[[Files], Iterator[Item]]:

@@ -51,7 +51,7 @@ class EvaluateConfig(Config):
     control: str = "dense_lora"
     """Name of the row that the others are compared with: the dense model trained alike."""
     splits: tuple[str, ...] = Field(("test",), min_length=1)
-    """Splits of the prepared data whose questions are asked."""
+    """Splits of the prepared data to evaluate on."""
     template: Literal["data", "checkpoint"] = "data"
     """How questions are put: as in training (the prepared data's template), or as the checkpoint's
     own processor does."""

@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said to one question, and what it took."""
+    """The model's answer to one question, and its cost."""
 
     text: str
     """Without special tokens, stripped; empty only where the model ended at once."""
@@ -66,11 +66,11 @@ class Answer:
     finished: bool
     """Whether the model ended the answer itself, or was cut at max_new_tokens."""
     seconds: float
-    """Wall time of the batch that it was answered in: what somebody who asked would have waited."""
+    """Wall time of its batch: the latency that a user would see."""
 
 
-class Asked(NamedTuple):
-    """A question without its pictures: what fits in memory of a large set."""
+class QuestionEntry(NamedTuple):
+    """A question without its pictures, so that a large set fits in memory."""
 
     row: int
     record: str
@@ -78,7 +78,7 @@ class Asked(NamedTuple):
     text: str
     expected: str
     pictures: tuple[int, int]
-    """Which of the row's, from and to."""
+    """Range of the row's pictures: start and end."""
 
 
 class Questions:
@@ -91,25 +91,29 @@ class Questions:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.data = PreparedData(folder, CACHE_BYTES)
-        self.asked: list[Asked] = []
+        self.entries: list[QuestionEntry] = []
         for number, row in enumerate(self.data.scan(["id", "kinds", "turns"])):
             turns = json.loads(row["turns"])
             kinds = row["kinds"] or ["other"] * (len(turns) // 2)
             seen = 0
-            for kind, (_, asked), (_, answer) in zip(kinds, turns[::2], turns[1::2], strict=True):
-                own = asked.count(MARKER)
-                text = (asked if own > 1 else asked.replace(MARKER, "")).strip()
-                pictures = (seen, seen + own) if own else (0, seen)
-                seen += own
-                self.asked.append(Asked(number, row["id"], kind, text, answer.strip(), pictures))
+            for kind, (_, question), (_, answer) in zip(
+                kinds, turns[::2], turns[1::2], strict=True
+            ):
+                count = question.count(MARKER)
+                text = (question if count > 1 else question.replace(MARKER, "")).strip()
+                pictures = (seen, seen + count) if count else (0, seen)
+                seen += count
+                self.entries.append(
+                    QuestionEntry(number, row["id"], kind, text, answer.strip(), pictures)
+                )
 
     def __len__(self) -> int:
-        return len(self.asked)
+        return len(self.entries)
 
     def load(self, numbers: Sequence[int]) -> list[Question]:
         """The questions of these numbers, with their pictures."""
-        chosen = [self.asked[number] for number in numbers]
-        rows = self.data.rows([asked.row for asked in chosen], ["pictures"])
+        chosen = [self.entries[number] for number in numbers]
+        rows = self.data.rows([entry.row for entry in chosen], ["pictures"])
         return [
             Question(
                 a.record, a.kind, a.text, a.expected, tuple(row["pictures"][slice(*a.pictures)])
@@ -125,14 +129,14 @@ class Questions:
             for row in self.data.scan(["pictures"])
         ]
         return [
-            " ".join(digests[asked.row][slice(*asked.pictures)])
-            or f"{self.folder.name}/{asked.row}"
-            for asked in self.asked
+            " ".join(digests[entry.row][slice(*entry.pictures)])
+            or f"{self.folder.name}/{entry.row}"
+            for entry in self.entries
         ]
 
     def first(self, count: int) -> list[int]:
         """So many numbers from the front, of those with pictures; where none has any, of all."""
-        seeing = [n for n, (*_, (start, end)) in enumerate(self.asked) if start < end]
+        seeing = [n for n, (*_, (start, end)) in enumerate(self.entries) if start < end]
         return (seeing or list(range(len(self))))[:count]
 
     def batches(self, numbers: range, size: int, tokenizer: Any) -> list[list[int]]:
@@ -140,11 +144,11 @@ class Questions:
 
         Padding is small then, and a batch that is too large for the memory is found at once.
         """
-        texts = [self.asked[number].text for number in numbers]
+        texts = [self.entries[number].text for number in numbers]
         words = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         vision = self.data.vision_tokens
         lengths = {
-            number: int(vision[self.asked[number].row]) + count
+            number: int(vision[self.entries[number].row]) + count
             for number, count in zip(numbers, words, strict=True)
         }
         ordered = sorted(numbers, key=lambda number: (-lengths[number], number))
@@ -321,7 +325,7 @@ def to_device(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Te
 
 
 def share_right(
-    questions: Sequence[Asked], guesses: dict[str, str], rules: Iterable[Rule] | None = None
+    questions: Sequence[QuestionEntry], guesses: dict[str, str], rules: Iterable[Rule] | None = None
 ) -> dict[str, Any]:
     """Accuracy of one guess per kind, in all and by kind; `rules` score each question."""
     pairs = zip(questions, rules or [exact_match] * len(questions), strict=True)

@@ -1,4 +1,4 @@
-"""What models are trained and asked with: plans, or peers at a layer average; how that is written.
+"""Methods that models are trained and evaluated with: plans, or peers at a layer average; as text.
 
 The methods themselves are adsc's. A peer is fitted to the model that it is attached to.
 """
@@ -20,7 +20,7 @@ OWN = "own"
 
 
 class MethodError(ValueError):
-    """A method that nobody knows, or that isn't written as methods are."""
+    """An unknown method, or one that can't be parsed."""
 
 
 class PeerConfig(Config):

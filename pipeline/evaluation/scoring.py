@@ -143,46 +143,46 @@ Mean = Callable[[np.ndarray, np.ndarray], Any]
 """Of values (Q,) where a mask (Q,) holds: a number, or one for each resample of the pictures."""
 
 
-def pope_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
+def pope_figures(questions: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
     """F1 of "yes", the mean of the sets (random, popular, adversarial), and the share of "yes"."""
-    true = np.array([question.expected.strip().lower() == "yes" for question in asked])
+    true = np.array([question.expected.strip().lower() == "yes" for question in questions])
     said = true == (scores > 0)
     f1 = [
         2 * mean(said & true, kind) / np.maximum(mean(said, kind) + mean(true, kind), 1e-12)
-        for kind in _masks(asked, "kind")
+        for kind in _masks(questions, "kind")
     ]
-    return {"F1": sum(f1) / len(f1), "answers yes": mean(said, np.ones(len(asked), bool))}
+    return {"F1": sum(f1) / len(f1), "answers yes": mean(said, np.ones(len(questions), bool))}
 
 
-def mme_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
+def mme_figures(questions: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
     """Perception (of 2000 points) and cognition (of 800): for each category the percentage of
     questions and that of pictures with both questions right (Fu et al. 2023)."""
-    both, once = _all_right(asked, scores, lambda question: (question.kind, question.record))
+    both, once = _all_right(questions, scores, lambda question: (question.kind, question.record))
     points: dict[str, Any] = {"perception": 0.0, "cognition": 0.0}
-    kinds = dict.fromkeys(question.kind for question in asked)
-    for kind, mask in zip(kinds, _masks(asked, "kind"), strict=True):
+    kinds = dict.fromkeys(question.kind for question in questions)
+    for kind, mask in zip(kinds, _masks(questions, "kind"), strict=True):
         part = "cognition" if kind in MME_COGNITION else "perception"
         points[part] = points[part] + 100 * (mean(scores, mask) + mean(both, mask & once))
     return points
 
 
-def circular_figures(asked: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
+def circular_figures(questions: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
     """CircularEval of MMBench: a question counts if it is right in every order of its options
     (Liu et al. 2023)."""
-    right, once = _all_right(asked, scores, lambda question: question.record)
+    right, once = _all_right(questions, scores, lambda question: question.record)
     return {"circular": mean(right, once)}
 
 
-def _masks(asked: Sequence[Any], field: str) -> list[np.ndarray]:
-    values = np.array([getattr(question, field) for question in asked])
+def _masks(questions: Sequence[Any], field: str) -> list[np.ndarray]:
+    values = np.array([getattr(question, field) for question in questions])
     return [values == value for value in dict.fromkeys(values.tolist())]
 
 
 def _all_right(
-    asked: Sequence[Any], scores: np.ndarray, group: Callable[[Any], Any]
+    questions: Sequence[Any], scores: np.ndarray, group: Callable[[Any], Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether all questions of its group are right (Q,), and the first of each group (Q,)."""
-    keys = [group(question) for question in asked]
+    keys = [group(question) for question in questions]
     right = dict.fromkeys(keys, True)
     for key, score in zip(keys, scores, strict=True):
         right[key] = right[key] and bool(score)

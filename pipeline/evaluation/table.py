@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.evaluation.config import EvaluateConfig, Row, rows_of
-from pipeline.evaluation.generation import Asked, Questions
+from pipeline.evaluation.generation import QuestionEntry, Questions
 from pipeline.evaluation.intervals import Bootstrap, interval, over_seeds
 from pipeline.evaluation.scoring import FIGURES, Mean
 
@@ -42,7 +42,7 @@ class Scored(NamedTuple):
 
 def results(
     evaluated: EvaluateConfig,
-    asked: Sequence[Asked],
+    questions: Sequence[QuestionEntry],
     scenes: Sequence[str],
     scored: dict[str, Scored],
     measured: dict[str, Any],
@@ -63,26 +63,26 @@ def results(
         "task": evaluated.task,
         "seed": evaluated.seed,
         "control_arm": evaluated.control,
-        "num_questions": len(asked),
+        "num_questions": len(questions),
         "num_pictures": len(set(scenes)),
         "prefill_batch": measured["batch"],
         "decode_tokens": evaluated.decode_tokens,
         **{name: measured[name] for name in _SHAPE},
-        "arms": _table(evaluated, asked, scenes, scored, measured, splits),
+        "arms": _table(evaluated, questions, scenes, scored, measured, splits),
         **more,
     }
 
 
 def _table(
     config: EvaluateConfig,
-    asked: Sequence[Asked],
+    questions: Sequence[QuestionEntry],
     scenes: Sequence[str],
     scored: dict[str, Scored],
     measured: dict[str, Any],
     splits: Sequence[str],
 ) -> list[dict[str, Any]]:
     bootstrap = Bootstrap(scenes, config.seed)
-    kinds = np.array([question.kind for question in asked])
+    kinds = np.array([question.kind for question in questions])
     several = list(dict.fromkeys(splits)) if len(set(splits)) > 1 else []
     tasks = {task: np.array(splits) == task for task in several}
     rows = rows_of(config.arms)
@@ -91,7 +91,7 @@ def _table(
     dense = measured["methods"].get("")
     table = []
     for row in rows:
-        own, arm, count = scores[row.name], row.arms[0], len(asked) * len(row.arms)
+        own, arm, count = scores[row.name], row.arms[0], len(questions) * len(row.arms)
         against = control and _against(row, control, scores)
         kept = against and bootstrap.ratio(
             against.own, against.control, same_seeds=against.same_seeds
@@ -208,13 +208,13 @@ def benchmark_figures(
                 row.name: [scored[arm.name].scores[part] for arm in row.arms]
                 for row in rows_of(config.arms)
             }
-            found[split] = _figures(split, questions.asked, rows, config.control, bootstrap)
+            found[split] = _figures(split, questions.entries, rows, config.control, bootstrap)
     return found
 
 
 def _figures(
     benchmark: str,
-    asked: Sequence[Asked],
+    questions: Sequence[QuestionEntry],
     rows: dict[str, list[np.ndarray]],
     control: str,
     bootstrap: Bootstrap,
@@ -222,7 +222,7 @@ def _figures(
     """By figure and row; the scores of a row are a list of (Q,), one a seed."""
 
     def figures(scores: Sequence[np.ndarray], mean: Mean) -> dict[str, Any]:
-        each = [FIGURES[benchmark](asked, one, mean) for one in scores]
+        each = [FIGURES[benchmark](questions, one, mean) for one in scores]
         return {name: sum(of[name] for of in each) / len(each) for name in each[0]}
 
     def plain(values: np.ndarray, chosen: np.ndarray) -> float:

@@ -1,5 +1,5 @@
-"""What each stage of a compression is: its config and its identity, a file a kind.
+"""The kinds of stages of a compression: config and identity, one file per kind.
 
-What the stages do stands in pipeline/stages, in files of the same names. Whoever makes, lists or
-compares stages imports these files alone: no torch, no Ray, no numpy.
+The bodies are in pipeline/stages, in files of the same names. To build, list or compare stages,
+only these files are imported: no torch, no Ray, no numpy.
 """

@@ -1,4 +1,4 @@
-"""The kind of stage `base`: which checkpoint is compressed, and what is known of it unopened."""
+"""The kind of stage `base`: the checkpoint to compress, and what is known without loading it."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class BaseConfig(Config):
 
 
 class BaseError(ValueError):
-    """The checkpoint can't be used; the message says why."""
+    """The checkpoint can't be used; the message has the reason."""
 
 
 def folder_digest(folder: Path) -> str:
@@ -38,8 +38,8 @@ def folder_digest(folder: Path) -> str:
 
 
 def pin_digest(config: BaseConfig) -> BaseConfig:
-    """With the digest of a checkpoint that ships in a package, so that new weights there are
-    another base. Folders of users are taken as they are: hashing a large one takes minutes."""
+    """The config with the digest of a checkpoint that ships in a package, so that new weights are
+    another base. Folders of users are not hashed: for a large one that takes minutes."""
     if config.digest is not None or not config.source.startswith("package://"):
         return config
     if not resolve(config.source).is_dir():
@@ -48,8 +48,8 @@ def pin_digest(config: BaseConfig) -> BaseConfig:
 
 
 def num_decoder_layers(source: str) -> int | None:
-    """Decoder layers of a known hub id, or by the checkpoint's config.json; None where that isn't
-    at hand.
+    """Decoder layers of a known hub id, or from the checkpoint's config.json; None if it isn't
+    available.
 
     Raises:
         BaseError: it is a checkpoint of LLaVA's own code.

@@ -1,4 +1,4 @@
-"""The kind of stage `export`: what is published beside the weights, and where to."""
+"""The kind of stage `export`: what is published beside the weights, and where."""
 
 from typing import Literal, Self
 
@@ -12,22 +12,22 @@ from pipeline.tracking.names import check_name, check_tags
 
 
 class ExportConfig(Config):
-    """What is published beside the weights, where to, and how exactly a copy must compute."""
+    """What is published beside the weights, where, and how exactly a copy must match."""
 
     name: str = "compressed"
-    """The model's name, on its card and in MLflow, where `-` stands for characters that it refuses:
+    """The model's name, on its card and in MLflow, which replaces forbidden characters with `-`:
     llava-1.5-7b is registered as llava-1-5-7b."""
     base: str = ""
-    """What the base is called, for card and adapter: a hub id or a few words."""
+    """Name of the base, for card and adapter: a hub id or a few words."""
     licence: str = ""
-    """Licence of the base, as hubs write it (apache-2.0); empty says that it is unknown."""
+    """Licence id of the base (apache-2.0); empty if unknown."""
     to: str = ""
     """Also publish it at this address, s3://bucket/prefix or a folder: one checkpoint, and nothing
     else, ever. Empty leaves it in the store of the run."""
     encryption: Literal["", "AES256", "aws:kms"] = ""
-    """How S3 is to encrypt what is published; empty leaves that to the bucket."""
+    """S3's encryption of published files; empty uses the bucket's default."""
     kms_key: str = ""
-    """The key of `aws:kms`; empty takes the account's own."""
+    """The key for `aws:kms`; empty uses the account's default."""
     tags: dict[str, str] = {}
     """Tags of every object that is published; they need s3:PutObjectTagging."""
     tolerance: float = Field(default=1e-4, ge=0)
@@ -41,7 +41,7 @@ class ExportConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """What would fail after hours of training fails here."""
+        """Fail now rather than after hours of training."""
         check_name(self.name)
         check_tags(self.tags)
         if self.to and isinstance(self.store(), ReadOnlyStore):
@@ -49,7 +49,7 @@ class ExportConfig(Config):
         return self
 
     def store(self) -> Store:
-        """Where `to` is."""
+        """The store at `to`."""
         return open_store(self.to, self.encryption, self.kms_key, tuple(self.tags.items()))
 
 

@@ -8,7 +8,7 @@ from pipeline.evaluation.methods import MethodConfig, PeerConfig, Plan
 
 
 class MergeConfig(MethodConfig):
-    """What the merged checkpoint carries, and how closely it must match."""
+    """Plans of the merged checkpoint, and how closely it must match."""
 
     plan: Plan = ""
     """The plan that the checkpoint runs with; it is stored in its config."""

@@ -1,7 +1,7 @@
-"""The manifest of a published checkpoint: size and SHA-256 of each file, and where they come from.
+"""The manifest of a published checkpoint: size and SHA-256 of each file, and their lineage.
 
-Whatever reads a checkpoint compares it with the manifest before it loads anything. The manifest's
-own SHA-256 names the checkpoint; it is no signature: whoever may write there can write both.
+Every reader compares a checkpoint with its manifest before loading anything. The SHA-256 of the
+manifest identifies the checkpoint; it is not a signature: a writer there can replace both.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from pydantic import ValidationError
 
 from pipeline.durable.record import File
 from pipeline.store import file_sha256
-from pipeline.store.base import TEMPORARY
+from pipeline.store.interface import TEMPORARY
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 SUFFIXES = {".json", ".jinja", ".md", ".model", ".safetensors", ".txt"}
-"""What a checkpoint may hold, besides LICENSE and NOTICE: nothing that loading could execute."""
+"""File types allowed in a checkpoint, besides LICENSE and NOTICE: none that loading could run."""
 BOOKKEEPING = (".git", ".gitattributes", ".gitignore", ".cache", ".huggingface")
-"""What git and the hub's client leave in a folder: no part of a checkpoint, and never published."""
+"""Files of git and the hub's client in a folder: not part of a checkpoint, and never published."""
 MAX_BYTES = 64 << 20
-"""Of a manifest; a longer one isn't parsed."""
+"""Size limit of a manifest; a longer one isn't parsed."""
 
 
 class ExportError(ValueError):
-    """The checkpoint can't be published, or isn't what was published; all reasons at once."""
+    """The checkpoint can't be published, or differs from what was published; all reasons at
+    once."""
 
 
 def write_manifest(folder: Path, lineage: dict[str, Any]) -> None:
-    """Sizes and SHA-256 of all files, in manifest.json. The last file to be written.
+    """Write sizes and SHA-256 of all files to manifest.json; it must be the last file written.
 
     Raises:
-        ExportError: files of a kind that a checkpoint has no need of.
+        ExportError: files of a type that checkpoints don't need.
     """
     check_kinds(folder)
     files = [File.read(folder, path) for path in files_of(folder) if path != folder / MANIFEST]
@@ -49,15 +50,15 @@ def write_manifest(folder: Path, lineage: dict[str, Any]) -> None:
 
 
 def check_kinds(folder: Path, left_out: Collection[str] = ()) -> None:
-    """Raise an ExportError if a folder holds files of a kind that a checkpoint has no need of, but
-    for those with a part of their path in `left_out`."""
+    """Raise an ExportError if a folder holds files of a type that checkpoints don't need, except
+    those with a part of their path in `left_out`."""
     inside = [path.relative_to(folder) for path in files_of(folder)]
     names = [it.as_posix() for it in inside if not set(it.parts) & set(left_out)]
     if strange := [name for name in names if not _allowed(name)]:
         raise ExportError(
-            f"{', '.join(strange)}: only {', '.join(sorted(SUFFIXES))}, LICENSE and NOTICE are "
-            "published, and weights are to be safetensors. Move the others out of the folder; "
-            "save_pretrained writes weights of other formats as safetensors"
+            f"{', '.join(strange)}: only {', '.join(sorted(SUFFIXES))}, LICENSE and NOTICE can be "
+            "published, with weights as safetensors. Move other files out of the folder; "
+            "save_pretrained converts weights to safetensors"
         )
 
 
@@ -65,11 +66,11 @@ def parse(text: bytes, place: str) -> list[File]:
     """The files that a manifest lists.
 
     Raises:
-        ExportError: it can't be read, is of a later version, or lists what no checkpoint may hold.
+        ExportError: it can't be read, is of a later version, or lists a file that isn't allowed.
     """
     try:
         if len(text) > MAX_BYTES:
-            raise ValueError(f"{len(text)} bytes are no manifest")
+            raise ValueError(f"{len(text)} bytes are too many for a manifest")
         manifest = json.loads(text)
         version = manifest["schema_version"]
         files = [File.model_validate(entry) for entry in manifest["files"]]
@@ -84,7 +85,7 @@ def parse(text: bytes, place: str) -> list[File]:
 
 
 def verify_folder(folder: Path) -> list[File]:
-    """Compare a folder with its manifest, before anything in it is loaded.
+    """Compare a folder with its manifest before anything in it is loaded.
 
     Raises:
         ExportError: every missing, truncated, altered, extra or unsafe file, by name.
@@ -92,10 +93,10 @@ def verify_folder(folder: Path) -> list[File]:
     try:
         text = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        raise ExportError(f"{folder} is no exported checkpoint: {error}") from None
+        raise ExportError(f"{folder} is not an exported checkpoint: {error}") from None
     files = parse(text, str(folder))
     problems = [problem for file in files if (problem := difference(folder, file))]
-    problems += [f"{name} is not in the manifest" for name in strangers(folder, files)]
+    problems += [f"{name} is not in the manifest" for name in unlisted(folder, files)]
     refuse(str(folder), problems)
     return files
 
@@ -107,7 +108,7 @@ def refuse(place: str, problems: Sequence[str]) -> None:
 
 
 def difference(folder: Path, file: File) -> str | None:
-    """In what a folder's file differs from its entry in the manifest; None if in nothing."""
+    """How a folder's file differs from its entry in the manifest; None if it doesn't."""
     path = folder / file.path
     if not path.resolve().is_relative_to(folder.resolve()):
         return f"{file.path} is a link out of the folder"
@@ -120,8 +121,8 @@ def difference(folder: Path, file: File) -> str | None:
     return None
 
 
-def strangers(folder: Path, files: Sequence[File]) -> list[str]:
-    """Files of a folder that a manifest doesn't list; what a store leaves beside them is none."""
+def unlisted(folder: Path, files: Sequence[File]) -> list[str]:
+    """Files of a folder that a manifest doesn't list, apart from a store's own."""
     listed = {folder / file.path for file in files} | {folder / MANIFEST, folder / ".lock"}
     return [
         path.relative_to(folder).as_posix()
@@ -131,12 +132,12 @@ def strangers(folder: Path, files: Sequence[File]) -> list[str]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files below a folder, and links, which `difference` judges."""
+    """All files below a folder, and links, which `difference` checks."""
     return sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
 
 
 def digest(text: bytes) -> str:
-    """The name of a checkpoint: its manifest's SHA-256, 64 hexadecimal digits."""
+    """The identity of a checkpoint: its manifest's SHA-256, 64 hexadecimal digits."""
     return hashlib.sha256(text).hexdigest()
 
 
@@ -146,12 +147,12 @@ def _allowed(path: str) -> bool:
 
 
 def _unsafe(path: str) -> str | None:
-    """Why an entry of a manifest is never followed; None if it may be."""
+    """Why an entry of a manifest is refused; None if it is allowed."""
     named = PurePosixPath(path)
     if named.is_absolute() or ".." in named.parts or "\\" in path:
         return f"{path!r} leads out of the folder"
     if path != str(named) or path in (MANIFEST, "."):
-        return f"{path!r} is no name of a checkpoint's file"
+        return f"{path!r} is not the name of a checkpoint's file"
     if not _allowed(path):
-        return f"{path} is of a kind that is never exported"
+        return f"{path} is of a type that is never exported"
     return None

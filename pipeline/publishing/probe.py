@@ -1,9 +1,9 @@
-"""Logits that a checkpoint must reproduce, wherever it is loaded: by them a copy is known to be the
-model that was scored, under each plan that it names.
+"""The probe: logits that a checkpoint must reproduce wherever it is loaded, under each of its named
+plans. They show that a copy is the model that was scored.
 
-The merge stage writes them beside the weights. A published checkpoint has them in a folder of their
-own, since serving engines read every safetensors file beside config.json; copies that were
-published before have them there as well.
+The merge stage writes them beside the weights. A published checkpoint has them in a separate
+folder, because serving engines read every safetensors file beside config.json; older published
+copies still have them beside the weights.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from safetensors.torch import load_file, save_file
 import adsc
 
 PROBE = "probe.safetensors"
-"""Inputs, and the logits under the plan that the checkpoint runs with."""
+"""Inputs, and the logits under the checkpoint's default plan."""
 NAMED_PROBE = "probe_plans.safetensors"
-"""Beside it: the logits under each named plan, by its name."""
+"""Beside it: the logits under each named plan, by name."""
 FOLDER = "probe"
-"""Where both are in a published checkpoint."""
+"""The folder of both in a published checkpoint."""
 
 
 def find_probe(folder: Path) -> Path:
-    """Where a checkpoint's probe is, or would be beside its weights."""
+    """The path of a checkpoint's probe, or the one beside its weights if there is none."""
     published = folder / FOLDER / PROBE
     return published if published.is_file() else folder / PROBE
 
 
 def put_aside(folder: Path) -> None:
-    """Move a checkpoint's probe from beside its weights into its own folder."""
+    """Move a checkpoint's probe from beside its weights into the folder `probe`."""
     for name in (PROBE, NAMED_PROBE):
         if (folder / name).is_file():
             (folder / FOLDER).mkdir(exist_ok=True)
@@ -40,8 +40,7 @@ def put_aside(folder: Path) -> None:
 
 
 def write_named_probe(model: Any, probe: dict[str, torch.Tensor], folder: Path) -> None:
-    """Store the logits under each named plan; of a model without any, nothing. The model runs with
-    the last of them then.
+    """Store the logits under each named plan, if there are any. Leaves the last one attached.
 
     Args:
         probe: inputs of the model.
@@ -56,6 +55,6 @@ def write_named_probe(model: Any, probe: dict[str, torch.Tensor], folder: Path) 
 
 
 def read_named_probe(folder: Path) -> dict[str, torch.Tensor]:
-    """The logits by name; empty where there are none."""
+    """Plan name -> logits; empty if there are none."""
     file = find_probe(folder).with_name(NAMED_PROBE)
     return load_file(file) if file.is_file() else {}

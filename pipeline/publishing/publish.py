@@ -1,9 +1,9 @@
-"""A checkpoint to a store and back: `publish` and `pull`.
+"""Copy a checkpoint to a store and back: `publish` and `pull`.
 
-A reader sees a whole checkpoint or none: the manifest is created last, and conditionally, after the
-checkpoint has been loaded back from the store. Files can't be mixed: whoever uploads first writes
-its manifest to a claim, and only uploads of the same content go on beside it. What has arrived is
-not sent again, and what is published is never replaced.
+A reader never sees a partial checkpoint: the manifest is created last, and conditionally, after the
+checkpoint has been loaded back from the store. Files can't be mixed: the first uploader writes its
+manifest to a claim, and only uploads of the same content may continue beside it. Uploaded files are
+not sent again, and a published checkpoint is never replaced.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from pipeline.publishing.manifest import (
     difference,
     digest,
     parse,
-    strangers,
+    unlisted,
     verify_folder,
 )
-from pipeline.store import Altered, DiskFull, Entry, Store, StoreAway, StoreError
-from pipeline.store.base import PARALLEL, TEMPORARY, appearing, explain_os, write
+from pipeline.store import Altered, DiskFull, Entry, Store, StoreError, StoreUnavailable
+from pipeline.store.interface import PARALLEL, TEMPORARY, appearing, explain_os, write
 
 CLAIM = "unfinished.json"
-"""The manifest of a checkpoint that is on its way; gone when it has arrived."""
+"""The manifest of a checkpoint during its upload; deleted at the end."""
 TRIES = 5
-"""Of each file, beyond those of single requests."""
+"""Attempts at each file, on top of the retries of single requests."""
 
 Report = Callable[[float, float, str], object]
-"""Bytes that have arrived, bytes in all, and what is done: `StageContext.progress`."""
+"""Bytes transferred, bytes in total, and the current step: `StageContext.progress`."""
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What `publish` or `pull` found and did."""
+    """The result of `publish` or `pull`."""
 
     address: str
     digest: str
-    """SHA-256 of the manifest, which names the checkpoint."""
+    """SHA-256 of the manifest, which identifies the checkpoint."""
     files: int
     bytes: int
     moved: int
-    """Files that were copied; the others were there already."""
+    """Files copied; the others existed already."""
     probe: dict[str, float] = field(default_factory=dict)
-    """What the check said of the checkpoint as it lies in the store."""
+    """Result of the check of the checkpoint in the store."""
 
 
 def publish(
@@ -66,14 +66,14 @@ def publish(
     check: Callable[[Path], dict[str, float]],
     report: Report = lambda done, total, note: None,
 ) -> Published:
-    """Copy an exported folder to a store, where readers see it when it is whole and checked.
+    """Copy an exported folder to a store, where it becomes visible once complete and checked.
 
     Args:
-        check: loads a copy that was fetched back, and raises if it isn't the model that it was.
+        check: loads a copy fetched back from the store, and raises if it isn't the same model.
 
     Raises:
-        ExportError: the folder isn't what its manifest says; something else is there.
-        StoreError: the store refuses, or stays away for all tries.
+        ExportError: the folder doesn't match its manifest; the store holds something else.
+        StoreError: the store refuses, or is unavailable in all attempts.
     """
     report(0, 1, "checksums")
     files, text = verify_folder(folder), (folder / MANIFEST).read_bytes()
@@ -84,22 +84,22 @@ def publish(
         bytes=sum(file.size for file in files) + len(text),
         moved=0,
     )
-    there = _patiently(lambda: {it.key: it.size for it in store.list("")})
+    stored = _patiently(lambda: {it.key: it.size for it in store.list("")})
     known = {file.path for file in files} | {MANIFEST, CLAIM}
-    if others := sorted(there.keys() - known):
+    if others := sorted(stored.keys() - known):
         raise ExportError(
             f"{store.root} holds {', '.join(others[:5])}{' ...' if others[5:] else ''}, which this "
-            "checkpoint does not: choose an empty place"
+            "checkpoint does not: choose an empty address"
         )
-    # An object's size is enough: whoever put it there under our claim compared its checksum.
-    if _is_published(store, text) and all(there.get(file.path) == file.size for file in files):
+    # Comparing sizes is enough: an upload under this claim has compared checksums.
+    if _is_published(store, text) and all(stored.get(file.path) == file.size for file in files):
         return entry
     with _claimed(store, text):
         bar = _Bar(report, entry.bytes, "uploading")
 
         def send(file: File) -> bool:
             path = folder / file.path
-            if there.get(file.path) == file.size and store.holds(file.path, path):
+            if stored.get(file.path) == file.size and store.holds(file.path, path):
                 bar(file.size)
                 return False
             store.put(path, file.path, bar)
@@ -114,7 +114,7 @@ def publish(
             probe = check(copy)
         _patiently(lambda: store.create(MANIFEST, text))
         if not _is_published(store, text):
-            raise StoreError(f"{store.uri(MANIFEST)} was deleted while in use: export again")
+            raise StoreError(f"{store.uri(MANIFEST)} was deleted meanwhile: export again")
     return Published(**(vars(entry) | {"moved": moved, "probe": probe}))
 
 
@@ -124,22 +124,22 @@ def pull(
     expect: str = "",
     report: Report = lambda done, total, note: None,
 ) -> Published:
-    """Copy a published checkpoint to a folder, which is whole when its manifest.json is there.
+    """Copy a published checkpoint to a folder, which is complete once it has a manifest.json.
 
-    Files that are there are compared, not fetched; ones that differ are left alone and named.
+    Existing files are compared, not fetched; those that differ are kept and reported.
 
     Args:
-        expect: the manifest's SHA-256, for copies from places that others may write to.
+        expect: the manifest's SHA-256, for addresses that others can write to.
 
     Raises:
-        ExportError: nothing is published there, it was altered or cut short, or the folder holds
+        ExportError: nothing is published there, it was altered or truncated, or the folder holds
             something else.
-        StoreError: the store refuses, or stays away for all tries; DiskFull.
+        StoreError: the store refuses, or is unavailable in all attempts; DiskFull.
     """
     text = _patiently(lambda: store.read(MANIFEST))
     if text is None:
         unfinished = _patiently(lambda: store.read(CLAIM)) is not None
-        reason = "its export has not ended" if unfinished else f"there is no {MANIFEST}"
+        reason = "its export has not finished" if unfinished else f"there is no {MANIFEST}"
         raise ExportError(f"no checkpoint is published at {store.root}: {reason}")
     if expect and digest(text) != expect:
         raise ExportError(
@@ -151,7 +151,7 @@ def pull(
     with _alone(folder):
         if (folder / MANIFEST).is_file() and (folder / MANIFEST).read_bytes() != text:
             raise ExportError(f"{folder} holds another checkpoint: choose another folder")
-        if others := strangers(folder, files):
+        if others := unlisted(folder, files):
             raise ExportError(
                 f"{folder} holds {', '.join(others[:5])}, which the checkpoint does not: choose an "
                 "empty folder"
@@ -174,36 +174,37 @@ def pull(
 
 
 def _is_published(store: Store, text: bytes) -> bool:
-    """Whether this very checkpoint is published.
+    """Whether this checkpoint is published.
 
     Raises:
         ExportError: another one is.
     """
-    found = _patiently(lambda: store.read(MANIFEST))
-    if found is not None and found != text:
+    published = _patiently(lambda: store.read(MANIFEST))
+    if published is not None and published != text:
         raise ExportError(
-            f"another checkpoint is published at {store.root} (manifest {digest(found)[:12]}, this "
-            f"one has {digest(text)[:12]}): choose another name; what is published is not replaced"
+            f"another checkpoint is published at {store.root} (manifest {digest(published)[:12]}, "
+            f"this one has {digest(text)[:12]}): choose another name; a published checkpoint is "
+            "never replaced"
         )
-    return found is not None
+    return published is not None
 
 
 @contextlib.contextmanager
 def _claimed(store: Store, text: bytes) -> Iterator[None]:
-    """Nobody uploads other content there; after a failure the claim stays, and the same goes on."""
-    found: bytes | None = text
+    """Exclude uploads of other content; after a failure the claim stays, to resume the same one."""
+    claim: bytes | None = text
     if _patiently(lambda: store.create(CLAIM, text)) is None:
-        found = _patiently(lambda: store.read(CLAIM))
-        if found is not None and found != text:
+        claim = _patiently(lambda: store.read(CLAIM))
+        if claim is not None and claim != text:
             raise ExportError(
                 f"{store.root} holds an unfinished export of another checkpoint (manifest "
-                f"{digest(found)[:12]}, this one has {digest(text)[:12]}): finish that one, delete "
-                "what is there, or choose another name"
+                f"{digest(claim)[:12]}, this one has {digest(text)[:12]}): finish that one, delete "
+                "its files, or choose another name"
             )
-    if found is not None:  # else somebody has just finished
+    if claim is not None:  # else another export has just finished
         _patiently(lambda: store.check_conditions(CLAIM, text))
     try:
-        _is_published(store, text)  # by somebody who was faster than our claim
+        _is_published(store, text)  # another export may have finished before the claim
     except ExportError:
         store.delete(CLAIM)
         raise
@@ -212,14 +213,14 @@ def _claimed(store: Store, text: bytes) -> Iterator[None]:
 
 
 def _check_listing(store: Store, files: Sequence[File]) -> None:
-    """Every missing or truncated file of a published checkpoint, before anything is fetched."""
-    there = {it.key: it.size for it in _patiently(lambda: store.list(""))}
+    """Raise an ExportError with every missing or truncated file, before anything is fetched."""
+    sizes = {it.key: it.size for it in _patiently(lambda: store.list(""))}
     problems = [
         f"{file.path} is missing"
-        if file.path not in there
-        else f"{file.path} has {there[file.path]} bytes instead of {file.size}"
+        if file.path not in sizes
+        else f"{file.path} has {sizes[file.path]} bytes instead of {file.size}"
         for file in files
-        if there.get(file.path) != file.size
+        if sizes.get(file.path) != file.size
     ]
     if problems:
         raise ExportError(
@@ -228,21 +229,21 @@ def _check_listing(store: Store, files: Sequence[File]) -> None:
 
 
 def _missing(folder: Path, files: Sequence[File], bar: _Bar) -> list[File]:
-    """What is to be fetched.
+    """The files to fetch.
 
     Raises:
-        ExportError: files that are there, and differ.
+        ExportError: existing files differ.
     """
     wanted = [file for file in files if not os.path.lexists(folder / file.path)]
     problems = []
     for file in files:
         if file not in wanted:
-            problems += [found] if (found := difference(folder, file)) else []
+            problems += [problem] if (problem := difference(folder, file)) else []
             bar(file.size)
     if problems:
         raise ExportError(
             f"{folder} holds other files than the checkpoint: {'; '.join(problems)}. Move them "
-            "away, or choose another folder"
+            "elsewhere, or choose another folder"
         )
     return wanted
 
@@ -251,8 +252,8 @@ def _check_room(folder: Path, files: Sequence[File]) -> None:
     needed, free = sum(file.size for file in files), shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFull(
-            f"{folder} has room for {free >> 20} MiB, {needed >> 20} MiB are missing: free some "
-            "space or choose another folder"
+            f"{folder} has {free >> 20} MiB free, but {needed >> 20} MiB are to be fetched: free "
+            "some space or choose another folder"
         )
 
 
@@ -265,7 +266,8 @@ def _fetch(store: Store, folder: Path, files: Sequence[File], bar: _Bar) -> None
 
 
 def _in_parallel(call: Callable[[File], Result], files: Sequence[File]) -> list[Result]:
-    """Large files first, so that the last ones to arrive are small. The first error ends it."""
+    """Call for all files, largest first, so that no large one is left to the end. The first error
+    cancels the rest."""
     order = sorted(files, key=lambda file: -file.size)
     with ThreadPoolExecutor(PARALLEL) as pool:
         waiting = [pool.submit(call, file) for file in order]
@@ -277,37 +279,38 @@ def _in_parallel(call: Callable[[File], Result], files: Sequence[File]) -> list[
 
 
 def _patiently(call: Callable[[], Result]) -> Result:
-    """What `call` returns, tried again while the store is away or bytes arrive altered."""
+    """The result of `call`, retried if the store is unavailable or data arrives altered."""
     for tried in range(1, TRIES + 1):
         try:
             return call()
         except DiskFull:
             raise
-        except (StoreAway, Altered) as error:
+        except (StoreUnavailable, Altered) as error:
             if tried == TRIES:
                 kind = type(error)
-                more = f"(tried {TRIES} times; files that arrived whole stay)"
+                more = f"(tried {TRIES} times; completed files are kept)"
                 raise kind(f"{error} {more}") from error
             time.sleep(min(30.0, random.random() * 2**tried))
     raise AssertionError("unreachable")
 
 
 def check_target(folder: Path) -> None:
-    """Whether a folder can be written there, before anything is computed or fetched for it.
+    """Check that a folder can be written, before anything is computed or fetched for it.
 
     Raises:
         ExportError: it, or a part of its path, is a file, or this user may not write there.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ExportError(f"{there} is a file: name a folder, or one that is not there yet")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ExportError(f"{there} may not be written to by this user: name another folder")
+    parents = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in parents if path.exists())
+    if not existing.is_dir():
+        raise ExportError(f"{existing} is a file: name a folder, or one that does not exist yet")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ExportError(f"no permission to write to {existing}: name another folder")
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, without what killed pulls left, and no second pull into it."""
+    """Create the folder if missing, exclude a second pull, and delete leftovers of killed ones."""
     check_target(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -318,7 +321,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ExportError(f"another process copies into {folder}: wait for it") from None
+            raise ExportError(f"another process is copying into {folder}: wait for it") from None
         for left in folder.rglob(f"{TEMPORARY}*"):
             left.unlink()
         yield
@@ -327,7 +330,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 class _Bar:
-    """Adds up what several threads have moved."""
+    """Sums up the bytes transferred by several threads."""
 
     def __init__(self, report: Report, total: int, note: str) -> None:
         self.note = note

@@ -1,6 +1,6 @@
-"""What `evaluate` hands to `report` in results.json, as types. Fields beyond these are left alone.
+"""Types of results.json, which `evaluate` passes to `report`. Other fields are ignored.
 
-It checks shapes only; what the numbers mean is said where they are made, and in the report.
+Only shapes are checked; the numbers are explained where they are computed, and in the report.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Arm(_Part):
     plan: str
     """The plan, or the peer with its budget; empty is dense."""
     peer: bool = False
-    """Whether another method than a plan."""
+    """Whether the method is a peer rather than a plan."""
     trained: bool
     """Whether it was trained with its plan."""
     budget: str = ""
@@ -87,13 +87,13 @@ class Arm(_Part):
     by_split: dict[str, Task] = {}
     """Of every split, or task file, where there are several."""
     difference: Interval | None = None
-    """Accuracy less the control's, paired."""
+    """Difference from the control's accuracy, paired."""
     retention: float | None = None
     """Accuracy as a share of the control's."""
     retention_interval: Interval | None = None
     """The same with its interval."""
     seeds: list[Seed] = []
-    """Each training of an arm with several."""
+    """One entry per training, for an arm with several."""
     over_seeds: Interval | None = None
     """Mean accuracy over seeds with Student's interval; None for one seed."""
     difference_over_seeds: Interval | None = None
@@ -145,7 +145,7 @@ class Results(_Part):
     title: str
     """Title of the report."""
     task: str
-    """What was asked, in words."""
+    """The task, in words."""
     workflow: str
     """Name of the workflow."""
     seed: int
@@ -157,7 +157,7 @@ class Results(_Part):
     num_questions: int
     """Questions that each arm answered."""
     num_pictures: int
-    """Pictures that they are about."""
+    """Distinct pictures of these questions."""
     num_vision_tokens: int
     """Vision tokens of a question before any drop, mean over the timed batch."""
     num_layers: int
@@ -169,15 +169,15 @@ class Results(_Part):
     decode_tokens: int | None = None
     """Tokens of a timed generation."""
     device: str = ""
-    """What it was timed on."""
+    """The device of the measurements."""
     dtype: str = ""
     """Of the weights."""
     control_arm: str = ""
-    """Name of the arm that others are compared with."""
+    """Name of the arm that the others are compared with."""
     majority: Baseline
     """The baseline without a model."""
     arms: list[Arm]
-    """One entry an arm."""
+    """One entry per arm."""
     curves: dict[str, list[tuple[float, float]]] = {}
     """Training losses by stage, as pairs (step, loss)."""
     samples: list[Sample] = []

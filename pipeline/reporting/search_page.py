@@ -27,7 +27,7 @@ from pipeline.search.study import Study, Trial
 LISTED = 20
 """Trials in the page's table."""
 FEW = 8
-"""With fewer finished trials nothing can be said about the importance of choices."""
+"""With fewer finished trials the importance of choices is unknown."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">

@@ -78,7 +78,7 @@ class SearchConfig(Config):
     validation conversations (`untrained`), ascending. Empty: it runs to its end; a curriculum's
     rungs are its stages."""
     eta: float = Field(3, gt=1)
-    """At each rung the best 1/eta of the trials that reached it go on (ASHA)."""
+    """At each rung the best 1/eta of the trials that reached it continue (ASHA)."""
     sampler: Literal["tpe", "random"] = "tpe"
     """Who proposes: Optuna's TPE (of both objectives on a front), or a uniform draw."""
     startup: int = Field(10, ge=0)

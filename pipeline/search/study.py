@@ -1,4 +1,4 @@
-"""A study: which plan is tried next, whether a trial goes on after a rung, and what was found.
+"""A study: which plan to try next, whether a trial continues after a rung, and the best trials.
 
 Everything follows from the trials that are finished and those that run, so a study that was killed
 goes on from its records alone. Optuna proposes points, as often as it is asked from the trials so
@@ -193,9 +193,9 @@ class Study:
         return None, settings
 
     def goes_on(self, number: int, rung: int, value: float) -> bool:
-        """Whether a running trial goes on after a rung: it is among the best 1/eta of those that
+        """Whether a running trial continues after a rung: it is among the best 1/eta of those that
         reached it so far (ASHA, arXiv 1810.05934, in the variant that stops). Known placements
-        always go on: they are what the others are compared with.
+        always continue: the others are compared with them.
 
         On a front, one trial is better than another if it is in both objectives.
         """

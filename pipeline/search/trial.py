@@ -54,8 +54,8 @@ class TrialRefused(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """All that trials of one search share; it can be pickled."""
+class SearchJob:
+    """Everything that the trials of one search share; it can be pickled."""
 
     search: SearchConfig
     train: TrainConfig
@@ -93,13 +93,13 @@ class Reached:
     """At the last rung."""
 
 
-def segments(job: Job, plan: str, settings: Settings = ()) -> list[TrainConfig]:
-    """The trainings of a trial with this plan and these settings, one a rung; empty where it trains
+def segments(job: SearchJob, plan: str, settings: Settings = ()) -> list[TrainConfig]:
+    """The trainings of a trial with this plan and these settings, one per rung; empty if it trains
     nothing.
 
     Raises:
         ConfigError: a setting that the training does not take.
-        TrialRefused: short trainings of which nobody said how long they are.
+        TrialRefused: short trainings of unspecified length.
     """
     config, base = job.search, with_settings(job.train, settings)
     if config.fidelity == "untrained":
@@ -110,7 +110,7 @@ def segments(job: Job, plan: str, settings: Settings = ()) -> list[TrainConfig]:
         ends = config.rungs or ((base.steps,) if base.steps else ())
         if not ends:
             raise TrialRefused(
-                f"search.fidelity = lora with train.epochs = {base.epochs}: say how many steps a "
+                f"search.fidelity = lora with train.epochs = {base.epochs}: set how many steps a "
                 "trial trains, such as search.rungs=[30,100]"
             )
         each = [end - start for start, end in zip((0, *ends), ends, strict=False)]
@@ -132,7 +132,7 @@ def segments(job: Job, plan: str, settings: Settings = ()) -> list[TrainConfig]:
 class Bench:
     """One worker: holds the base and the validation conversations, and runs trials."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SearchJob) -> None:
         self.job = job
         self._base = job.inputs["base"].folder
         self._data = job.inputs["data"].folder
@@ -300,16 +300,16 @@ class Bench:
         if key not in self._splits:
             self._splits[key] = Questions(self._data / split)
         questions: Questions = self._splits[key]
-        numbers = [n for n, asked in enumerate(questions.asked) if asked.row in rows]
+        numbers = [n for n, entry in enumerate(questions.entries) if entry.row in rows]
         sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
         size, most = self.job.search.batch_size, self.job.search.max_new_tokens
         for start in range(0, len(numbers), size):
             some = numbers[start : start + size]
-            asked = questions.load(some)
+            loaded = questions.load(some)
             for number, question, answer in zip(
-                some, asked, generate_batch(model, self._processor, asked, most), strict=True
+                some, loaded, generate_batch(model, self._processor, loaded, most), strict=True
             ):
-                row = questions.asked[number].row - rows.start
+                row = questions.entries[number].row - rows.start
                 sums[row] += exact_match(answer.text, question.expected)
                 weights[row] += 1
         return Judged(sums, weights)
@@ -338,7 +338,7 @@ def token_losses(output: Any, labels: torch.Tensor) -> torch.Tensor:
     none; logits may be those of the columns that a plan left."""
     logits = output.logits
     if logits.shape[1] != labels.shape[1]:
-        # Which column's logits stand for which: logits of all columns would not fit into memory.
+        # Map of columns to kept logits: logits of all columns would not fit in memory.
         index = torch.arange(logits.shape[1], device=logits.device, dtype=torch.float32)
         places = {"logits": index[None, :, None].expand(len(logits), -1, 1)}
         places["kept_positions"] = output.kept_positions
@@ -379,7 +379,7 @@ def borrowed(model: nn.Module, config: TrainConfig) -> Iterator[nn.Module]:
 
 
 def _judge(
-    job: Job, trained: Input, config: TrainConfig, plan: str, splits: Sequence[str]
+    job: SearchJob, trained: Input, config: TrainConfig, plan: str, splits: Sequence[str]
 ) -> list[Judged]:
     """A Ray task: what a Ray Train run made, judged on a machine that may not have its folders."""
     bench = Bench(job)

@@ -22,13 +22,13 @@ from ray.tune.search import Searcher
 
 from pipeline.durable import record as records
 from pipeline.search.study import Proposal, Rung, Study, Trial
-from pipeline.search.trial import Bench, Job, Reached
+from pipeline.search.trial import Bench, Reached, SearchJob
 from pipeline.store import Store
 
 MAX_LOST = 3
 """How often a trial starts again whose worker or machine was lost."""
 SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # tables of results that nobody reads
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # unused tables of results
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupts are the driver's
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # of a state that is not restored from
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -45,13 +45,13 @@ class Progress(NamedTuple):
     last: Reached | None = None
     """Of a trial that is through."""
     failed: str = ""
-    """Why it can't go on."""
+    """Why it can't continue."""
 
 
 class Worker(tune.Trainable):
     """The actor: one Bench, loaded once, for one trial after the other; a step is a rung."""
 
-    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
+    def setup(self, config: dict[str, Any], job: SearchJob) -> None:  # type: ignore[override]
         """A first trial."""
         self._job = job
         self._bench: Bench | None = None
@@ -106,7 +106,7 @@ class _Unsaved:
 
 
 class Proposals(_Unsaved, Searcher):
-    """Tune asks the study what is next."""
+    """Lets Tune take the next trial from the study."""
 
     def __init__(self, study: Study) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Proposals(_Unsaved, Searcher):
 
 
 class Halving(_Unsaved, FIFOScheduler):
-    """Tune asks the study whether a trial goes on."""
+    """Lets the study decide whether a trial continues."""
 
     def __init__(self, study: Study, proposals: Proposals) -> None:
         super().__init__()
@@ -181,14 +181,14 @@ class Ended(_Unsaved, tune.Callback):
 
 def run_trials(
     study: Study,
-    job: Job,
+    job: SearchJob,
     store: Store,
     count: int,
     told: Callable[[Trial], None] = lambda trial: None,
 ) -> None:
     """Run what is left of a study, `count` trials at a time."""
     os.environ.update(SETTINGS)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is told by the study
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the study reports failures
     several = study.config.workers_per_trial > 1
     # Where Ray Train's workers do the work, the trial's own process only waits.
     cpus, gpus = (0.1, 0.0) if several else (job.run.cpus_per_worker, job.run.gpus_per_worker)

@@ -1,4 +1,4 @@
-"""Stage `base`: adopt the checkpoint that is to be compressed, after seeing that it can be.
+"""Stage `base`: adopt the checkpoint to compress, after checking that it can be.
 
 The checkpoint is a folder (or a hub id where the hub can be reached) of safetensors and a
 processor. Weights in any other format are refused: nothing is unpickled.
@@ -19,10 +19,10 @@ def base(ctx: StageContext, config: BaseConfig) -> dict[str, Any]:
     """Stage body: a copy of the checkpoint, loaded once with strict keys and a known family."""
     source = resolve(config.source)
     if source.exists():
-        found = folder_digest(source)
-        if config.digest is not None and found != config.digest:
+        digest = folder_digest(source)
+        if config.digest is not None and digest != config.digest:
             raise BaseError(
-                f"{source} has digest {found[:12]}, the config says {config.digest[:12]}: the "
+                f"{source} has digest {digest[:12]}, the config says {config.digest[:12]}: the "
                 "files changed; restore them, or set base.digest to the new one"
             )
     elif config.source.startswith((".", "/", "~", "package:")) or config.source.count("/") != 1:

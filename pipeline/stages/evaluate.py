@@ -17,7 +17,7 @@ from pipeline.data.prepared import PreparedData, split_folder
 from pipeline.data.templates import find_template
 from pipeline.durable.stage import Input, StageContext
 from pipeline.evaluation.answers import (
-    Job,
+    EvaluationJob,
     Shard,
     answer_all,
     read_answers,
@@ -28,7 +28,7 @@ from pipeline.evaluation.answers import (
     write_samples,
 )
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig, leading_arms, rule_of
-from pipeline.evaluation.generation import Asked, Questions, majority_answers, share_right
+from pipeline.evaluation.generation import QuestionEntry, Questions, majority_answers, share_right
 from pipeline.evaluation.scoring import RULES, references
 from pipeline.evaluation.table import Scored, benchmark_figures, results, summary_of
 from pipeline.store import open_store
@@ -43,7 +43,7 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     """
     data = ctx.inputs["data"]
     splits = {split: Questions(split_folder(data.folder, split)) for split in config.splits}
-    asked = _labelled(splits)
+    entries = _labelled(splits)
     scenes = [scene for questions in splits.values() for scene in questions.scenes()]
     job = _job(ctx, config)
     order = sorted(config.arms, key=lambda arm: _first(config.arms, arm.checkpoint))
@@ -53,9 +53,9 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
     shown, pictures = write_pictures(ctx, config, splits[config.splits[0]])
     leading = [arm.name for arm in leading_arms(config)]
     scored = {arm.name: _read(job, shards, arm.name, shown) for arm in config.arms}
-    found = results(
+    outcome = results(
         config,
-        asked,
+        entries,
         scenes,
         scored,
         measured,
@@ -63,71 +63,71 @@ def evaluate(ctx: StageContext, config: EvaluateConfig) -> dict[str, Any]:
         workflow=ctx.run.workflow,
         commit=ctx.run.commit,
         config={"evaluate": config.model_dump(mode="json")} | _training(ctx),
-        majority=_majority(ctx, config, splits, asked),
+        majority=_majority(ctx, config, splits, entries),
         benchmarks=benchmark_figures(config, splits, scenes, scored),
         samples=[
             {
                 "picture": picture,
-                "question": asked[number].text,
-                "expected": _shown(config, asked[number].expected),
+                "question": entries[number].text,
+                "expected": _shown(config, entries[number].expected),
                 "answers": {name: scored[name].shown[number] for name in leading},
             }
             for number, picture in zip(shown, pictures, strict=True)
         ],
         curves=_curves(ctx),
     )
-    (ctx.out / "results.json").write_text(json.dumps(found, indent=1))
+    (ctx.out / "results.json").write_text(json.dumps(outcome, indent=1))
     write_samples(job.storage, shards, ctx.out / "samples.parquet")
-    summary = {arm["name"]: summary_of(arm) for arm in found["arms"]}
+    summary = {arm["name"]: summary_of(arm) for arm in outcome["arms"]}
     numbers = {
         name: {key: value for key, value in row.items() if key not in ("plan", "budget")}
         for name, row in summary.items()
     }
     ctx.track.dataset(data.uri, "test questions", data.outputs.get("digest", "")[:12])
-    ctx.track.metrics(numbers | {"majority": found["majority"]["accuracy"]})
+    ctx.track.metrics(numbers | {"majority": outcome["majority"]["accuracy"]})
     ctx.track.metrics(
         {
             benchmark: {
                 name: {row: of["mean"] for row, of in rows.items()}
                 for name, rows in figures.items()
             }
-            for benchmark, figures in found["benchmarks"].items()
+            for benchmark, figures in outcome["benchmarks"].items()
         }
     )
     ctx.track.artifact(ctx.out / "results.json")
-    return {"arms": summary, "majority": found["majority"]["accuracy"]}
+    return {"arms": summary, "majority": outcome["majority"]["accuracy"]}
 
 
 def _first(arms: Sequence[ArmConfig], checkpoint: str) -> int:
     return [arm.checkpoint for arm in arms].index(checkpoint)
 
 
-def _labelled(splits: dict[str, Questions]) -> list[Asked]:
+def _labelled(splits: dict[str, Questions]) -> list[QuestionEntry]:
     """All questions; where there are several splits, records and kinds carry the split's name."""
     if len(splits) == 1:
-        return next(iter(splits.values())).asked
+        return next(iter(splits.values())).entries
     return [
-        asked._replace(record=f"{split}/{asked.record}", kind=f"{split}: {asked.kind}")
+        entry._replace(record=f"{split}/{entry.record}", kind=f"{split}: {entry.kind}")
         for split, questions in splits.items()
-        for asked in questions.asked
+        for entry in questions.entries
     ]
 
 
 def _shown(config: EvaluateConfig, expected: str) -> str:
-    """What is expected of a question of the first split, each of several answers once."""
+    """The expected answer to a question of the first split; each of several once."""
     if config.splits[0] not in config.benchmarks:
         return expected
     return ", ".join(dict.fromkeys(references(expected)))
 
 
-def _job(ctx: StageContext, config: EvaluateConfig) -> Job:
+def _job(ctx: StageContext, config: EvaluateConfig) -> EvaluationJob:
     data = ctx.inputs["data"]
     template = None
     if config.template == "data":
         processor = AutoProcessor.from_pretrained(ctx.inputs["base"].folder)
         template = find_template(_template_of(data), processor).jinja()
     checkpoints = {name: ctx.inputs[name] for name in {arm.checkpoint for arm in config.arms}}
-    return Job(
+    return EvaluationJob(
         storage=open_store(ctx.train_storage[0]).uri(ctx.train_storage[1]),
         inputs={"data": data, "base": ctx.inputs["base"], **checkpoints},
         rules={split: rule_of(config, split) for split in config.splits},
@@ -145,16 +145,20 @@ def _template_of(data: Input) -> str:
     name: str | None = data.outputs.get("template") or known.get("template")
     if name is None:
         raise ValueError(
-            f"nothing at {data.uri} says which template the data was prepared with; "
-            "evaluate.template = checkpoint asks as the checkpoint's processor does"
+            f"{data.uri} does not record which template the data was prepared with; "
+            "set evaluate.template = checkpoint to use the checkpoint's own"
         )
     return name
 
 
 def _answer_and_measure(
-    ctx: StageContext, config: EvaluateConfig, job: Job, shards: Sequence[Shard], checkpoint: str
+    ctx: StageContext,
+    config: EvaluateConfig,
+    job: EvaluationJob,
+    shards: Sequence[Shard],
+    checkpoint: str,
 ) -> dict[str, Any]:
-    """Answers into the store by all workers, then times and memory by one that is left alone."""
+    """Answer with all workers into the store, then measure times and memory with a single one."""
     import ray
 
     run = ctx.run
@@ -185,30 +189,30 @@ def _answer_and_measure(
 
 
 def workers_that_fit(ctx: StageContext) -> int:
-    """As many as asked for; of a range, as many as the cluster has room for."""
+    """The number of workers; for a range, as many as the cluster has room for."""
     import ray
 
-    run, asked = ctx.run, ctx.run.num_workers
-    if isinstance(asked, int):
-        return asked
-    have, fewest = ray.cluster_resources(), asked[0]
-    room = have.get("CPU", 0) // run.cpus_per_worker if run.cpus_per_worker else asked[1]
+    run, wanted = ctx.run, ctx.run.num_workers
+    if isinstance(wanted, int):
+        return wanted
+    have, fewest = ray.cluster_resources(), wanted[0]
+    room = have.get("CPU", 0) // run.cpus_per_worker if run.cpus_per_worker else wanted[1]
     if run.gpus_per_worker:
         room = min(room, have.get("GPU", 0) // run.gpus_per_worker)
-    return max(fewest, min(asked[1], int(room)))
+    return max(fewest, min(wanted[1], int(room)))
 
 
-def _read(job: Job, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> Scored:
+def _read(job: EvaluationJob, shards: Sequence[Shard], arm: str, shown: Sequence[int]) -> Scored:
     """One pass over an arm's shards; `shown` are question numbers of the first split."""
     scores, answers = [], {}
     seconds = generated = 0.0
-    own = [shard for shard in shards if shard.arm == arm]
+    of_arm = [shard for shard in shards if shard.arm == arm]
     wanted = set(shown)
-    for shard, table in zip(own, read_answers(job.storage, own), strict=True):
+    for shard, table in zip(of_arm, read_answers(job.storage, of_arm), strict=True):
         scores.append(table["score"].to_numpy())
         seconds += float((table["seconds"].to_numpy() / table["batch_size"].to_numpy()).sum())
         generated += float(table["generated_tokens"].to_numpy().sum())
-        if shard.split == own[0].split and wanted & set(shard.questions):
+        if shard.split == of_arm[0].split and wanted & set(shard.questions):
             pairs = zip(table["number"].to_pylist(), table["answer"].to_pylist(), strict=True)
             answers.update({number: answer for number, answer in pairs if number in wanted})
     return Scored(np.concatenate(scores), seconds, generated, answers)
@@ -218,7 +222,7 @@ def _majority(
     ctx: StageContext,
     config: EvaluateConfig,
     splits: dict[str, Questions],
-    asked: Sequence[Asked],
+    entries: Sequence[QuestionEntry],
 ) -> dict[str, Any]:
     """Always the most frequent answer of the kind: in training, or where no training split is at
     hand, in the questions themselves (for exact match a bound from above)."""
@@ -226,12 +230,12 @@ def _majority(
     guesses: dict[str, str] = {}
     for split, questions in splits.items():
         data = PreparedData(train if train.is_dir() else questions.folder)
-        own = majority_answers(data, several=split in config.benchmarks)
+        answers = majority_answers(data, several=split in config.benchmarks)
         prefix = f"{split}: " if len(splits) > 1 else ""
-        guesses |= {f"{prefix}{kind}": answer for kind, answer in own.items()}
-    rules = [RULES[rule_of(config, split)] for split, of in splits.items() for _ in of.asked]
+        guesses |= {f"{prefix}{kind}": answer for kind, answer in answers.items()}
+    rules = [RULES[rule_of(config, split)] for split, of in splits.items() for _ in of.entries]
     source = "train" if train.is_dir() else "questions"
-    return share_right(asked, guesses, rules) | {"source": source}
+    return share_right(entries, guesses, rules) | {"source": source}
 
 
 def write_pictures(
@@ -243,8 +247,8 @@ def write_pictures(
     numbers: list[int] = []
     pictures: list[str] = []
     files: dict[tuple[int, tuple[int, int]], str] = {}
-    for number, asked in enumerate(questions.asked):
-        key = asked.row, asked.pictures
+    for number, entry in enumerate(questions.entries):
+        key = entry.row, entry.pictures
         if key not in files:
             if len(files) == config.sample_pictures:
                 break

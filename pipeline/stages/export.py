@@ -26,7 +26,7 @@ from adsc import PruningPlan
 from adsc.named import names_in
 from adsc.serving.names import unknown_names
 from pipeline.data.templates import begin_with_bos, special_tokens
-from pipeline.durable.record import UNDONE, behind
+from pipeline.durable.record import UNDONE, input_records
 from pipeline.durable.stage import Input, StageContext
 from pipeline.kinds.export import ExportConfig
 from pipeline.publishing.manifest import (
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from pipeline.durable.record import Record
 
 EVALUATION = "evaluation.json"
-"""What was measured of this checkpoint and of the models that it was compared with."""
+"""Measurements of this checkpoint and of the models it was compared with."""
 DATA = "data_manifest.json"
 """What it was trained on: the manifest of the prepared data."""
 PLAN_FIELDS = {"stages", "anchor", "positions", "pool"}
@@ -95,8 +95,8 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
         described[DATA] = text
     assemble(merged.folder, ctx.out, card, described)
     ctx.progress(1, 5, "loading it in a fresh process")
-    found = check_in_fresh_process(ctx.out, config)
-    ctx.track.metrics({"probe": found})
+    probe = check_in_fresh_process(ctx.out, config)
+    ctx.track.metrics({"probe": probe})
     ctx.progress(2, 5, "publishing")
     if config.to:
         publish(
@@ -110,7 +110,7 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
     return {
         "files": len(sizes),
         "bytes": sum(sizes),
-        "probe": found,
+        "probe": probe,
         "manifest": name,
         "published": config.to or None,
         **logged,
@@ -118,7 +118,7 @@ def export(ctx: StageContext, config: ExportConfig) -> dict[str, Any]:
 
 
 def register_again(ctx: StageContext, config: ExportConfig, record: Record) -> dict[str, Any]:
-    """Register the checkpoint of an export that could not (`Kind.complete`)."""
+    """Register the checkpoint of an export whose registration failed (`Kind.complete`)."""
     plan = ctx.inputs["merge"].outputs.get("plan", "")
     measured = evaluation(ctx.inputs["evaluate"], plan)
     return _register(ctx, config, record.outputs["manifest"], plan, measured)
@@ -127,7 +127,7 @@ def register_again(ctx: StageContext, config: ExportConfig, record: Record) -> d
 def _register(
     ctx: StageContext, config: ExportConfig, manifest: str, plan: str, measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """Have MLflow know the checkpoint in `ctx.out`: the outputs that say whether it does."""
+    """Register the checkpoint in `ctx.out` with MLflow; returns the outputs that record it."""
     facts = _tags(measured) | {
         "adsc.manifest": manifest,
         "adsc.plan": plan or "none",
@@ -144,7 +144,7 @@ def _register(
         return {"mlflow_model": None, "mlflow_version": None, UNDONE: {}}
     logged = ctx.track.model(ctx.out, config.name, {k: v for k, v in facts.items() if v})
     if logged is None:
-        why = ctx.track.problems[-1] if ctx.track.problems else "MLflow does not say why"
+        why = ctx.track.problems[-1] if ctx.track.problems else "MLflow gives no reason"
         undone = {f"register the model in MLflow as {model_name(config.name)}": why}
         return {"mlflow_model": None, "mlflow_version": None, UNDONE: undone}
     return {"mlflow_model": logged[0], "mlflow_version": logged[1], UNDONE: {}}
@@ -193,13 +193,13 @@ def check_names(folder: Path) -> None:
 def complete(source: Path, out: Path, config: ExportConfig) -> None:
     """A folder that `save_pretrained` made, with all that is published beside the weights.
 
-    Its probe is made here, of the model as it lies in `source`, unless it has one.
+    Its probe is computed here from the model in `source`, unless it has one.
 
     Raises:
         ExportError: it isn't a checkpoint with its processor; a file that doesn't belong there.
     """
     if not (source / "config.json").is_file():
-        raise ExportError(f"{source} is no checkpoint: there is no config.json")
+        raise ExportError(f"{source} is not a checkpoint: it has no config.json")
     check_kinds(source, BOOKKEEPING)  # before anything is loaded
     card = Card(
         name=config.name,
@@ -247,10 +247,10 @@ def _write_probe(folder: Path) -> None:
     processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     model = adsc.from_pretrained(folder, use_safetensors=True).eval()
     picture = Image.linear_gradient("L").convert("RGB")
-    asked = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     try:
         prompt = processor.apply_chat_template(
-            [{"role": "user", "content": asked}], add_generation_prompt=True
+            [{"role": "user", "content": content}], add_generation_prompt=True
         )
         special = special_tokens(processor, [prompt])
         probe = dict(processor(text=[prompt], images=[picture], return_tensors="pt", **special))
@@ -265,32 +265,36 @@ def _write_probe(folder: Path) -> None:
 
 
 def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
-    """What was measured, and which of it is the checkpoint's own: `arm` and `own`, None where the
+    """The measurements, and those of the checkpoint itself: `arm` and `own`, None if the
     evaluation has no trained model with this plan, or several."""
-    found: dict[str, Any] = {"arm": None, "control": None, "own": None, "budgets": {}}
-    found |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
+    outputs: dict[str, Any] = {"arm": None, "control": None, "own": None, "budgets": {}}
+    outputs |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
     text = open_store(evaluated.uri).read("results.json")
     if text is None:
-        return found
+        return outputs
     results = json.loads(text)
     arms = {arm["name"]: arm for arm in results["arms"]}
-    own = [
+    same_plan = [
         arm
         for arm in arms.values()
         if arm["trained"] and not arm.get("peer") and _same(arm["plan"], plan)
     ]
     control = arms.get(results["control_arm"])
     if control is None:
-        return found
-    found["budgets"] = {
+        return outputs
+    outputs["budgets"] = {
         arm["budget"]: {"arm": arm["name"], "plan": arm["plan"], **_measured(arm, control)}
         for arm in arms.values()
         if arm["trained"] and arm.get("budget")
     }
-    if len(own) != 1:
-        return found
-    (arm,) = own
-    return found | {"arm": arm["name"], "control": control["name"], "own": _measured(arm, control)}
+    if len(same_plan) != 1:
+        return outputs
+    (arm,) = same_plan
+    return outputs | {
+        "arm": arm["name"],
+        "control": control["name"],
+        "own": _measured(arm, control),
+    }
 
 
 def _measured(arm: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
@@ -307,16 +311,16 @@ def _measured(arm: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
 
 
 def runs_behind(inputs: Mapping[str, Input]) -> dict[str, str]:
-    """MLflow's run of every stage that led here, by stage."""
-    found: dict[str, str] = {}
+    """Stage -> MLflow run, for every stage upstream."""
+    runs: dict[str, str] = {}
     waiting = [it.record for it in inputs.values()]
     while waiting:
         record = waiting.pop()
-        if record.stage in found:
+        if record.stage in runs:
             continue
-        found[record.stage] = record.run_id or ""
-        waiting += behind(record)
-    return {stage: run for stage, run in found.items() if run}
+        runs[record.stage] = record.run_id or ""
+        waiting += input_records(record)
+    return {stage: run for stage, run in runs.items() if run}
 
 
 def _same(text: str, plan: str) -> bool:
@@ -324,20 +328,20 @@ def _same(text: str, plan: str) -> bool:
 
 
 def _tags(measured: dict[str, Any]) -> dict[str, str]:
-    """What promoting looks at, and people filter by; of a named plan with its name behind."""
+    """Tags for gates and filters; those of a named plan end in its name."""
     named = {"adsc.arm": measured["arm"], "adsc.control": measured["control"]}
     tags = {name: value for name, value in named.items() if value}
     tags |= _numbers(measured["own"] or {}, "")
-    for budget, own in measured["budgets"].items():
-        tags[f"adsc.plan.{budget}"] = own["plan"] or "none"
-        tags |= _numbers(own, f".{budget}")
+    for budget, figures in measured["budgets"].items():
+        tags[f"adsc.plan.{budget}"] = figures["plan"] or "none"
+        tags |= _numbers(figures, f".{budget}")
     return tags
 
 
-def _numbers(own: dict[str, Any], suffix: str) -> dict[str, str]:
+def _numbers(figures: dict[str, Any], suffix: str) -> dict[str, str]:
     return {
         f"adsc.{name}{suffix}": f"{value:.6g}"
-        for name, value in own.items()
+        for name, value in figures.items()
         if isinstance(value, int | float)
     }
 
@@ -358,10 +362,10 @@ def compare_logits(folder: Path) -> dict[str, float]:
     missing = sorted(expected.keys() - {"", *adsc.plans_of(model)})
     if missing:
         raise ExportError(
-            f"config.json names no plan {', '.join(missing)}: it is not the one that the probe "
+            f"config.json names no plan {', '.join(missing)}: it is not the one of the probe: "
             "was made with"
         )
-    found = []
+    differences = []
     for name, logits in expected.items():
         if name:
             adsc.attach(model, name)
@@ -373,14 +377,14 @@ def compare_logits(folder: Path) -> dict[str, float]:
                 f"logits have shape {tuple(got.shape)}, the probe's {tuple(logits.shape)}: the "
                 f"{whose} in config.json is not the one that the probe was made with"
             )
-        found.append([(got - logits.float()).abs().max(), logits.float().abs().max()])
-    worst, largest = torch.tensor(found).amax(dim=0).tolist()  # NaN stays NaN
+        differences.append([(got - logits.float()).abs().max(), logits.float().abs().max()])
+    worst, largest = torch.tensor(differences).amax(dim=0).tolist()  # NaN stays NaN
     return {"worst_difference": worst, "largest_logit": largest}
 
 
 def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, float]:
-    """Nothing that this process holds in memory or on its path of imports can help the loading."""
-    # -P: what lies in the folder where the user stands is not imported.
+    """Load it in a process that shares neither memory nor import path with this one."""
+    # -P: nothing is imported from the current folder.
     command = [sys.executable, "-P", "-m", "pipeline.stages.export", str(folder.absolute())]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -397,19 +401,19 @@ def check_in_fresh_process(folder: Path, config: ExportConfig) -> dict[str, floa
         ) from None
     if done.returncode:
         raise ExportError(f"a fresh process can't use {folder}: {done.stderr.strip()[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    allowed = config.tolerance * found["largest_logit"]
-    if not found["worst_difference"] <= allowed:
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    allowed = config.tolerance * result["largest_logit"]
+    if not result["worst_difference"] <= allowed:
         raise ExportError(
-            f"loaded from {folder}, the model's logits differ by {found['worst_difference']:.3g} "
+            f"loaded from {folder}, the model's logits differ by {result['worst_difference']:.3g} "
             f"from the merged model's; {allowed:.3g} is allowed ({config.tolerance:g} of the "
-            "largest). Was it merged on another kind of machine? export.tolerance can be raised"
+            "largest). If it was merged on another kind of machine, raise export.tolerance"
         )
-    return found
+    return result
 
 
 def _name_base(adapter_config: Path, base: str) -> None:
-    """PEFT notes the base by its path on the machine that trained: say its name instead."""
+    """Replace the base's path on the training machine, which PEFT records, with its name."""
     if adapter_config.is_file():
         content = json.loads(adapter_config.read_text())
         content["base_model_name_or_path"] = base or None
@@ -423,11 +427,11 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     try:
         verify_folder(folder)
-        found = compare_logits(folder)
+        result = compare_logits(folder)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

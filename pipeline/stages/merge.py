@@ -2,7 +2,7 @@
 
 The output is a checkpoint folder as users have it: sharded safetensors, config with the plan,
 processor, generation config; besides, the adapter alone, and a probe (inputs and logits) by which
-any later copy can be told to be the same model, under each of its plans.
+any later copy can be verified to be the same model, under each of its plans.
 """
 
 import json
@@ -58,7 +58,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
         )
     ctx.progress(3, 4, "writing")
     model.save_pretrained(ctx.out, max_shard_size=config.max_shard_size)
-    # Users are to ask as training asked.
+    # Prompts at inference must match those in training.
     template = ctx.inputs["data"].outputs["template"]
     processor.chat_template = find_template(template, processor).jinja()
     processor.save_pretrained(ctx.out)

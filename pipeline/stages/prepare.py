@@ -1,10 +1,10 @@
 """Stage `prepare`: records and pictures in, validated and tokenised Parquet shards out.
 
 Records stream through Ray Data: each is read, validated, its pictures decoded once to see that
-they can be, its text rendered with the label mask. A record that can't be used is set aside in
+they can be, its text rendered with the label mask. A record that can't be used is quarantined in
 quarantine.jsonl with its reason; none is lost, and none is repaired silently. Memory does not grow
 with the set, but for 16 bytes (about 100 in Python) a record by which duplicates are known. What a
-row holds stands in shards.py; batching and padding are the trainer's.
+row holds is in shards.py; batching and padding are the trainer's.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ TASK_CPUS = 0.9  # stages' own processes hold a tenth of a core each: no core ma
 
 
 class TooManyBadRecords(ValueError):
-    """More records were set aside than the config allows. `counts` holds in, out, quarantined."""
+    """More records were quarantined than the config allows. `counts` holds in, out, quarantined."""
 
     def __init__(self, message: str, counts: Mapping[str, Any]) -> None:
         super().__init__(message, dict(counts))
@@ -138,7 +138,7 @@ def _noted(
 def _judge(manifest: dict[str, Any], config: PrepareConfig, quarantine: Path) -> None:
     total, bad = manifest["in"], sum(manifest["quarantined"].values())
     if manifest["out"] != total - bad:
-        raise RuntimeError(f"{total} records in, {manifest['out']} out, {bad} set aside")
+        raise RuntimeError(f"{total} records in, {manifest['out']} out, {bad} quarantined")
     empty = [split for split, counts in manifest["splits"].items() if not counts["out"]]
     if bad <= config.max_quarantined * total and not empty:
         return
@@ -147,10 +147,10 @@ def _judge(manifest: dict[str, Any], config: PrepareConfig, quarantine: Path) ->
     with quarantine.open(encoding="utf-8") as lines:
         first = lines.readline().strip()[:300]
     problem = (
-        f"no good record is left in the split {empty[0]}: {bad} of {total} records had to be set "
-        f"aside ({reasons}); mend the data"
+        f"no valid record is left in the split {empty[0]}: {bad} of {total} records are "
+        f"quarantined ({reasons}); fix the data"
         if empty
-        else f"{bad} of {total} records had to be set aside ({reasons}), more than the allowed "
+        else f"{bad} of {total} records are quarantined ({reasons}), more than the allowed "
         f"share of {config.max_quarantined:g}; {config.bounded}"
     )
     shown = {key: manifest[key] for key in ("in", "out", "quarantined")}
@@ -172,14 +172,14 @@ def _plan(
         ]
         if not any(chunk.count for chunk in chunks[name]):
             raise SourceError(f"{', '.join(files) or source.data} is empty: no record in it")
-    available = {name: sum(chunk.count for chunk in found) for name, found in chunks.items()}
+    available = {name: sum(chunk.count for chunk in listed) for name, listed in chunks.items()}
     taken = sizes(sources, available)
     tasks: list[dict[str, Any]] = []
     position = 0
-    for name, found in chunks.items():
+    for name, listed in chunks.items():
         chosen = choose(name, available[name], taken[name], config.seed)
         start = 0
-        for chunk in found:
+        for chunk in listed:
             task = vars(chunk) | {"source": name, "position": position, "chosen": None}
             if Path(chunk.file).is_relative_to(data.folder):  # elsewhere on another machine
                 task["file"] = str(Path(chunk.file).relative_to(data.folder))
@@ -219,31 +219,33 @@ def _write_split(
     for table in tables:
         # Whatever was retried or reordered: each record exactly once, in its place.
         if not np.array_equal(table["position"].to_numpy(), np.arange(done, done + table.num_rows)):
-            raise RuntimeError(f"split {split}: records after number {done} came twice or not")
+            raise RuntimeError(
+                f"split {split}: records after number {done} are missing or duplicated"
+            )
         done += table.num_rows
-        found = table["reason"].to_pylist()
+        reasons_found = table["reason"].to_pylist()
         for row, key in enumerate(table["key"].to_pylist()):
-            if found[row] is not None or not work.config.unique:
+            if reasons_found[row] is not None or not work.config.unique:
                 continue
             if any(key in keys for keys in earlier):
-                found[row] = "leak"
+                reasons_found[row] = "leak"
             elif key in own:
-                found[row] = "duplicate"
+                reasons_found[row] = "duplicate"
             else:
                 own.add(key)
-        for name, reason in zip(table["source"].to_pylist(), found, strict=True):
+        for name, reason in zip(table["source"].to_pylist(), reasons_found, strict=True):
             per_source[name].update(("in", reason or "out"))
-        bad = np.array([reason is not None for reason in found])
+        bad = np.array([reason is not None for reason in reasons_found])
         for row in map(int, np.flatnonzero(bad)):
-            reasons[found[row]] += 1
-            quarantine.write(_quarantine_line(table, row, found[row], split) + "\n")
+            reasons[reasons_found[row]] += 1
+            quarantine.write(_quarantine_line(table, row, reasons_found[row], split) + "\n")
         good = table.filter(pa.array(~bad))
         writer.add(good.select(SCHEMA.names), good["bytes"].to_numpy())
         report(done, total)
     writer.close()
     if done != total or done != writer.rows + reasons.total():
         raise RuntimeError(
-            f"split {split}: {total} records in, {writer.rows} out, {reasons.total()} set aside"
+            f"split {split}: {total} records in, {writer.rows} out, {reasons.total()} quarantined"
         )
     return {
         "in": total,
@@ -256,7 +258,7 @@ def _write_split(
 def _rendered(tasks: list[dict[str, Any]], work: Work) -> Iterator[pa.Table]:
     import ray.data
 
-    context = ray.data.DataContext.get_current().copy()  # whoever shares the process keeps theirs
+    context = ray.data.DataContext.get_current().copy()  # other users of the process keep theirs
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the same shards whatever the cluster
     context.target_max_block_size = 2 * YIELD_BYTES

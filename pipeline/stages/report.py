@@ -1,4 +1,4 @@
-"""The report: what a run found, in one HTML file that needs nothing else, and one picture.
+"""The report: a run's results in one self-contained HTML file and one picture.
 
 Every sentence is computed from results.json, and says as readily that a plan lost, or that the
 sample is too small to tell. It measures nothing, and judges only by the intervals that `evaluate`
@@ -115,7 +115,7 @@ def render(
 
 
 def finding(results: Results) -> str:
-    """What the run found, in a sentence that follows the intervals wherever they point."""
+    """The result of the run in one sentence, decided by the intervals."""
     arm, control = results.compressed, results.control
     if arm is None:
         return "No arm of this run drops vision tokens, so it says nothing about compression."
@@ -134,8 +134,8 @@ def finding(results: Results) -> str:
 
 
 def remarks(results: Results) -> list[str]:
-    """What a careful reader asks next, each answered from the data."""
-    said = []
+    """Answers to a careful reader's next questions, from the data."""
+    sentences = []
     arm, control = results.compressed, results.control
     untrained = next(
         (a for a in results.arms if arm and a.plan == arm.plan and not a.trained), None
@@ -146,7 +146,7 @@ def remarks(results: Results) -> list[str]:
         word = "more" if gain >= 0 else "fewer"
         method = arm.plan if arm.peer else "its plan"
         same = arm.plan if arm.peer else "the same plan"
-        said.append(
+        sentences.append(
             f"Trained with {method}, the model answers {abs(gain):.1f} points {word} than the "
             f"untrained base under {same}; {clear}."
         )
@@ -157,12 +157,12 @@ def remarks(results: Results) -> list[str]:
             or arm.prefill_ms.low > control.prefill_ms.high
         )
         spread = "" if apart else ", but the quartiles overlap"
-        said.append(f"Measured prefill is {fast:.2f} times as fast as the control's{spread}.")
+        sentences.append(f"Measured prefill is {fast:.2f} times as fast as the control's{spread}.")
     for name, places in results.series.items():
-        said.append(_budgets(name, [results.arms[place] for place in reversed(places)]))
+        sentences.append(_budgets(name, [results.arms[place] for place in reversed(places)]))
     best = max(results.arms, key=lambda a: a.accuracy.mean, default=None)
     if best and best.accuracy.low <= results.majority.accuracy:
-        said.append(
+        sentences.append(
             "No arm is clearly above always giving the most frequent answer: these models may "
             "not use the picture."
         )
@@ -170,20 +170,20 @@ def remarks(results: Results) -> list[str]:
     several = [arm for arm in trained if len(arm.seeds) > 1]
     if several:
         fewest = min(len(arm.seeds) for arm in several)
-        said.append(
+        sentences.append(
             f"{len(several)} of {len(trained)} trained arms pool {fewest} seeds or more; their "
             "intervals hold the differences between training runs, as far as so few can show them."
         )
     if len(several) < len(trained):
-        said.append(
+        sentences.append(
             f"One seed ({results.seed}){' for the others' if several else ''}: differences between "
             "training runs are not in the intervals."
         )
-    return said
+    return sentences
 
 
 def _budgets(name: str, arms: list[Arm]) -> str:
-    """What one checkpoint does at each of its budgets, the dearest first."""
+    """One checkpoint at each of its budgets, the most expensive first."""
     each = [
         f"{arm.budget or arm.label} ({arm.average_vision_tokens:.1f} vision tokens) answers "
         f"{percent(arm.accuracy.mean)}"
@@ -202,7 +202,7 @@ def _verdict(arm: Arm, control: Arm, questions: int) -> str:
         return f"a loss, {gap} points"
     if arm.difference.low > 0:
         return f"a gain, {gap} points"
-    return f"{gap} points, which {questions:,} questions cannot tell from no difference"
+    return f"{gap} points, which is not significant with {questions:,} questions"
 
 
 def _overlap(one: Arm, other: Arm) -> bool:
@@ -238,10 +238,10 @@ def samples(
 ) -> list[tuple[str | None, list[Sample]]]:
     """Pictures, each with its first questions."""
     by_picture = groupby(results.samples, key=lambda sample: sample.picture)
-    groups = [(picture, list(asked)[: config.questions]) for picture, asked in by_picture]
+    groups = [(picture, list(questions)[: config.questions]) for picture, questions in by_picture]
     return [
-        (thumbnail(folder, picture, config.thumbnail), asked)
-        for picture, asked in groups[: config.pictures]
+        (thumbnail(folder, picture, config.thumbnail), questions)
+        for picture, questions in groups[: config.pictures]
     ]
 
 

@@ -1,6 +1,6 @@
-"""Stages `search-data` and `search`: conversations for trials, and the plan that is found on them.
+"""Stages `search-data` and `search`: conversations for trials, and the best plan on them.
 
-What a trial ended with is kept at once, so a search that was killed repeats no finished trial. The
+The result of a trial is stored at once, so a killed search repeats no finished trial. The
 plan goes to later stages by reference (pipeline.evaluation.methods.FoundPlan): their configs say
 `search` (`search^1.5` for a curriculum's stage of that pressure), their needs name the search, and
 so their fingerprints hold its.
@@ -30,11 +30,11 @@ from pipeline.stages.train import train_stage
 from pipeline.store import Store, open_store
 
 PREFILL = "prefill.json"
-"""Measured times in the search's folder, which a resumed search goes on with."""
+"""Measured times in the search's folder, which a resumed search reuses."""
 
 
 class SearchFailed(RuntimeError):
-    """No trial finished; the message holds the reasons."""
+    """No trial finished; the message has the reasons."""
 
 
 def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
     """
     data = ctx.inputs["data"]
     prepared = PreparedData(data.folder / "train")
-    held = config.rows + config.confirm_rows
-    if len(prepared) <= held:
+    held_out = config.rows + config.confirm_rows
+    if len(prepared) <= held_out:
         raise ValueError(
             f"search.rows = {config.rows} and search.confirm_rows = {config.confirm_rows} leave "
             f"none of {len(prepared)} training conversations to train on: lower them"
@@ -54,8 +54,8 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
     order = np.random.default_rng([5, config.seed]).permutation(len(prepared))
     parts = {
         "validation": order[: config.rows],
-        "confirm": order[config.rows : held],
-        "train": np.sort(order[held : held + config.train_rows]),
+        "confirm": order[config.rows : held_out],
+        "train": np.sort(order[held_out : held_out + config.train_rows]),
     }
     owner = np.full(len(prepared), "", dtype=object)
     for name, rows in parts.items():
@@ -67,15 +67,15 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
     for group in prepared.groups:
         with pq.ParquetFile(group.file) as opened:
             table = opened.read_row_group(group.number)
-        own = owner[done : done + table.num_rows]
+        owners = owner[done : done + table.num_rows]
         done += table.num_rows
         for name, tables in held_out.items():
-            tables.append(table.filter(pa.array(own == name)))
-        mine = table.filter(pa.array(own == "train"))
+            tables.append(table.filter(pa.array(owners == name)))
+        mine = table.filter(pa.array(owners == "train"))
         writer.add(mine, np.full(mine.num_rows, mine.nbytes // max(1, mine.num_rows)))
         ctx.progress(done, len(prepared), "conversations")
     writer.close()
-    digest = hashlib.sha256(np.sort(order[:held]).tobytes())
+    digest = hashlib.sha256(np.sort(order[:held_out]).tobytes())
     for name, tables in held_out.items():
         # In a drawn order: the first rung of a trial is a sample of all sources.
         ranks = np.argsort(np.argsort(parts[name]))
@@ -86,7 +86,7 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
         "template": data.outputs.get("template"),
         "digest": digest.hexdigest(),
         "train": len(parts["train"]),
-        "held_out": held,
+        "held_out": held_out,
     }
 
 
@@ -98,12 +98,12 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
         SearchFailed: no trial finished.
     """
     from pipeline.reporting.search_page import write_page
-    from pipeline.search.trial import Job, segments
+    from pipeline.search.trial import SearchJob, segments
     from pipeline.search.tuning import kept_trials, run_trials
 
     path, name = ctx.train_storage
     store = open_store(open_store(path).uri(name))
-    job = Job(
+    job = SearchJob(
         search=config.search,
         train=config.train,
         curriculum=config.curriculum,
@@ -116,14 +116,14 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     times = _prefill(job, store) if config.search.budget[0] == "prefill_ms" else None
     ctx.progress(0, config.search.trials, "listing plans that meet the budget")
     space = Space(Costs(model, config.search, times), config.search)
-    segments(job, space.candidate(0, space.anchors[0]).plan)  # what is refused, is now
-    own = own_settings(config.train, config.search.ranges)
-    study = Study(space, config.search, kept_trials(store), own)
+    segments(job, space.candidate(0, space.anchors[0]).plan)  # refuse bad settings now
+    settings = own_settings(config.train, config.search.ranges)
+    study = Study(space, config.search, kept_trials(store), settings)
     ctx.track.metrics({"search.plans": len(space)})
 
     with ThreadPoolExecutor(1, thread_name_prefix="tracking") as tracking:
 
-        def told(trial: Trial) -> None:
+        def report(trial: Trial) -> None:
             best = study.best()
             note = f"trials, best {best.value:.4f} by {best.plan}" if best else "trials"
             ctx.progress(len(study.trials), config.search.trials, note)
@@ -133,7 +133,7 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
 
         for trial in study.trials:
             tracking.submit(_track, ctx, trial)
-        run_trials(study, job, store, workers_that_fit(ctx), told)
+        run_trials(study, job, store, workers_that_fit(ctx), report)
     best, known = study.best(), study.best_known()
     if best is None:
         reasons = sorted({trial.reason for trial in study.trials})[:3]
@@ -144,19 +144,19 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     (ctx.out / "results.json").write_text(json.dumps(results, indent=1))
     pq.write_table(_table(study), ctx.out / "trials.parquet")
     write_page(ctx.out, results, study)
-    for made in ("results.json", "trials.parquet", "search.html", "search.png"):
-        ctx.track.artifact(ctx.out / made)
+    for artifact in ("results.json", "trials.parquet", "search.html", "search.png"):
+        ctx.track.artifact(ctx.out / artifact)
     ctx.track.note(results["finding"])
     ctx.track.dataset(
         ctx.inputs["data"].uri, "search conversations", ctx.inputs["data"].outputs["digest"][:12]
     )
-    told_on = ("plan", "value", "cost", "unit", "finding", "space", "counts", "known", "confirmed")
-    outputs = {key: results[key] for key in told_on}
+    keys = ("plan", "value", "cost", "unit", "finding", "space", "counts", "known", "confirmed")
+    outputs = {key: results[key] for key in keys}
     return outputs | ({"settings": results["settings"]} if config.search.over else {})
 
 
 def _prefill(job: Any, store: Store) -> dict[int, float]:
-    """Measured once for a search, on a worker like those of its trials."""
+    """Prefill times, measured once per search on a worker like those of its trials."""
     import ray
 
     from pipeline.search.trial import Bench
@@ -172,7 +172,7 @@ def _prefill(job: Any, store: Store) -> dict[int, float]:
 
 
 def _track(ctx: StageContext, trial: Trial) -> None:
-    """A run of its own in MLflow, below the search's."""
+    """A separate run in MLflow, nested in the search's."""
     from pipeline.tracking.tracker import child_run
 
     run = child_run(ctx.track, f"trial-{trial.number}", {"adsc.trial": trial.name})
@@ -237,32 +237,32 @@ def _finding(results: dict[str, Any], config: SearchConfig) -> str:
     if settings := written(tuple(results["settings"].items())):
         best = f"{best} with {settings},"
     if config.plan:
-        said = (
+        sentence = (
             f"{count} trainings with {config.plan} were tried ({failed} failed); the best, {best}"
         )
     else:
-        said = (
+        sentence = (
             f"Of {results['space']:,} plans that meet the budget, {count} were tried ({failed} "
             f"failed); the best, {best} at {results['cost']:.4g} {results['unit']},"
         )
-    said += f" has a {what} of {results['value']:.4f}"
+    sentence += f" has a {what} of {results['value']:.4f}"
     known = results["known"]
     if known is None:
-        return f"{said}; no known placement finished to compare it with."
+        return f"{sentence}; no known placement finished to compare it with."
     if results["confirmed"] is None:
         return (
-            f"{said}: it is a known placement ({known['name']}), so the search found none better."
+            f"{sentence}: it is a known placement ({known['name']}), so nothing better was found."
         )
     gap = results["confirmed"]
     interval = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"
-    said += (
+    sentence += (
         f", the best known placement ({known['name']}, {known['plan']}) {known['value']:.4f}. On "
         f"conversations that the search never saw the difference is {interval}"
     )
     if gap["low"] <= 0 <= gap["high"]:
-        return f"{said}, which they cannot tell from none."
+        return f"{sentence}, which is not significant."
     better = (gap["mean"] < 0) == (config.objective == "loss")
-    return f"{said}: the search was {'worth it' if better else 'misled by its own conversations'}."
+    return f"{sentence}: the search {'paid off' if better else 'overfitted its conversations'}."
 
 
 def _table(study: Study) -> pa.Table:

@@ -1,6 +1,6 @@
 """Stage `train`: one training stage of a curriculum as one Ray Train run.
 
-The loop itself stands in pipeline/training/loop.py and knows nothing of Ray. All attempts of a
+The loop itself is in pipeline/training/loop.py and knows nothing of Ray. All attempts of a
 stage share one Ray Train folder, so an attempt after a crash resumes from the last checkpoint.
 """
 
@@ -28,15 +28,15 @@ from pipeline.training.feed import from_ray_data, from_thread
 log = logging.getLogger(__name__)
 
 ASK_SECONDS = 2.0
-"""Between two questions whether a machine is to be taken away."""
+"""Seconds between two checks for preemption."""
 WAIT_SECONDS, ELASTIC_SECONDS = 7 * 24 * 3600, 60
-"""How long a stage waits for its workers; with an elastic number, for more than the fewest."""
+"""Seconds that a stage waits for its workers; with an elastic number, for more than the minimum."""
 PATIENCE_SECONDS = 300.0
-"""How long a store may refuse a checkpoint before the workers are started again."""
+"""Seconds that a store may refuse a checkpoint before the workers are restarted."""
 
 
 class TrainingRefused(ValueError):
-    """Training can't succeed with this config or these data, however often it is tried."""
+    """Training can't succeed with this config or this data; a retry would not help."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class RayContext:
                     if time.monotonic() > give_up:
                         raise OSError(
                             f"checkpoint {name} could not be stored for {PATIENCE_SECONDS:.0f} s: "
-                            f"{error}; look after space and rights of {storage.experiment_fs_path} "
-                            f"and of {checkpoint.path}, then run again: training goes on from the "
-                            "checkpoint before"
+                            f"{error}; check free space and permissions at "
+                            f"{storage.experiment_fs_path} and {checkpoint.path}, then rerun: "
+                            "training resumes from the previous checkpoint"
                         ) from error
-                    log.warning("checkpoint %s can't be stored, trying again: %s", name, error)
+                    log.warning("checkpoint %s can't be stored, retrying: %s", name, error)
                     time.sleep(5)
         finally:
             self._one_write.release()
@@ -160,18 +160,18 @@ class RayContext:
         self._progress(step, steps, f"steps, loss {metrics['loss']:.3f}")
 
     def close(self) -> None:
-        """What is tracked is sent, as far as MLflow answers."""
+        """Send pending tracking data if MLflow answers."""
         self._tracker.close()
 
     def due(self) -> bool:
-        """Now and then, on one rank: the question is a barrier of all workers, which costs."""
+        """From time to time, on one rank: the check is a barrier of all workers, which costs."""
         if self.rank != 0 or time.monotonic() < self._ask_at:
             return False
         self._ask_at = time.monotonic() + ASK_SECONDS
         return True
 
     def leaving(self) -> Literal["stay", "save", "leave"]:
-        """Ray tells that a node is drained. Training goes on until the node is gone; Ray Train
+        """Whether Ray drains a node. Training continues until the node is gone; Ray Train
         then starts again from the checkpoint."""
         import ray.train
 
@@ -184,7 +184,7 @@ class RayContext:
 
 
 def _worker(arguments: dict[str, Any]) -> str | None:
-    """One worker's loop; returns why the config or the data can't be trained with, if so.
+    """One worker's loop; returns the reason if the config or the data can't be trained with.
 
     An error that is raised makes Ray start the workers again, which helps where a machine was lost
     and never where the config is wrong.
@@ -198,7 +198,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         torch.cuda.set_device(get_device())
     config: TrainConfig = arguments["config"]
     inputs: dict[str, Input] = arguments["inputs"]
-    # Asked for here, since this can be another machine than the stage's.
+    # Imported here because this can be another machine than the stage's.
     sources = Sources(
         base=inputs["base"].folder,
         data=inputs["data"].folder / "train",
@@ -269,7 +269,9 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     if isinstance(result.return_value, str):
         raise TrainingRefused(result.return_value)
     if result.checkpoint is None or result.metrics is None:
-        raise RuntimeError(f"Ray Train ended without a checkpoint; look into {storage_path}/{name}")
+        raise RuntimeError(
+            f"Ray Train ended without a checkpoint; see its logs in {storage_path}/{name}"
+        )
     with result.checkpoint.as_directory() as folder:
         shutil.copytree(Path(folder) / "trained", ctx.out / "trained")
         if config.carry_optimizer:

@@ -1,20 +1,20 @@
-"""Where results live: a local folder or an S3 bucket behind one small interface.
+"""Storage of results: a local folder or an S3 bucket behind one small interface.
 
-Small objects have compare-and-swap: an object's version is a token that `replace` and `delete`
-compare, and nothing here trusts a clock. Deliberately not a file system: no rename, no append, no
-locks for callers. Whatever else fsspec reaches can be read, not written.
+Small objects support compare-and-swap: an object's version is a token that `replace` and `delete`
+compare; no clock is trusted. Deliberately not a file system: no rename, no append, no locks for
+callers. Any other address that fsspec supports can be read but not written.
 """
 
 from __future__ import annotations
 
-from pipeline.store.base import (
+from pipeline.store.interface import (
     Altered,
     DiskFull,
     Entry,
     Progress,
     Store,
-    StoreAway,
     StoreError,
+    StoreUnavailable,
     file_sha256,
 )
 from pipeline.store.local import LocalStore
@@ -27,8 +27,8 @@ __all__ = [
     "LocalStore",
     "Progress",
     "Store",
-    "StoreAway",
     "StoreError",
+    "StoreUnavailable",
     "check_for_runs",
     "file_sha256",
     "open_store",
@@ -39,17 +39,17 @@ __all__ = [
 def open_store(
     root: str, encryption: str = "", kms_key: str = "", tags: tuple[tuple[str, str], ...] = ()
 ) -> Store:
-    """The store at `runs`, `/data/runs`, `file:///data/runs` or `s3://bucket/prefix`; to read from,
-    any address that fsspec knows. pipeline/store/places.py says how each is read.
+    """The store at `runs`, `/data/runs`, `file:///data/runs` or `s3://bucket/prefix`; for reading,
+    also at any address that fsspec supports. pipeline/store/places.py parses addresses.
 
     Nothing is read or written yet. Credentials, region, `AWS_ENDPOINT_URL` and `AWS_CA_BUNDLE` come
     from the environment, never from the address.
 
     Args:
-        encryption: how S3 is to encrypt what is written, `AES256` or `aws:kms`; empty leaves that
-            to the bucket.
-        kms_key: the key for `aws:kms`; empty takes the account's own.
-        tags: of every object that is written from a file.
+        encryption: S3's encryption of written objects, `AES256` or `aws:kms`; empty uses the
+            bucket's default.
+        kms_key: the key for `aws:kms`; empty uses the account's default.
+        tags: for every object written from a file.
     """
     place = parse(root)
     if place.scheme == "s3":

@@ -1,7 +1,7 @@
-"""Copies of remote inputs on this machine, least recently used first to go.
+"""Copies of remote inputs on this machine; the least recently used are deleted first.
 
-Whoever uses a copy holds a shared lock on the file beside it until it lets go or dies, so nothing
-is deleted under a reader. It is deliberately no store: what is in here can be fetched again.
+A reader holds a shared lock on the file beside a copy until it closes it or dies, so no copy is
+deleted while in use. This is deliberately not a store: everything in it can be fetched again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import IO
 
 VARIABLE = "ADSC_CACHE"
 DEFAULT = "~/.cache/adsc"
-_ABANDONED = 24 * 3600.0  # seconds after which a half-made copy is one of a process that died
+_ABANDONED = 24 * 3600.0  # seconds after which a partial copy is taken to be of a dead process
 
 
 def folder(given: str = "") -> Path:
-    """Where this machine keeps copies: as given, else $ADSC_CACHE, else ~/.cache/adsc.
+    """The folder for copies on this machine: as given, else $ADSC_CACHE, else ~/.cache/adsc.
 
     Raises:
-        StoreError: that is below a home folder that is unknown.
+        StoreError: it is below a home folder that is unknown.
     """
     from pipeline.store.places import expanded
 
@@ -36,7 +36,7 @@ def folder(given: str = "") -> Path:
 
 
 class Use:
-    """A copy in use: `folder` stays until `close`, the end of this object, or of the process."""
+    """A copy in use: `folder` exists until `close`, or the end of this object or the process."""
 
     def __init__(self, folder: Path, lock: IO[str]) -> None:
         self.folder, self._lock = folder, lock
@@ -46,11 +46,11 @@ class Use:
 
 
 def fetch(cache: Path, name: str, limit: int, make: Callable[[Path], object]) -> Use:
-    """The copy called `name`, made by `make(folder)` if it isn't there.
+    """The copy called `name`, created by `make(folder)` if it doesn't exist.
 
     Args:
-        limit: bytes that all copies may take together; others that nobody uses make room first, the
-            new one is made in any case.
+        limit: size limit of all copies together, in bytes. Unused copies are deleted to keep it;
+            the new one is created in any case.
     """
     cache.mkdir(parents=True, exist_ok=True)
     lock = _lock(cache / f"{name}.lock", fcntl.LOCK_SH)
@@ -59,12 +59,12 @@ def fetch(cache: Path, name: str, limit: int, make: Callable[[Path], object]) ->
     try:
         if not kept.is_dir():
             with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as scratch:
-                made = Path(scratch) / name
-                made.mkdir()
-                make(made)
-                # Another process of this machine may have been faster with the same files.
+                copy = Path(scratch) / name
+                copy.mkdir()
+                make(copy)
+                # Another process of this machine may have created the same copy meanwhile.
                 with contextlib.suppress(OSError):
-                    made.rename(kept)
+                    copy.rename(kept)
             make_room(cache, limit)
         os.utime(cache / f"{name}.lock")
     except BaseException:
@@ -74,7 +74,7 @@ def fetch(cache: Path, name: str, limit: int, make: Callable[[Path], object]) ->
 
 
 def make_room(cache: Path, limit: int) -> None:
-    """Delete copies that nobody uses, least recently used first, until the rest fit in `limit`."""
+    """Delete unused copies, least recently used first, until the rest fit in `limit`."""
     for left in cache.glob(".tmp-*"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _ABANDONED:
@@ -88,12 +88,12 @@ def make_room(cache: Path, limit: int) -> None:
         if lock is None:
             continue  # in use
         with lock:
-            # Renamed first: a copy is there whole, or not at all.
-            gone = Path(tempfile.mkdtemp(dir=cache, prefix=".tmp-"))
+            # Renamed first, so that no partial copy is ever visible.
+            trash = Path(tempfile.mkdtemp(dir=cache, prefix=".tmp-"))
             with contextlib.suppress(OSError):
-                copy.rename(gone / copy.name)
+                copy.rename(trash / copy.name)
             copy.with_name(f"{copy.name}.lock").unlink(missing_ok=True)
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(trash, ignore_errors=True)
         total -= sizes[copy]
 
 
@@ -115,12 +115,12 @@ def _used(copy: Path) -> float:
 
 
 def _lock(path: Path, kind: int) -> IO[str] | None:
-    """The locked file, None where LOCK_NB is asked for and somebody else has it."""
+    """The locked file; None if `kind` has LOCK_NB and another process holds it."""
     while True:
         file = path.open("a")
         try:
             fcntl.flock(file, kind)
-            # Whoever deleted the copy deleted its lock as well: that file guards nothing any more.
+            # The lock file may have been deleted with its copy: then it guards nothing.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""A store in a folder, possibly on a shared file system that several machines see."""
+"""A store in a folder, possibly on a file system that several machines share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.store.base import (
+from pipeline.store.interface import (
     TEMPORARY,
     Entry,
     Progress,
@@ -25,7 +25,7 @@ from pipeline.store.base import (
 )
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What `link` answers on FAT, exFAT, and some FUSE and SMB mounts."""
+"""Errors of `link` on FAT, exFAT, and some FUSE and SMB mounts."""
 
 
 class LocalStore(Store):
@@ -62,7 +62,7 @@ class LocalStore(Store):
         with appearing(path, publish=False) as temporary:
             write(temporary, data)
             try:
-                # It appears whole or is refused: nobody reads half of it, or overwrites it.
+                # Atomic: no reader sees a partial object, and no writer replaces it.
                 os.link(temporary, path)
             except FileExistsError:
                 return None
@@ -70,15 +70,15 @@ class LocalStore(Store):
                 if error.errno not in _NO_LINKS:
                     raise
                 raise StoreError(
-                    f"the file system of {self.folder} has no hard links, by which results appear "
-                    "once and whole; choose a folder on another one (ext4, xfs, NFS), or S3"
+                    f"the file system of {self.folder} has no hard links, which are needed to "
+                    "publish results atomically; choose a folder on ext4, xfs or NFS, or S3"
                 ) from error
         return _version(data)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:
         with self._locked():
-            found = self.read_versioned(key)
-            if found is None or found[1] != version:
+            stored = self.read_versioned(key)
+            if stored is None or stored[1] != version:
                 return None
             with appearing(self.folder / checked(key)) as temporary:
                 write(temporary, data)
@@ -88,8 +88,8 @@ class LocalStore(Store):
         path = self.folder / checked(key)
         with self._locked():
             if version is not None:
-                found = self.read_versioned(key)
-                if found is None or found[1] != version:
+                stored = self.read_versioned(key)
+                if stored is None or stored[1] != version:
                     return False
             try:
                 path.unlink()
@@ -138,9 +138,9 @@ class LocalStore(Store):
 
 
 def _entry(path: Path, folder: Path) -> Entry:
-    found = path.stat()
+    status = path.stat()
     key = path.relative_to(folder).as_posix()
-    return Entry(key=key, size=found.st_size, version=str(found.st_mtime_ns))
+    return Entry(key=key, size=status.st_size, version=str(status.st_mtime_ns))
 
 
 def _version(data: bytes) -> str:

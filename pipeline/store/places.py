@@ -1,8 +1,8 @@
-"""Addresses of stores and files: what a text names, decided here and nowhere else.
+"""Addresses of stores and files; the only module that parses them.
 
-A path means itself, character by character, after `~`. `file://` is a URL: an absolute path with
-percent-encoding. What follows `s3://bucket/` is a key, character by character, as AWS's own tools
-read it. Other schemes belong to fsspec. Nothing is opened here.
+A path is taken literally, after expanding `~`. `file://` is a URL: an absolute path with
+percent-encoding. The part after `s3://bucket/` is a key, taken literally as AWS's own tools do.
+Other schemes are left to fsspec. Nothing is opened here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-from pipeline.store.base import StoreError
+from pipeline.store.interface import StoreError
 
 URI_SAFE = frozenset(string.ascii_letters + string.digits + "-._~!$&'()*+,;=:@/")
-"""What stands for itself in a URI's path. Ray Train (pyarrow) and MLflow read a run's store as a
-URI: any other character is an error there, or another place."""
+"""Characters that are literal in a URI's path. Ray Train (pyarrow) and MLflow read a run's store as
+a URI, where any other character is an error or names another place."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -26,10 +26,10 @@ _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What an address names: a path on this machine, a prefix in a bucket, or fsspec's business."""
+    """A parsed address: a path on this machine, a prefix in a bucket, or an address for fsspec."""
 
     scheme: str
-    """Empty for a path, else lower case."""
+    """Lower case; empty for a path."""
     path: Path | None = None
     """Absolute; None for an address that is not on this machine."""
     bucket: str = ""
@@ -38,26 +38,25 @@ class Place:
 
 
 def parse(text: str) -> Place:
-    """What an address of a store or a file names.
+    """Parse the address of a store or a file.
 
     Raises:
-        StoreError: nothing can be there, or a part of the address would be dropped or read in two
-            ways.
+        StoreError: the address is invalid or ambiguous, or a part of it would be ignored.
     """
     if not text.strip():
         raise StoreError("the address is empty; write a folder or s3://bucket/prefix")
-    if _unseen(text):
-        raise StoreError(f"the address {text!r} has a character that can't be seen; remove it")
-    found = _SCHEME.match(text)
-    if found is None:
+    if _has_invisible(text):
+        raise StoreError(f"the address {text!r} has an invisible character; remove it")
+    match = _SCHEME.match(text)
+    if match is None:
         return _without_scheme(text)
-    scheme, rest = found[1].lower(), text[found.end() :]
+    scheme, rest = match[1].lower(), text[match.end() :]
     authority, _, query = rest.partition("?")
     host = re.split("[/#]", authority, maxsplit=1)[0]
     if "@" in host or (scheme == "s3" and query):
         raise StoreError(
             f"the address {scheme}://{authority[len(host.rpartition('@')[0]) :].lstrip('@')} "
-            "carries credentials or options: put them into the environment (AWS_ACCESS_KEY_ID, "
+            "has credentials or options: put them into the environment (AWS_ACCESS_KEY_ID, "
             "AWS_ENDPOINT_URL)"
         )
     if scheme == "s3":
@@ -70,7 +69,7 @@ def parse(text: str) -> Place:
 
 
 def split(text: str) -> tuple[str, str]:
-    """A file's address as a store's, for `open_store`, and the key in it.
+    """A file's address as the address of a store, for `open_store`, and the key in it.
 
     Raises:
         StoreError: it names no file.
@@ -97,16 +96,16 @@ def expanded(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise StoreError(
-            f"{text}: the home folder is unknown, as in a container that runs under a user id "
-            "without an account; set HOME, or write the path without ~"
+            f"{text}: the home folder is unknown, as in a container with a user id without an "
+            "account; set HOME, or write the path without ~"
         ) from None
 
 
 def check_for_runs(root: str) -> None:
-    """Whether all that a run uses can use this store, before anything runs.
+    """Check that Ray Train and MLflow can use this store, before anything runs.
 
     Args:
-        root: a store's own address, `Store.root`.
+        root: a store's address, `Store.root`.
 
     Raises:
         StoreError: Ray Train or MLflow would fail there, or write elsewhere.
@@ -117,19 +116,19 @@ def check_for_runs(root: str) -> None:
     if strange := sorted(set(place.prefix) - URI_SAFE):
         shown = " ".join("a space" if it == " " else it for it in strange)
         raise StoreError(
-            f"{root} can't hold runs: Ray Train and MLflow read it as a URI, in which {shown} "
-            "doesn't stand for itself, and would fail or write elsewhere; choose a prefix of "
-            "letters, digits and - _ . / ="
+            f"{root} can't hold runs: Ray Train and MLflow read it as a URI, where {shown} is not "
+            "literal, and would fail or write elsewhere; choose a prefix of letters, digits and "
+            "- _ . / ="
         )
     if {"", ".", ".."} & set(place.prefix.split("/") if place.prefix else ()):
         raise StoreError(
-            f"{root} can't hold runs: Ray Train reads empty, . and .. parts of a prefix as another "
-            "place; leave them out"
+            f"{root} can't hold runs: Ray Train resolves empty, . and .. parts of a prefix to "
+            "another place; leave them out"
         )
 
 
-def _unseen(text: str) -> bool:
-    """Control characters, line ends, and bytes that are no text."""
+def _has_invisible(text: str) -> bool:
+    """Whether a text has control characters, line breaks or undecodable bytes."""
     return any(unicodedata.category(it) in ("Cc", "Cs", "Zl", "Zp") for it in text)
 
 
@@ -143,7 +142,7 @@ def _without_scheme(text: str) -> Place:
         if rest.startswith("/"):  # RFC 8089's short form
             return _file_url(text, rest)
         raise StoreError(
-            f"{text} is a relative file: URL, which there is none of; write {rest}, "
+            f"{text} is a relative file: URL, which does not exist; write {rest}, "
             f"file:///PATH, or ./{text} for a folder of that name"
         )
     return Place(scheme="", path=expanded(text).absolute())
@@ -157,8 +156,8 @@ def _s3(text: str, rest: str) -> Place:
         raise StoreError(f"{text} ends in an empty query; leave the ? out")
     if not _BUCKET.fullmatch(bucket):
         raise StoreError(
-            f"{text}: {bucket!r} is not a bucket's name (letters, digits, - . _); a server's "
-            "address belongs into AWS_ENDPOINT_URL"
+            f"{text}: {bucket!r} is not a bucket's name (letters, digits, - . _); put a server's "
+            "address into AWS_ENDPOINT_URL"
         )
     return Place(scheme="s3", bucket=bucket, prefix=prefix.strip("/"))
 
@@ -167,7 +166,7 @@ def _file_url(text: str, rest: str) -> Place:
     host, slash, path = rest.partition("/")
     if host not in ("", "localhost") or not slash:
         raise StoreError(
-            f"{text} names {host!r} as a machine; write file:///{rest} for the absolute path, or "
+            f"{text} has {host!r} as its host; write file:///{rest} for the absolute path, or "
             f"{rest} for one relative to this folder"
         )
     if strange := [it for it in "?#" if it in path]:
@@ -181,14 +180,14 @@ def _file_url(text: str, rest: str) -> Place:
         decoded = unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
         raise StoreError(f"{text}: its percent-encoding is not UTF-8; write the path") from None
-    if _unseen(decoded):
-        raise StoreError(f"{text} has a character that can't be seen; remove it")
-    found = Path("/") / decoded
-    # Versions before 0.1.0 did not decode: what they wrote is not taken for lost.
-    before = Path("/") / path
-    if before != found and before.exists() and not found.exists():
+    if _has_invisible(decoded):
+        raise StoreError(f"{text} has an invisible character; remove it")
+    decoded_path = Path("/") / decoded
+    # Versions before 0.1.0 did not decode: point out a store that they wrote.
+    literal = Path("/") / path
+    if literal != decoded_path and literal.exists() and not decoded_path.exists():
         raise StoreError(
-            f"{text} names {found}, where there is nothing, while there is a folder {before}; "
-            "write the path that you mean, without file://"
+            f"{text} names {decoded_path}, which does not exist, but {literal} does; write the "
+            "path that you mean, without file://"
         )
-    return Place(scheme="file", path=found)
+    return Place(scheme="file", path=decoded_path)

@@ -1,7 +1,7 @@
-"""A place to read data from, on anything that fsspec reaches (gs://, az://, hf://, https://, ...).
+"""Read-only data at any address that fsspec supports (gs://, az://, hf://, https://, ...).
 
-The package that fsspec needs for it, and credentials, are the user's to install and to put into the
-environment. No results go there: most of these have no conditional write.
+The user installs the package that fsspec needs, and puts credentials into the environment. Results
+can't be stored there: most of these systems have no conditional writes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from pipeline.redact import redact
-from pipeline.store.base import Entry, Progress, Store, StoreError, checked
+from pipeline.store.interface import Entry, Progress, Store, StoreError, checked
 
 
 class ReadOnlyStore(Store):
-    """Objects below an address of fsspec's."""
+    """Objects below an address that fsspec supports."""
 
     def __init__(self, root: str) -> None:
-        """Raises a StoreError where fsspec doesn't know such addresses, or lacks a package."""
+        """Raises a StoreError if fsspec doesn't support the address, or lacks a package for it."""
         import fsspec
 
         self.root = root.rstrip("/")
@@ -31,7 +31,7 @@ class ReadOnlyStore(Store):
         except ValueError:
             raise StoreError(
                 f"{urlsplit(root).scheme}:// is not a kind of store; use a folder or "
-                "s3://bucket/prefix (to read data, any address that fsspec knows)"
+                "s3://bucket/prefix (to read data, any address that fsspec supports)"
             ) from None
         except ImportError as error:
             raise StoreError(f"can't read {redact(root)}: {error}") from None
@@ -54,7 +54,9 @@ class ReadOnlyStore(Store):
             except FileNotFoundError:
                 return None
             if size is None:
-                raise StoreError(f"{redact(self.uri(key))} does not tell its size: copy it first")
+                raise StoreError(
+                    f"the server gives no size for {redact(self.uri(key))}: copy it first"
+                )
             return int(size)
 
     def _part(self, key: str, start: int, end: int) -> bytes:
@@ -63,11 +65,11 @@ class ReadOnlyStore(Store):
 
     def list(self, prefix: str) -> list[Entry]:
         with self._explained():
-            found = self._system.find(self._at(prefix) if prefix else self._path, detail=True)
+            files = self._system.find(self._at(prefix) if prefix else self._path, detail=True)
         start = len(self._path.rstrip("/")) + 1
         return [
             Entry(key=name[start:], size=it["size"], version=_version(it))
-            for name, it in sorted(found.items())
+            for name, it in sorted(files.items())
         ]
 
     def _get(self, key: str, path: Path, progress: Progress | None = None) -> None:
@@ -96,8 +98,7 @@ class ReadOnlyStore(Store):
 
     def _refuse(self) -> NoReturn:
         raise StoreError(
-            f"{redact(self.root)} can only be read from; results go to a folder or to "
-            "s3://bucket/prefix"
+            f"{redact(self.root)} is read-only; store results in a folder or at s3://bucket/prefix"
         )
 
     @contextlib.contextmanager
@@ -106,13 +107,13 @@ class ReadOnlyStore(Store):
             yield
         except (FileNotFoundError, StoreError):
             raise
-        except Exception as error:  # every system of fsspec's has its own
+        except Exception as error:  # every file system of fsspec has its own errors
             raise StoreError(
                 f"can't read {redact(self.root)}: {type(error).__name__}: {redact(str(error))}"
             ) from error
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes with the content, under the names that systems have for it."""
+    """A value that changes with the content, by the names that file systems use for it."""
     names = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified")
     return next((str(info[name]) for name in names if info.get(name)), "")

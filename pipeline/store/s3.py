@@ -1,7 +1,7 @@
 """A store in an S3 bucket, or on any server that speaks S3. boto3 is imported in this file only.
 
-Single requests are tried again by botocore, bodies that break off here and in boto3's transfers;
-what is left becomes a StoreError that names the way out. Large files go up in parts, each with a
+botocore retries single requests; interrupted bodies are retried here and in boto3's transfers. What
+still fails becomes a StoreError with the way out. Large files are uploaded in parts, each with a
 SHA-256 that the server checks.
 """
 
@@ -19,36 +19,36 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from pipeline.redact import HIDDEN, redact
-from pipeline.store.base import (
+from pipeline.store.interface import (
     PARALLEL,
     Entry,
     Progress,
     Store,
-    StoreAway,
     StoreError,
+    StoreUnavailable,
     checked,
     file_sha256,
 )
 
 ATTEMPTS = 5
-"""Of a request, by botocore; and of a body that breaks off."""
+"""Attempts at a request, by botocore; and at an interrupted body."""
 READ_SECONDS = 10
-"""Silence after which an answer is given up: a heartbeat must have time for a second try."""
+"""Read timeout: short enough that a heartbeat has time for a second attempt."""
 PART = 8 << 20
-"""Bytes of a part of a large transfer: boto3's own default."""
-_PAGE = 1000  # keys in one answer to a listing
-_CONFLICTS = 8  # conditional writes that meet another at the same moment
-_BROKEN_OFF = {
+"""Bytes of a part of a large transfer: boto3's default."""
+_PAGE = 1000  # keys in one page of a listing
+_CONFLICTS = 8  # attempts at a conditional write that conflicts with another
+_INTERRUPTED = {
     "IncompleteReadError", "ResponseStreamingError", "ReadTimeoutError", "FlexibleChecksumError",
 }  # fmt: skip
-_AWAY = _BROKEN_OFF | {
+_UNAVAILABLE = _INTERRUPTED | {
     "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504",
     "EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError",
     "RetriesExceededError", "ConditionalRequestConflict", "ProxyConnectionError",
-    # What arrived was not what was sent.
+    # The server received other data than was sent.
     "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
 }  # fmt: skip
-_RENEW = "the credentials have expired; renew them and run the same command again"
+_RENEW = "the credentials have expired; renew them and rerun the same command"
 _DENIED = "access is denied; allow list, read, write and delete there"
 _SILENT = "nothing answers; check the network and AWS_ENDPOINT_URL"
 
@@ -72,12 +72,13 @@ class S3Store(Store):
             )
         self.bucket, self.prefix = bucket, prefix
         self.root = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._how = encryption, kms_key, tags
+        self._encryption = encryption
+        self._write_options = encryption, kms_key, tags
         self._client: Any = None
         self._transfers: Any = None
 
     def __reduce__(self) -> tuple[type[S3Store], tuple[Any, ...]]:
-        return S3Store, (self.bucket, self.prefix, *self._how)
+        return S3Store, (self.bucket, self.prefix, *self._write_options)
 
     def local(self, key: str) -> None:
         return None
@@ -86,14 +87,14 @@ class S3Store(Store):
         def take(answer: Any) -> tuple[bytes, str]:
             return answer["Body"].read(), answer["ETag"]
 
-        found: tuple[bytes, str] | None = self._call(
+        stored: tuple[bytes, str] | None = self._call(
             "get_object", "NoSuchKey", "404", take=take, Key=self._name(key)
         )
-        return found
+        return stored
 
     def size(self, key: str) -> int | None:
-        found = self._call("head_object", "NoSuchKey", "404", Key=self._name(key))
-        return int(found["ContentLength"]) if found else None
+        head = self._call("head_object", "NoSuchKey", "404", Key=self._name(key))
+        return int(head["ContentLength"]) if head else None
 
     def _part(self, key: str, start: int, end: int) -> bytes:
         def take(answer: Any) -> bytes:
@@ -117,7 +118,7 @@ class S3Store(Store):
 
     def delete(self, key: str, version: str | None = None) -> bool:
         name, gone = self._name(key), ("NoSuchKey", "404", "PreconditionFailed", "412")
-        # A DELETE of what isn't there succeeds: look first, to be able to tell.
+        # A DELETE of a missing object succeeds: look first, to return the right answer.
         if self.size(key) is None:
             return False
         condition: dict[str, Any] = {"IfMatch": version} if version else {}
@@ -135,27 +136,28 @@ class S3Store(Store):
             entries += [
                 Entry(key=item["Key"][start:], size=item["Size"], version=item.get("ETag", ""))
                 for item in page.get("Contents", ())
-                if not item["Key"].endswith("/")  # "folders" that consoles make
+                if not item["Key"].endswith("/")  # "folders" created by consoles
             ]
             if not page.get("IsTruncated"):
                 return entries
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def holds(self, key: str, path: Path) -> bool:
-        """By the checksum that the server computed; read back where it has none, or another one:
-        of an upload in parts it depends on their size.
+        """By the server's checksum; the object is read back if there is none or it differs, since
+        the checksum of a multipart upload depends on the size of its parts.
 
         Raises:
-            StoreError: it isn't encrypted as this store was told to.
+            StoreError: it isn't encrypted as configured.
         """
         name = self._name(key)
         stored = self._call("head_object", "NoSuchKey", "404", Key=name, ChecksumMode="ENABLED")
         if not stored or stored["ContentLength"] != path.stat().st_size:
             return False
-        if self._how[0] not in ("", found := stored.get("ServerSideEncryption", "none")):
+        if self._encryption not in ("", actual := stored.get("ServerSideEncryption", "none")):
             raise StoreError(
-                f"{self.uri(key)} has encryption {found}, not {self._how[0]}: the server ignores "
-                "what it is asked for, or the file was there before; delete it, or ask for none"
+                f"{self.uri(key)} has encryption {actual}, not {self._encryption}: the server "
+                "ignores the setting, or the file existed before; delete it, or leave encryption "
+                "out"
             )
         computed = stored.get("ChecksumSHA256", "").partition("-")[0]
         if computed == _sha256_by_parts(path):
@@ -178,8 +180,8 @@ class S3Store(Store):
         self._call("download_file", filename=str(path), key=self._name(key), callback=progress)
 
     def _extra(self) -> dict[str, str]:
-        """What S3 is told about everything that is written."""
-        encryption, key, tags = self._how
+        """Arguments of every write: encryption and tags."""
+        encryption, key, tags = self._write_options
         extra = {"ServerSideEncryption": encryption, "SSEKMSKeyId": key, "Tagging": urlencode(tags)}
         return {name: value for name, value in extra.items() if value}
 
@@ -193,14 +195,14 @@ class S3Store(Store):
         take: Callable[[Any], Any] = lambda answer: answer,
         **arguments: Any,
     ) -> Any:
-        """One request, or one file's transfer; None where its refusal has a code in `absent`.
+        """One request, or one file's transfer; None if it fails with a code in `absent`.
 
-        `take` reads the body: where that breaks off, both are done again.
+        `take` reads the body: if that is interrupted, the request is repeated as well.
         """
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        conflicts = broken = 0
+        conflicts = interrupted = 0
         while True:
             try:
                 if method.endswith("_file"):
@@ -208,7 +210,7 @@ class S3Store(Store):
                 client = self._connected()
                 return take(getattr(client, method)(Bucket=self.bucket, **arguments) or {})
             except (ClientError, BotoCoreError, Boto3Error) as error:
-                # boto3 wraps what S3 said about an upload into a text.
+                # boto3 wraps S3's error of an upload as text.
                 cause = error.__context__ if isinstance(error, Boto3Error) else error
                 if isinstance(cause, ClientError):
                     code = cause.response.get("Error", {}).get("Code", "")
@@ -216,13 +218,13 @@ class S3Store(Store):
                     code = type(cause or error).__name__
                 if code in absent:
                     return None
-                # Two conditional writes at once: S3 asks to try again.
+                # Two conditional writes at once: S3 asks for a retry.
                 conflicts += code == "ConditionalRequestConflict"
-                broken += code in _BROKEN_OFF
+                interrupted += code in _INTERRUPTED
                 if code == "ConditionalRequestConflict" and conflicts < _CONFLICTS:
                     continue
-                if code in _BROKEN_OFF and broken < ATTEMPTS and not method.endswith("_file"):
-                    time.sleep(random.random() * 2**broken / 4)
+                if code in _INTERRUPTED and interrupted < ATTEMPTS and not method.endswith("_file"):
+                    time.sleep(random.random() * 2**interrupted / 4)
                     continue
                 raise self._explain(code, str(cause or error), method, arguments) from error
 
@@ -232,7 +234,7 @@ class S3Store(Store):
             from botocore.config import Config as ClientConfig
 
             self._check_endpoint()
-            # A session of its own: the default one is shared, and not made for threads.
+            # A separate session: the default one is shared and not thread-safe.
             self._client = boto3.Session().client(
                 "s3",
                 config=ClientConfig(
@@ -245,7 +247,7 @@ class S3Store(Store):
         return self._client
 
     def _transfer(self) -> Any:
-        """One for all files, so that connections and memory don't grow with their number."""
+        """One transfer manager for all files, so that connections and memory stay bounded."""
         if self._transfers is None:
             from boto3.s3.transfer import S3Transfer, TransferConfig, create_transfer_manager
 
@@ -259,30 +261,30 @@ class S3Store(Store):
         return self._transfers
 
     def _check_endpoint(self) -> None:
-        """Raise a StoreError where the variable that names the server is no address."""
+        """Raise a StoreError if the environment variable for the server isn't a valid address."""
         name, endpoint = _endpoint()
         parts = urlsplit(endpoint)
         if endpoint and (parts.scheme not in ("http", "https") or not parts.hostname):
-            # Without a scheme `redact` knows no user:password of an address.
+            # Without a scheme `redact` doesn't recognise user:password.
             bare = endpoint.rpartition("://")[2].rpartition("@")[2]
             shown = endpoint if "@" not in endpoint else f"{HIDDEN}@{bare}"
             raise StoreError(
-                f"{name}={shown} is no server's address; write http://{bare}, or "
-                f"https://{bare} where it has a certificate"
+                f"{name}={shown} is not the address of a server; write http://{bare}, or "
+                f"https://{bare} if it has a certificate"
             )
 
     def _explain(self, code: str, text: str, method: str, arguments: dict[str, Any]) -> StoreError:
         name, endpoint = _endpoint()
         place = self.root + (f" at {endpoint}" if endpoint else "")
         other = endpoint.partition("://")[2]
-        trust = "its certificate isn't trusted; name your authority's in AWS_CA_BUNDLE"
+        trust = "its certificate isn't trusted; set AWS_CA_BUNDLE to your authority's certificate"
         if re.search(r"wrong.version.number|record.layer.failure|http.request", text, re.I):
             trust = f"the server there doesn't speak HTTPS; set {name}=http://{other}"
         plain = endpoint.startswith("http:")
         hint = f", or, if the server speaks HTTPS, set {name}=https://{other}" if plain else ""
-        lacking = f"the server doesn't know {_feature(method, arguments)}; choose another one"
+        lacking = f"the server doesn't support {_feature(method, arguments)}; choose another one"
         reasons = {
-            "NoSuchBucket": f"there is no bucket {self.bucket}; make it, or choose another root",
+            "NoSuchBucket": f"there is no bucket {self.bucket}; create it, or choose another root",
             "NoCredentialsError": "there are no credentials; set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or a profile",
             "PartialCredentialsError": "the credentials are incomplete; set AWS_ACCESS_KEY_ID "
@@ -291,32 +293,32 @@ class S3Store(Store):
             "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
             "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
             "ExpiredToken": _RENEW,
-            "400": f"the request is refused without a reason; perhaps {_RENEW}{hint}",
+            "400": f"the server refused the request without a reason; perhaps {_RENEW}{hint}",
             **dict.fromkeys(("NotImplemented", "501", "MethodNotAllowed", "405"), lacking),
             "AccessDenied": _DENIED,
             "403": _DENIED,
             "404": "there is no such object (or bucket)",
             "SSLError": trust,
-            "ConnectionClosedError": "the server hangs up without an answer; check the network and "
-            f"the server{hint}",
+            "ConnectionClosedError": "the server closed the connection without an answer; check "
+            f"the network and the server{hint}",
             "EndpointConnectionError": _SILENT,
             "ConnectTimeoutError": _SILENT,
             "ReadTimeoutError": f"no byte in {READ_SECONDS:g} s; check the network and the server",
-            "BadDigest": "what arrived there is not what was sent; check the network",
-            "FlexibleChecksumError": "what arrived is not what it has a checksum of; check the "
-            "network",
-            "RetriesExceededError": "a file broke off again and again; check network and server",
+            "BadDigest": "the server received other data than was sent; check the network",
+            "FlexibleChecksumError": "received data doesn't match its checksum; check the network",
+            "RetriesExceededError": "a transfer was interrupted repeatedly; check network and "
+            "server",
             **dict.fromkeys(("SlowDown", "ServiceUnavailable", "503"), "the server is overloaded"),
-            **dict.fromkeys(("InternalError", "500"), "the server fails; ask whoever runs it"),
+            **dict.fromkeys(("InternalError", "500"), "the server failed; ask its operator"),
             "NoRegionError": "no region is set; set AWS_DEFAULT_REGION",
             "ParamValidationError": "the bucket's name is not valid; check the root",
         }
-        kind = StoreAway if code in _AWAY else StoreError
+        kind = StoreUnavailable if code in _UNAVAILABLE else StoreError
         return kind(redact(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}"))
 
 
 def _endpoint() -> tuple[str, str]:
-    """The variable that names the server, and its value; empty for AWS's own."""
+    """The environment variable for the server, and its value; empty for AWS itself."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if value := os.environ.get(name, "").strip():
             return name, value
@@ -324,7 +326,7 @@ def _endpoint() -> tuple[str, str]:
 
 
 def _feature(method: str, arguments: dict[str, Any]) -> str:
-    """What a request asks of a server beyond plain reading and writing."""
+    """The feature that a request needs beyond plain reads and writes."""
     extra = arguments.get("extra_args") or arguments
     known = {
         "IfNoneMatch": "conditional writes (If-None-Match)",
@@ -340,7 +342,7 @@ def _feature(method: str, arguments: dict[str, Any]) -> str:
 
 
 def _sha256_by_parts(path: Path) -> str:
-    """S3's SHA-256 of a file: its own, or of an upload in parts that of the parts' digests."""
+    """S3's SHA-256 of a file: of its content, or for a multipart upload, of the parts' digests."""
     with path.open("rb") as file:
         if path.stat().st_size < PART:
             return base64.b64encode(hashlib.file_digest(file, "sha256").digest()).decode()

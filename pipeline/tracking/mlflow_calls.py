@@ -22,7 +22,7 @@ from pipeline.redact import redact
 from pipeline.tracking import moved
 from pipeline.tracking.address import TrackingError, check_path, database_of, explained
 from pipeline.tracking.handle import RunHandle
-from pipeline.tracking.spool import Away, Item
+from pipeline.tracking.spool import Item, Unavailable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,8 +31,8 @@ TOKEN = "token:"
 """Begins a parent's id that is not known yet: the parent's token follows."""
 
 
-class NoAnswer(TrackingError):
-    """The tracking address may be right, but nobody answers there now."""
+class TrackingUnavailable(TrackingError):
+    """The tracking address may be right, but no server answers there now."""
 
 
 def prepare(
@@ -59,7 +59,7 @@ def prepare(
     if reason := explained(tracking_uri):
         raise TrackingError(f"can't track at {redact(tracking_uri)}: {reason}")
     if scheme in ("", "file"):
-        raise _unusable(tracking_uri, "that is a folder, which MLflow 3 no longer accepts")
+        raise _unusable(tracking_uri, "it is a folder, which MLflow 3 no longer accepts")
     try:
         if scheme in ("http", "https"):
             _create_experiment(tracking_uri, experiment, artifacts)
@@ -74,8 +74,8 @@ def prepare(
             # Two processes that make the tables of a fresh database at once break it.
             with database.with_name(database.name + ".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if said := moved.heal(database):
-                    report(said)
+                if change := moved.heal(database):
+                    report(change)
                 beside = (database.parent / moved.ARTIFACTS).as_uri()
                 _create_experiment(tracking_uri, experiment, artifacts or beside)
         elif not re.match("postgresql|mysql|mssql", scheme):
@@ -92,7 +92,7 @@ def prepare(
     except TrackingError:
         raise
     except failures() as error:
-        kind = TrackingError if _refused(error) else NoAnswer
+        kind = TrackingError if _refused(error) else TrackingUnavailable
         raise kind(str(_unusable(tracking_uri, brief(error)))) from None
     return tracking_uri
 
@@ -107,11 +107,15 @@ class Run:
         self.closed = handle.nowhere
         self.kept: Callable[[Path], Path] = Path
         self._search = replay
-        self._away = False
+        self._unavailable = False
         self._causes: set[str] = set()
 
     def deliver(self, items: Sequence[Item]) -> int:
-        """Send the first item (of metrics: the first few); raises Away where nobody answers."""
+        """Send the first item (of metrics: the first few).
+
+        Raises:
+            Unavailable: no server answers.
+        """
         kind = items[0]["kind"]
         some = items[:1]
         if kind == "metrics":
@@ -125,22 +129,22 @@ class Run:
             else:
                 self.run_id = self.run_id or self._find(client)
                 if self.run_id is None:
-                    raise Away("its run is not made yet")
+                    raise Unavailable("its run is not made yet")
                 getattr(self, f"_{kind}")(client, self.run_id, some)
         except failures() as error:
             cause = brief(error)
             if not _refused(error):
                 # Once an absence: a server that dies says something else than one that is gone.
-                if not self._away:
+                if not self._unavailable:
                     self._report(f"tracking waits: {self.handle.tracking_uri}: {cause}")
-                self._away = self._search = True
-                raise Away(cause) from error
+                self._unavailable = self._search = True
+                raise Unavailable(cause) from error
             if cause not in self._causes:
                 self._causes.add(cause)
                 self._report(f"{kind} not tracked: {self.handle.tracking_uri}: {cause}")
             if kind == "create":
                 self.closed = True
-        self._away = False
+        self._unavailable = False
         return len(some)
 
     def _find(self, client: MlflowClient, token: str | None = None) -> str | None:
@@ -166,7 +170,7 @@ class Run:
         parent = tags.get("mlflow.parentRunId", "")
         if parent.startswith(TOKEN):
             if (found := self._find(client, parent.removeprefix(TOKEN))) is None:
-                raise Away("its parent is not made yet")
+                raise Unavailable("its parent is not made yet")
             tags["mlflow.parentRunId"] = found
         run = client.create_run(experiment.experiment_id, item["time"], tags, run_name=item["name"])
         self.run_id = run.info.run_id
@@ -250,7 +254,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def _refused(error: Exception) -> bool:
-    """Whether the fault is this one call's: the server said no to it, or a local file isn't
+    """Whether the error is specific to this call: the server refused it, or a local file isn't
     there."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException

@@ -1,7 +1,7 @@
 """MLflow's registry: exported checkpoints as versions of a model, and who may be called champion.
 
 A version's tags say what was measured and which runs made it; an alias points to one version.
-Nothing here waits for a server that is away: the checkpoint itself is in the store.
+Nothing here waits for an unavailable server: the checkpoint itself is in the store.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def promote(
         version: a number, or another alias.
 
     Raises:
-        TrackingError: no such model or version; nobody answers.
+        TrackingError: no such model or version; no server answers.
     """
     name = model_name(name)
     database = database_of(tracking_uri)
@@ -133,9 +133,9 @@ def promote(
         before = aliases.get(alias)
         if not refused:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            said = "; ".join(f"{gate}: {value:.6g}" for gate, value in values.items())
+            measured = "; ".join(f"{gate}: {value:.6g}" for gate, value in values.items())
             client.set_model_version_tag(
-                name, found.version, f"adsc.promoted.{alias}", f"{now}, {said}"
+                name, found.version, f"adsc.promoted.{alias}", f"{now}, {measured}"
             )
             client.set_registered_model_alias(name, alias, str(found.version))
     except failures() as error:
@@ -212,7 +212,7 @@ def fetch_checkpoint(uri: str | None, model: str) -> Path:
         TrackingError: no MLflow is named, or it has no such model.
     """
     if uri in (None, "off"):
-        raise TrackingError("which MLflow? Give --mlflow URI, or set MLFLOW_TRACKING_URI")
+        raise TrackingError("no MLflow server: give --mlflow URI, or set MLFLOW_TRACKING_URI")
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

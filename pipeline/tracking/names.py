@@ -20,8 +20,8 @@ def check_name(name: str) -> None:
     """Raise a ValueError for a name under which nothing can be registered."""
     if not re.search(r"\w", name) or not name.isprintable() or len(name) > MAX_NAME:
         raise ValueError(
-            f"export.name = {name!r} can't name a model: write 1 to {MAX_NAME} characters that can "
-            "be seen, letters or digits among them"
+            f"export.name = {name!r} can't name a model: use 1 to {MAX_NAME} visible characters, "
+            "with at least one letter or digit"
         )
 
 

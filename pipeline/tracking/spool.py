@@ -1,10 +1,9 @@
-"""What is still to be sent to the tracking server: a file of JSON lines, and the thread that sends.
+"""Journal of tracking data: a file of JSON lines, and the thread that sends it to the server.
 
-Whatever a process tracks goes into a journal of its own first, so a server that is away or hangs
-holds nobody up, and a process that is killed loses nothing: the next one sends the rest. A process
-locks its journal while it lives; one that can be locked belongs to a dead process. Items hold what
-people may see, never credentials. How an item is sent is the caller's part, and so is its order
-against other processes' items.
+A process first writes all tracking data into its own journal, so an unavailable or hanging server
+blocks nothing, and a killed process loses nothing: the next one sends the rest. A process locks its
+journal while it lives; one that can be locked belongs to a dead process. Items never hold
+credentials. The caller defines how an item is sent, and its order against other processes' items.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from pipeline.store.cache import folder as cache_folder
 
 Item = dict[str, Any]
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries while nobody answers
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts without an answer
 _BATCH = 1000  # items read at a time
 _OTHER_HOST = 24 * 3600.0  # seconds after which another machine's journal counts as abandoned
 
 
-class Away(Exception):
+class Unavailable(Exception):
     """The server does not answer now: the same again later."""
 
 
@@ -167,10 +166,10 @@ def abandoned(folder: Path) -> Iterator[Journal]:
 
 
 class Sender:
-    """The thread that sends a journal, in order, again and again while nobody answers."""
+    """The thread that sends a journal in order, retrying until the server answers."""
 
     def __init__(self, journal: Journal, deliver: Callable[[Sequence[Item]], int]) -> None:
-        """`deliver` sends the first items that it is given and returns how many, or raises Away."""
+        """`deliver` sends the first of the given items and returns how many; or it raises."""
         self.journal, self._deliver = journal, deliver
         self._changed = threading.Condition()
         self._appended = self._delivered = self._failures = 0
@@ -178,7 +177,7 @@ class Sender:
         self._away_since: float | None = None
         self._away_first = self._away_last = 0
         self.away_seconds = 0.0
-        """For how long nobody answered, as far as it is over."""
+        """Seconds without an answer, of outages that are over."""
         self.spooled = self.sent_later = 0
         threading.Thread(target=self._run, name="tracking", daemon=True).start()
 
@@ -199,7 +198,7 @@ class Sender:
             return self.drained
 
     def close(self) -> None:
-        """Delete the journal if all is sent; else the thread goes on while the process lives."""
+        """Delete the journal if all is sent; else the thread continues while the process lives."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -209,7 +208,7 @@ class Sender:
         return self._delivered == self._appended
 
     @property
-    def away(self) -> bool:
+    def unavailable(self) -> bool:
         return self._away_since is not None
 
     def summary(self) -> str | None:
@@ -222,7 +221,7 @@ class Sender:
             if not seconds:
                 return None
             text = (
-                f"MLflow was away for {seconds:.0f} s; {spooled} items spooled, "
+                f"MLflow was unavailable for {seconds:.0f} s; {spooled} items spooled, "
                 f"{self.sent_later} sent later"
             )
             if self._away_since is not None:
@@ -230,7 +229,7 @@ class Sender:
             return text
 
     def _put_off(self, items: list[tuple[Item, int]]) -> bool:
-        """An artifact's store may be away alone: what comes behind it does not wait for it."""
+        """The artifact store alone may be unavailable: later items do not wait for it."""
         item, position = items[0]
         if item["kind"] != "artifact" or all(it["kind"] == "artifact" for it, _ in items):
             return False
@@ -255,7 +254,7 @@ class Sender:
             items = self.journal.unsent()
             try:
                 count = self._deliver([item for item, _ in items])
-            except Away:
+            except Unavailable:
                 if self._put_off(items):
                     continue
                 pause = min(_LONGEST_PAUSE, 2 * pause or _FIRST_PAUSE)

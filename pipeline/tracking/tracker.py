@@ -4,7 +4,7 @@ A workflow is a parent run, a stage a child run; `adsc.record` on a stage's run 
 the store. Every call names its run: there is no active run, so stages that share a process can't
 write into each other's.
 
-The truth is in the store, so tracking never fails a stage, and nobody waits for it: a call writes
+The store is the source of truth, so tracking never fails or delays a stage: a call writes
 into a journal (pipeline/tracking/spool.py), and a thread sends that. While the server is away or
 hangs it tries again; what is left at the end is sent by the next run (`reconcile`). Run, params,
 metrics, tags, artifacts and the end can be sent twice and are there once. Only `prepare`, which
@@ -34,22 +34,22 @@ from pipeline.tracking.address import TrackingError, default_uri
 from pipeline.tracking.handle import RunHandle
 from pipeline.tracking.mlflow_calls import (
     TOKEN,
-    NoAnswer,
     Run,
+    TrackingUnavailable,
     brief,
     client_of,
     failures,
     prepare,
 )
 from pipeline.tracking.mlflow_registry import register
-from pipeline.tracking.spool import Away, Item, Journal, Sender, abandoned
+from pipeline.tracking.spool import Item, Journal, Sender, Unavailable, abandoned
 from pipeline.tracking.system_metrics import sampled
 
 __all__ = [
-    "NoAnswer",
     "RunHandle",
     "Tracker",
     "TrackingError",
+    "TrackingUnavailable",
     "child_run",
     "default_uri",
     "prepare",
@@ -137,7 +137,7 @@ class Tracker:
 
     @property
     def id_for_children(self) -> str:
-        """The run's id, or what stands for it as long as it could not be made."""
+        """The run's id, or a placeholder until it could be created."""
         return self.run_id or f"{TOKEN}{self._handle.token}"
 
     @property
@@ -211,24 +211,24 @@ class Tracker:
         return self._sender is None or self._sender.flush(seconds or WAIT_SECONDS)
 
     def summary(self) -> str | None:
-        """What people should know of the server's absence, None where it was never away."""
+        """A note on outages of the server; None if there were none."""
         return self._sender.summary() if self._sender else None
 
     def finish(self, status: str) -> None:
         """Close the run, after what its other processes left; what can't be sent now, later is."""
         ended = _now()
         self.flush()
-        if self._handle.spool and self._sender and not self._sender.away:
+        if self._handle.spool and self._sender and not self._sender.unavailable:
             reconcile(self._handle.spool, self._handle.tracking_uri, token=self._handle.token)
-        if said := self.summary():
-            self._report(said)
+        if summary := self.summary():
+            self._report(summary)
         if self.problems:
             self.tag("adsc.tracking_problems", "; ".join(self.problems))
         self._add("end", status=status, time=ended)
         self.close()
 
     def close(self) -> None:
-        """Send what there is, as far as somebody answers; for processes beside the run's own."""
+        """Send pending data if the server answers; for processes other than the run's own."""
         if self._sender is None:
             return
         if not self.flush():
@@ -306,7 +306,7 @@ def reconcile(spool: Path | str, tracking_uri: str, token: str | None = None) ->
             drained = not items
             if drained and header["owner"] and not ended:
                 run.deliver([{"kind": "end", "status": "KILLED", "time": _now(), "dead": True}])
-        except Away:
+        except Unavailable:
             drained = False
         left += not drained
         # Nobody waits longer than a month for a run that never came to be.
@@ -330,7 +330,7 @@ def _open_run(
     tags: Mapping[str, str],
     spool: Path | str | None = None,
 ) -> Tracker:
-    """A tracker of a new run, which is made later if nobody answers now."""
+    """A tracker of a new run, which is created later if no server answers now."""
     token = uuid.uuid4().hex
     shown = {key: _cut(redact(str(value))) for key, value in tags.items()}
     shown["mlflow.user"] = os.environ.get("USER") or f"uid {os.getuid()}"

@@ -146,7 +146,7 @@ def read_trained(
         here = lora and (lora.rank, lora.alpha, decoder_targets(lora.targets))
         if here is not None and there != here:
             raise ValueError(
-                f"train.lora has (rank, alpha, targets) = {here}, the adapter to go on with has "
+                f"train.lora has (rank, alpha, targets) = {here}, the adapter to continue from has "
                 f"{there}: all stages of a curriculum train one adapter"
             )
         places = {name.replace(".default.", "."): name for name in own}
@@ -154,7 +154,7 @@ def read_trained(
     odd = found.keys() - own or (own - found.keys() if whole else set())
     if odd:
         raise ValueError(
-            f"trained parameters differ from those of the weights to go on with, such as "
+            f"trained parameters differ from those of the weights to continue from, such as "
             f"{sorted(odd)[:3]}: train.lora and train.tune must cover what was trained before"
         )
     return found

@@ -271,7 +271,7 @@ def check_packing(model_type: str, attention: str) -> None:
     """Whether losses of packed and padded micro-batches are equal for this model and backend.
 
     Raises:
-        ValueError: they aren't, or nobody has compared them.
+        ValueError: they aren't, or it is untested.
     """
     if attention not in PACKED:
         raise ValueError(

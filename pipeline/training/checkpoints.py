@@ -29,12 +29,12 @@ FORMAT = 2
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that this training can't go on from."""
+    """A checkpoint that this training can't resume from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Everything that a run needs to go on after `step` steps, on the CPU."""
+    """Everything that a run needs to resume after `step` steps, on the CPU."""
 
     state: dict[str, Any]
     """What is not a tensor."""
@@ -44,7 +44,7 @@ class Snapshot:
     moments: dict[str, dict[str, torch.Tensor]]
 
     def write(self, folder: Path) -> None:
-        """Write into a folder that nobody reads yet; publishing it at once is the launcher's.
+        """Write into a folder without readers; publishing it atomically is up to the launcher.
 
         Raises:
             OSError: the disk is full or can't be written to.
@@ -76,7 +76,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], list[list[float]]]:
     if state["format"] != FORMAT:
         raise CheckpointError(
             f"the checkpoint {folder} has format {state['format']}, this code reads {FORMAT}: "
-            "finish the run with the version that began it, or start the stage anew"
+            "finish the run with the version that started it, or restart the stage"
         )
     return state, json.loads((folder / "trained" / "history.json").read_text())
 

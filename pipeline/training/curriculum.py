@@ -38,7 +38,7 @@ class CurriculumConfig(Config):
     them. The checkpoint carries them all."""
     weights: dict[PlanName, float] = Field({}, json_schema_extra=ADDED)
     """For `elastic`: how often each plan is drawn, in proportion, 1 where a name is left out;
-    `dense` stands for steps without a plan."""
+    `dense` means steps without a plan."""
     plans: tuple[str, ...] = ()
     """For `explicit`: the plan of each training stage; the last is the target."""
     training: tuple[dict[str, Any], ...] = ()

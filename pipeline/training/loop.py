@@ -76,11 +76,11 @@ class TrainContext(Protocol):
         """Called by rank 0 every few steps: step of steps is done."""
 
     def due(self) -> bool:
-        """Whether this rank wants all to ask whether they must leave; cheap, after every step."""
+        """Whether this rank wants all ranks to check for preemption; cheap, after every step."""
 
     def leaving(self) -> Literal["stay", "save", "leave"]:
-        """Asked on all ranks when it is due on one: the machine is to be taken away, so write a
-        checkpoint and go on, or write one and end."""
+        """Called on all ranks when it is due on one: on preemption of the machine, write a
+        checkpoint and continue, or write one and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +90,9 @@ class Sources:
     base: Path
     data: Path
     start: Path | None = None
-    """Trained weights of the stage before, or None; AdamW's moments lie beside that folder."""
+    """Trained weights of the previous stage, or None; AdamW's moments are beside that folder."""
     model: Any = None
-    """The base where somebody has loaded it, as this config asks; it is changed in place."""
+    """The base if the caller has loaded it as this config requires; it is changed in place."""
 
 
 def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
@@ -128,7 +128,7 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
         run = _Run(config, steps, context, strategy, load, objective, plans)
         return _train(run, sources)
     finally:
-        objective.remove()  # the model may be somebody's
+        objective.remove()  # the model may be the caller's
 
 
 def _train(run: "_Run", sources: Sources) -> bool:
@@ -194,8 +194,8 @@ def _agree(first: int, world_size: int) -> None:
         dist.all_gather_object(seen, first)
     if len(set(seen)) > 1:
         raise ValueError(
-            f"the workers found checkpoints of different steps {seen}: they need one folder that "
-            "all machines see alike"
+            f"the workers see checkpoints of different steps {seen}: give them one folder that "
+            "all machines share"
         )
 
 
@@ -206,8 +206,8 @@ def _start_from(start: Path, config: TrainConfig, strategy: Strategy) -> None:
         file = start.parent / MOMENTS
         if not file.exists():
             raise ValueError(
-                "train.carry_optimizer needs the optimizer of the stage before, which left none: "
-                "set it there too"
+                "train.carry_optimizer needs the optimizer of the previous stage, which saved "
+                "none: set it there too"
             )
         moments = read_moments(file)
     strategy.restore(read_trained(start, own, config.lora), moments)

@@ -43,7 +43,7 @@ def check_moved(
     leaked = [name for name, (trained, _) in before.items() if not trained and name in moved]
     if leaked:
         raise MovementError(
-            f"{len(leaked)} frozen parameters moved, such as {leaked[:3]}: a defect of the code"
+            f"{len(leaked)} frozen parameters moved, such as {leaked[:3]}: report this bug"
         )
     still = [name for name, (trained, _) in before.items() if trained and name not in moved]
     # In a fresh adapter's first step B is zero, and so is the gradient of A.

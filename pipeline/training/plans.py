@@ -1,7 +1,7 @@
 """Which plan each step of a training runs under: always the same, drawn, or growing.
 
 A step's plan follows from the config and the step's number alone, so every worker finds the same,
-and a resumed run goes on with it. The plan is switched for the calls of a step (`adsc.running`);
+and a resumed run continues with it. The plan is switched for the calls of a step (`adsc.running`);
 what is attached to the model stays the target.
 """
 
@@ -18,7 +18,7 @@ from pipeline.evaluation.methods import build_method
 from pipeline.training.config import DENSE, TrainConfig
 
 SAMPLED = 1000
-"""Steps that stand for all of a growing training where its plans are counted."""
+"""Steps that represent a growing training when its plans are counted."""
 
 
 class StepPlans:

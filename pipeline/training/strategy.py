@@ -3,7 +3,7 @@ deepspeed, and lazily.
 
 Either way a step's gradient is the sum over workers and micro-batches of what the loop hands in,
 and a snapshot holds whole fp32 tensors by parameter name. So all strategies write the same
-checkpoints, and a run may go on with another strategy or another number of workers. That is why
+checkpoints, and a run may resume with another strategy or another number of workers. That is why
 DeepSpeed's own checkpoints, which are tied to a number of workers, are not used.
 """
 
@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Strategy(Protocol):
-    """What the loop asks of DDP and of ZeRO alike. Every rank makes the same calls."""
+    """The interface of the loop to DDP and ZeRO. Every rank makes the same calls."""
 
     model: nn.Module
     """What the loop calls, once `prepare` has run."""
@@ -57,7 +57,7 @@ class Strategy(Protocol):
         """Put back what `weights` and `moments` gave, or a part of it, on every rank."""
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-        """Name, parameter and what of it lies on this rank, of all parameters."""
+        """Name, parameter and this rank's part of it, for all parameters."""
 
 
 def strategy_for(config: TrainConfig, device: torch.device) -> Strategy:
@@ -232,7 +232,7 @@ class Zero:
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over workers, and over micro-batches unless told otherwise.
+        # DeepSpeed averages over workers, and by default over micro-batches.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, rates: list[float]) -> float:

@@ -3,11 +3,11 @@
     torchrun --nproc-per-node 2 -m pipeline.training.torchrun CONFIG.json \\
         --base DIR --data DIR --out DIR
 
-CONFIG.json holds fields of TrainConfig; what it leaves out keeps its default. Checkpoints lie in
-OUT, a folder that all machines share; the same command goes on from the newest. The losses are
-those of the same stage in Ray Train. SIGTERM (a spot machine's notice, a scheduler's time limit)
-makes it write a checkpoint and end with status 75, "try again"; it isn't meant to watch for
-machines that die without notice, which is what the pipeline is for.
+CONFIG.json holds fields of TrainConfig; others keep their defaults. Checkpoints are written to
+OUT, a folder that all machines share; rerun the same command to resume from the newest. The losses
+equal those of the same stage in Ray Train. On SIGTERM (preemption, a scheduler's time limit) it
+writes a checkpoint and exits with status 75, "try again"; it doesn't detect machines that die
+without notice, which the pipeline does.
 """
 
 import argparse

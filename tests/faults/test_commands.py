@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pipeline.durable.address import ClusterError, check_head, check_socket_room
-from pipeline.durable.session import settle
+from pipeline.durable.session import send_pending
 from pipeline.kinds.export import ExportConfig
 from pipeline.publishing.manifest import ExportError
 from pipeline.stages.export import check_in_fresh_process
@@ -125,7 +125,7 @@ def test_the_check_of_an_export_does_not_import_from_there(
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     with pytest.raises(ExportError) as caught:
         check_in_fresh_process(tmp_path, ExportConfig())
-    assert "is no exported checkpoint" in str(caught.value)
+    assert "is not an exported checkpoint" in str(caught.value)
     assert "the user has" not in str(caught.value)
 
 
@@ -218,7 +218,7 @@ def test_ctrl_c_while_the_heavy_imports_are_under_way(tmp_path: Path) -> None:
         time.sleep(0.01)
     doctor.send_signal(signal.SIGINT)
     _, said = doctor.communicate()
-    assert said == "adsc: interrupted; run the same command to resume\n"
+    assert said == "adsc: interrupted; rerun the same command to resume\n"
     assert doctor.returncode == 130
 
 
@@ -231,7 +231,7 @@ def test_a_store_that_may_only_be_read_and_holds_a_journal(
     journal.append({"kind": "tag", "key": "a", "value": "b"})
     journal.close(delete=False)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert settle(str(small_disk), None, "") is None
+    assert send_pending(str(small_disk), None, "") is None
     assert main(["ls", "demo", "--root", str(small_disk)]) == 0
     assert "Traceback" not in capsys.readouterr().err
     assert list((small_disk / "tracking").glob("*.jsonl"))

@@ -93,7 +93,7 @@ def test_a_501_names_what_the_server_lacks(
         "delete": lambda: place.delete("x", version),
         "part": lambda: place.read_part("x", 0, 1),
     }
-    with pytest.raises(StoreError, match="the server doesn't know") as caught:
+    with pytest.raises(StoreError, match="the server doesn't support") as caught:
         actions[does]()
     assert named in str(caught.value)
 
@@ -107,7 +107,9 @@ def test_an_endpoint_that_is_no_address(
     with pytest.raises(StoreError) as caught:
         open_store("s3://lab/x").check_writable()
     bare = endpoint.rpartition("://")[2]
-    assert f"{variable}={endpoint} is no server's address; write http://{bare}" in str(caught.value)
+    assert f"{variable}={endpoint} is not the address of a server; write http://{bare}" in str(
+        caught.value
+    )
 
 
 def test_a_password_in_an_endpoint_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

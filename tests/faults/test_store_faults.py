@@ -72,7 +72,7 @@ def test_a_stage_that_does_not_fit_says_so(small_disk: Path, ray_address: str) -
     stage = kind.stage(name="write", title="write", config=Megabytes())
     with pytest.raises(RunFailed, match=r"the disk is full .*free some space") as caught:
         graph.run([stage], toy.context(small_disk, lease_seconds=10.0), Console(quiet=True))
-    assert "the same command goes on from here" in str(caught.value)
+    assert "rerun the same command to resume" in str(caught.value)
     assert not list(small_disk.rglob("large.bin"))
 
 

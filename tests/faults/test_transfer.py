@@ -26,7 +26,7 @@ import pytest
 
 from pipeline.publishing.manifest import ExportError, digest, verify_folder, write_manifest
 from pipeline.publishing.publish import CLAIM, publish, pull
-from pipeline.store import DiskFull, Store, StoreAway, StoreError, open_store
+from pipeline.store import DiskFull, Store, StoreError, StoreUnavailable, open_store
 from tests.faults.checkpoints import SIZES, WEIGHTS, export, make
 from tests.faults.proxy import Fault, Proxy
 
@@ -170,15 +170,15 @@ def test_goes_on(
 STOPS: dict[str, tuple[Fault, type[Exception], str]] = {
     "export: 503 for ever": (
         Fault(method="PUT", part="config.json", status=503, code="SlowDown"),
-        StoreAway, r"overloaded.*tried 3 times; files that arrived whole stay",
+        StoreUnavailable, r"overloaded.*tried 3 times; completed files are kept",
     ),
     "export: every byte arrives altered": (
         Fault(method="PUT", part="config.json", flip=True),
-        StoreAway, "what arrived there is not what was sent",
+        StoreUnavailable, "the server received other data than was sent",
     ),
     "export: credentials expire in the middle": (
         Fault(method="PUT", part="partNumber=2", status=400, code="ExpiredToken"),
-        StoreError, "the credentials have expired; renew them and run the same command again",
+        StoreError, "the credentials have expired; renew them and rerun the same command",
     ),
     "export: writing is forbidden": (
         Fault(method="PUT", part=WEIGHTS, status=403, code="AccessDenied"),
@@ -186,23 +186,23 @@ STOPS: dict[str, tuple[Fault, type[Exception], str]] = {
     ),
     "pull: 500 for ever": (
         Fault(method="GET", part="config.json", status=500, code="InternalError"),
-        StoreAway, "tried 3 times; files that arrived whole stay",
+        StoreUnavailable, "tried 3 times; completed files are kept",
     ),
     "pull: silence for ever": (
         Fault(method="GET", part="config.json", cut=100, stall=True),
-        StoreAway, "tried 3 times; files that arrived whole stay",
+        StoreUnavailable, "tried 3 times; completed files are kept",
     ),
     "pull: every body breaks off": (
         Fault(method="GET", part="config.json", cut=100),
-        StoreAway, "tried 3 times; files that arrived whole stay",
+        StoreUnavailable, "tried 3 times; completed files are kept",
     ),
     "pull: every byte arrives altered": (
         Fault(method="GET", part="config.json", flip=True),
-        StoreError, "tried 3 times; files that arrived whole stay",
+        StoreError, "tried 3 times; completed files are kept",
     ),
     "pull: credentials expire in the middle": (
         Fault(method="GET", part="config.json", status=400, code="ExpiredToken"),
-        StoreError, "the credentials have expired; renew them and run the same command again",
+        StoreError, "the credentials have expired; renew them and rerun the same command",
     ),
 }  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_ends_with_a_clear_error_and_then_goes_on(
         with pytest.raises(kind, match=says) as caught:
             export(place, checkpoint)
         proxy.faults = []
-        with pytest.raises(ExportError, match="its export has not ended"):
+        with pytest.raises(ExportError, match="its export has not finished"):
             pull(place, copy)
         assert export(place, checkpoint).probe == {"files": 3}
     else:
@@ -300,7 +300,7 @@ def test_killed_in_mid_export(
     fault = Fault(method="PUT", part="partNumber=2", times=1, call=process.kill)
     proxy.faults = [fault]
     assert process.wait() == -9
-    with pytest.raises(ExportError, match="its export has not ended"):
+    with pytest.raises(ExportError, match="its export has not finished"):
         pull(place, tmp_path / "copy")
     done = export(place, checkpoint)
     pull(place, tmp_path / "copy")
@@ -329,7 +329,7 @@ def test_a_full_disk(
         pull(place, small_disk / "copy")
     note("pull: the disk becomes full", fault.seen, caught.value)
     asked = len(proxy.requests)
-    with pytest.raises(DiskFull, match=r"has room for \d+ MiB, \d+ MiB are missing") as caught:
+    with pytest.raises(DiskFull, match=r"\d+ MiB free, but \d+ MiB are to be") as caught:
         pull(place, small_disk / "copy")
     assert not [path for _, path in proxy.requests[asked:] if WEIGHTS in path]
     note("pull: the disk has too little room", "0", caught.value)

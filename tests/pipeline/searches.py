@@ -10,7 +10,7 @@ import pytest
 from pipeline.kinds.search import SearchDataConfig
 from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
-from pipeline.search.trial import Job
+from pipeline.search.trial import SearchJob
 from pipeline.stages.search import search_data
 from pipeline.stages.train import train_stage
 from pipeline.training.config import LoraSettings, TrainConfig
@@ -39,10 +39,10 @@ def held_conversations(small: Small, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def job_of(small: Small, held: Path, folder: Path, **settings: Any) -> Job:
+def job_of(small: Small, held: Path, folder: Path, **settings: Any) -> SearchJob:
     ctx = stage_context("s", folder / "out", {"base": (small.base, {}), "data": (held, DATA)})
     config = SearchConfig(average=32, tolerance=0.1, **settings)
-    return Job(
+    return SearchJob(
         search=config, train=TRAIN, curriculum=CurriculumConfig(stages=2),
         inputs=dict(ctx.inputs), storage=str(folder / "run"), run=ctx.run,
         train_stage=train_stage,

@@ -145,7 +145,7 @@ def test_the_optimizer_is_carried_only_where_both_stages_say_so(
     assert {int(one["step"]) for one in counts["first"].values()} == {2}
     assert {int(one["step"]) for one in counts["second"].values()} == {4}
     (tmp_path / "first" / "step-0000002" / "moments.safetensors").unlink()
-    with pytest.raises(ValueError, match="carry_optimizer needs the optimizer of the stage before"):
+    with pytest.raises(ValueError, match="needs the optimizer of the previous stage"):
         train(config, sources(small, start), Plain(tmp_path / "third"))
 
 

@@ -146,7 +146,7 @@ def test_evaluate_writes_results_that_the_report_reads(evaluated: Path, inputs: 
     row = table[0]
     assert (
         row["prompt"]
-        == f"USER: <image>\n{Questions(inputs['data'][0] / 'test').asked[0].text} ASSISTANT:"
+        == f"USER: <image>\n{Questions(inputs['data'][0] / 'test').entries[0].text} ASSISTANT:"
     )
     assert row["vision_tokens"] == 64 and 0 < row["text_tokens"] < 40
     assert 0 < row["generated_tokens"] <= 4 and row["seconds"] > 0
@@ -286,7 +286,7 @@ def test_batches_follow_from_the_questions_and_hold_each_once(small: Small) -> N
     batches = questions.batches(range(8, 40), 5, tokenizer)
     assert sorted(number for batch in batches for number in batch) == list(range(8, 40))
     lengths = [
-        [len(tokenizer(questions.asked[number].text)["input_ids"]) for number in batch]
+        [len(tokenizer(questions.entries[number].text)["input_ids"]) for number in batch]
         for batch in batches
     ]
     assert all(min(a) >= max(b) for a, b in itertools.pairwise(lengths))

@@ -193,7 +193,7 @@ def damage(folder: Path, how: str) -> None:
         ("../x.json", "'../x.json' leads out of the folder"),
         ("/etc/x.json", "'/etc/x.json' leads out of the folder"),
         ("a\\..\\x.json", "leads out of the folder"),
-        ("pytorch_model.bin", "of a kind that is never exported"),
+        ("pytorch_model.bin", "of a type that is never exported"),
     ],
 )
 def test_a_damaged_copy_is_named(copy: Path, how: str, says: str) -> None:
@@ -218,7 +218,7 @@ def test_a_broken_manifest_is_an_error(tmp_path: Path, content: str) -> None:
 
 
 def test_other_places_and_later_manifests_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="is no exported checkpoint"):
+    with pytest.raises(ExportError, match="is not an exported checkpoint"):
         verify_folder(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema_version": 9, "files": []}')
     with pytest.raises(ExportError, match="schema version 9, this program reads 1"):
@@ -472,7 +472,7 @@ def test_export_and_pull_by_command(
     assert done["probe"]["worst_difference"] == 0 and done["probe"]["largest_logit"] > 0.1
     assert (done["digest"], done["moved"]) == (exported.outputs["manifest"], done["files"] - 1)
     assert command(["export", str(exported.folder), address]) == 0
-    assert "it was there already: nothing was done" in capsys.readouterr().out
+    assert "already published: nothing to do" in capsys.readouterr().out
     copy = tmp_path / "copy"
     assert command(["pull", address, str(copy), "--expect", done["digest"]]) == 0
     assert "all verified" in capsys.readouterr().out
@@ -501,7 +501,7 @@ def test_any_saved_model_can_be_exported(
     (source / ".cache" / "huggingface" / "config.json.metadata").write_text("1")
     assert command(words) == 0
     assert command(words) == 0
-    assert "nothing was done" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
     assert command(["pull", address, str(tmp_path / "copy"), "--check"]) == 0
     assert adsc.plan_of(adsc.from_pretrained(tmp_path / "copy")) == adsc.PruningPlan.parse(PLAN)
     card = (tmp_path / "copy" / "README.md").read_text()

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from pipeline.durable import graph, record
 from pipeline.durable.failure import RunFailed, StageFailed, StageInterrupted
-from pipeline.durable.graph import GraphError, State, fingerprints, lint
+from pipeline.durable.graph import GraphError, State, fingerprints, topological_order
 from pipeline.durable.lease import Holder, Lease
 from pipeline.durable.record import Record
 from pipeline.durable.session import ClusterError, free_port
@@ -225,7 +225,7 @@ def test_a_lost_lease_ends_the_process_and_leaves_no_record(toys: Toys) -> None:
         toys.run({**SHORT, "max_retries": 0}, **changes)
     thread.join()
     assert error.value.failures["make"].retry_helps
-    assert "goes on from here" in str(error.value)
+    assert "rerun the same command to resume" in str(error.value)
     assert toys.record("make", **changes) is None
     assert toys.ran() == {"make": 1}
 
@@ -330,7 +330,7 @@ def test_a_pinned_stage_is_taken_as_it_is(toys: Toys, tmp_path: Path) -> None:
     found = toys.run_stages([square, dataclasses.replace(make, pinned=str(plain))])
     assert found["square"].outputs == {"total": 7}
 
-    with pytest.raises(StoreError, match="where there is nothing: check it"):
+    with pytest.raises(StoreError, match="which is empty: check the address"):
         toys.run_stages([dataclasses.replace(make, pinned=str(tmp_path / "nothing"))])
 
 
@@ -403,12 +403,12 @@ def test_lint_reports_everything_at_once() -> None:
         make,
     ]
     with pytest.raises(GraphError) as error:
-        lint(wrong)
+        topological_order(wrong)
     message = str(error.value)
     assert "2 stages are called make" in message
     assert "total needs 'dobule' (as 'doubled'), which is not a stage" in message
     assert "'Double it' is not a stage's name" in message
-    assert "need each other in a circle: square -> square" in message
+    assert "need each other in a cycle: square -> square" in message
     assert "make: the body <function" in message
     assert "2 kinds have the id tests.pipeline.toy.make: <function" in message
 

@@ -17,7 +17,7 @@ import pytest
 from pydantic import Field
 
 from pipeline.config import ADDED, OPERATIONAL, Config
-from pipeline.durable.graph import GraphError, fingerprints, lint
+from pipeline.durable.graph import GraphError, fingerprints, topological_order
 from pipeline.durable.identity import IdentityError, body_name, canonical, digest, load_body
 from pipeline.durable.stage import Stage
 from pipeline.training.config import OffloadSettings, TrainConfig
@@ -119,7 +119,7 @@ def test_what_cannot_be_hashed_is_named(value: object, field: str) -> None:
         canonical(Loose(value=value))
     stage = dataclasses.replace(toy.stages("log")[-1], config=Loose(value=value))
     with pytest.raises(GraphError, match=rf"make: make\.{field} "):
-        lint([stage])
+        topological_order([stage])
 
 
 def test_bodies_need_a_name() -> None:
@@ -207,7 +207,7 @@ def test_a_kind_takes_configs_of_its_own() -> None:
         GraphError,
         match=r"total: stages of the kind tests\.pipeline\.toy\.total take a Toy, not Batched",
     ):
-        lint([dataclasses.replace(total, config=Batched()), *rest])
+        topological_order([dataclasses.replace(total, config=Batched()), *rest])
 
 
 def test_a_pin_is_an_identity_of_its_own() -> None:

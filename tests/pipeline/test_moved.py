@@ -143,5 +143,5 @@ def test_lineage_is_found_in_the_store_itself(old: str, how: str, tmp_path: Path
 
     runs = runs_behind({"merge": Input(found)})
     assert runs == {"merge": "run merge", "train": "run train", "base": "run base"}
-    for made in records.behind(found):
+    for made in records.input_records(found):
         assert made.uri.startswith(store.root)

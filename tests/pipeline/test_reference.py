@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.durable.attempt import execute
-from pipeline.durable.graph import GraphError, fingerprints, lint
+from pipeline.durable.graph import GraphError, fingerprints, topological_order
 from pipeline.durable.identity import canonical
 from pipeline.durable.progress import ProgressHandle
 from pipeline.durable.record import Record
@@ -80,7 +80,7 @@ def test_a_stage_needs_what_its_config_refers_to() -> None:
     assert add.needs == {"made": "make", "make": "make", "square": "square"}
     lacking = dataclasses.replace(add, needs={"made": "make", "make": "make"})
     with pytest.raises(GraphError, match="add: its config refers to square, which isn't among"):
-        lint([lacking, *rest])
+        topological_order([lacking, *rest])
     other = fingerprints(stages(REFERRING.model_copy(update={"count": 3})))["add"]
     assert fingerprints([add, *rest])["add"] != other
 

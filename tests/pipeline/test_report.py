@@ -193,7 +193,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     [
         ((-0.026, -0.037, -0.015), "a loss, −2.6 [−3.7, −1.5] points"),
         ((0.02, 0.01, 0.03), "a gain, +2.0 [+1.0, +3.0] points"),
-        ((-0.004, -0.015, 0.007), "1,600 questions cannot tell from no difference"),
+        ((-0.004, -0.015, 0.007), "not significant with 1,600 questions"),
         (None, "their intervals overlap, and no paired comparison was made"),
     ],
 )

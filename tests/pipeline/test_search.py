@@ -30,7 +30,7 @@ from pipeline.search import tuning
 from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Rung, Study, Trial, front_of
-from pipeline.search.trial import Bench, Job, TrialRefused, segments
+from pipeline.search.trial import Bench, SearchJob, TrialRefused, segments
 from pipeline.search.tuning import Worker, ended, goes_on, kept_trials, key_of, run_trials
 from pipeline.stages.search import SearchFailed, compared, search, search_data
 from pipeline.store import open_store
@@ -420,7 +420,7 @@ def test_a_full_trial_trains_the_curriculum(small: Small, held: Path, tmp_path: 
     assert [part.plan for part in parts] == ["1:1/8", "1:1/4"]
     assert [it.resource for it in Bench(job).trial(0, "1:1/4")] == [3, 6]
     epochs = TrainConfig(steps=None, epochs=1.0)
-    with pytest.raises(TrialRefused, match=r"say how many steps .* search.rungs=\[30,100\]"):
+    with pytest.raises(TrialRefused, match=r"set how many steps .* search.rungs=\[30,100\]"):
         segments(replace(job_of(small, held, tmp_path / "b", fidelity="lora"), train=epochs), PLAN)
 
 
@@ -526,7 +526,7 @@ def test_trials_that_fail_are_told_and_all_of_them_end_the_stage(
     assert len(kept) == 3 and all(it["state"] == "failed" for it in kept)
 
 
-def study_of(job: Job) -> Study:
+def study_of(job: SearchJob) -> Study:
     from transformers import AutoConfig
 
     model = AutoConfig.from_pretrained(job.inputs["base"].folder)

@@ -19,7 +19,7 @@ from pipeline.search.tuning import Worker
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
 from tests.pipeline.searches import held_conversations, job_of, space_of  # noqa: F401
 from tests.small import Small
-from workflows.commands.search import found_settings
+from workflows.commands.search import best_settings
 from workflows.demo.workflow import demo
 
 OVER = {
@@ -168,7 +168,7 @@ def test_settings_reach_the_training(small: Small, held: Path, tmp_path: Path) -
 def test_what_was_found_can_be_set() -> None:
     settings = {"train.lora.rank": 8, "train.learning_rate": 0.002, "train.distill.weight": 0.25}
     results = {"plan": "1:1/4", "settings": settings}
-    changes = found_settings(demo().config, results, ["train.steps=7", "train.lora.rank=3"])
+    changes = best_settings(demo().config, results, ["train.steps=7", "train.lora.rank=3"])
     pairs = [change.partition("=") for change in changes]
     config = demo().edit({key: value for key, _, value in pairs}).config
     assert config.plan == "1:1/4" and config.train.steps == 7

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.store import Entry, Store, StoreError, open_store
-from pipeline.store.base import appearing
+from pipeline.store.interface import appearing
 
 
 @pytest.fixture(params=["local", "s3"])

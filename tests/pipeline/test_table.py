@@ -7,7 +7,7 @@ import pytest
 
 import adsc
 from pipeline.evaluation.config import ArmConfig, EvaluateConfig
-from pipeline.evaluation.generation import Asked
+from pipeline.evaluation.generation import QuestionEntry
 from pipeline.evaluation.speed import measure_and_count
 from pipeline.evaluation.table import Scored, results
 from pipeline.reporting.results import Arm, Results
@@ -37,7 +37,7 @@ def table(
     measured = measure_and_count(model, inputs, plan, rounds=1, decode_rounds=1, decode_tokens=2)
     made = results(
         EvaluateConfig(arms=tuple(arm for arm, _ in arms.values()), control="control"),
-        [Asked(i, str(i), "what", "?", "yes", (0, 1)) for i in range(QUESTIONS)],
+        [QuestionEntry(i, str(i), "what", "?", "yes", (0, 1)) for i in range(QUESTIONS)],
         [str(i % pictures) for i in range(QUESTIONS)],
         {name: scored for name, (_, scored) in arms.items()},
         measured | {"methods": {"": measured["methods"][0]}},
@@ -93,4 +93,4 @@ def test_one_picture_proves_no_loss() -> None:
     assert own.retention is None and own.retention_interval is None
     compressed = own.model_copy(update={"plan": "1:1/2"})
     shown = read.model_copy(update={"arms": [rows["control"], compressed]})
-    assert "cannot tell from no difference" in finding(shown)
+    assert "which is not significant" in finding(shown)

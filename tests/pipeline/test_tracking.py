@@ -395,9 +395,8 @@ def test_a_server_killed_in_mid_run_is_told_everything_later(
     ]
     said = run.data.tags["adsc.tracking_problems"]
     # 1000 metrics, artifact and tag; perhaps samples of the machine's load.
-    assert re.search(r"MLflow was away for \d+ s; (10\d\d) items spooled, \1 sent later$", said), (
-        said
-    )
+    expected = r"MLflow was unavailable for \d+ s; (10\d\d) items spooled, \1 sent later$"
+    assert re.search(expected, said), said
     ours = [record for record in caplog.records if record.name == "pipeline.tracking.tracker"]
     assert len(ours) == 2  # that it is away, and the sum at the end
     assert run.data.tags["after"] == "the kill"

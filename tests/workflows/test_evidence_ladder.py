@@ -205,10 +205,10 @@ def test_second_turns_show_the_turn_before_and_its_right_answer(small: Small) ->
     assert len(asking.questions) == len(plain) - len(plain.data)
     numbers, inputs = asking.batches[0]
     text = processor.tokenizer.decode(inputs["input_ids"][0]).replace(IMAGE_TOKEN, "")
-    asked = asking.questions.asked[numbers[0]]
-    place = plain.asked.index(asked._replace(text=asked.text.split("\n")[-1]))
-    before = plain.asked[place - 1]
-    for part in (before.text, before.expected, plain.asked[place].text):
+    asked = asking.questions.entries[numbers[0]]
+    place = plain.entries.index(asked._replace(text=asked.text.split("\n")[-1]))
+    before = plain.entries[place - 1]
+    for part in (before.text, before.expected, plain.entries[place].text):
         assert part in text
     assert text.rstrip().endswith("ASSISTANT:")
     image = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

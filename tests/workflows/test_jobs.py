@@ -46,10 +46,10 @@ def planned(*changes: str, root: str = ROOT, **options: Any) -> Submission:
         (["--root", ROOT], "add --mlflow http://HOST:5000, or --mlflow off"),
         (["--root", ROOT, "--mlflow", "sqlite:///x.db"], "is a file of one machine"),
         (["--root", ROOT, "--mlflow", "http://ada:lovelace@mlflow"], "looks like a credential"),
-        (["--root", "s3://key:secret@bucket/x", "--mlflow", "off"], "carries credentials"),
+        (["--root", "s3://key:secret@bucket/x", "--mlflow", "off"], "has credentials"),
         (["--root", ROOT, "--mlflow", "off", "--set", "plan=9:1/2"], "layer 9"),
         (["--root", ROOT, "--mlflow", "off", "--address", "head:6379"], "such as http://HEAD:8265"),
-        (["--root", ROOT, "--mlflow", "off", "--address", "http://a:b@h:1"], "carries credentials"),
+        (["--root", ROOT, "--mlflow", "off", "--address", "http://a:b@h:1"], "has credentials"),
     ],
 )  # fmt: skip
 def test_what_nodes_cannot_share_or_others_must_not_see_is_refused_in_one_sentence(
@@ -75,7 +75,7 @@ def test_a_server_that_is_no_ray_is_said(
 ) -> None:
     assert main(["status", "--address", s3_endpoint]) == 2
     said = capsys.readouterr().err
-    assert "is that the dashboard of a Ray cluster?" in said and "Traceback" not in said
+    assert "check that this is the dashboard of a Ray cluster" in said and "Traceback" not in said
 
 
 def test_the_id_follows_from_the_work_and_its_store_and_from_nothing_else() -> None:
@@ -291,7 +291,7 @@ def test_cancelled_and_lost_jobs_go_on_on_a_cluster_with_tokens(
         assert len(re.findall(r"^node \S+ \(\w+\): ray ", log, re.M)) == 2
         assert not set(before) & set(re.search(r"^to run: (.*)$", log, re.M)[1].split(", "))
         refused = adsc(cluster, "status", RAY_AUTH_MODE="disabled")
-        assert refused.returncode == 2 and "it wants a token" in refused.stderr
+        assert refused.returncode == 2 and "it requires a token" in refused.stderr
         everything = [adsc(cluster, "status", job, "--json").stdout for job in (first, second)]
         everything += [log, cancelled.stdout, shown.stdout]
         everything += [path.read_text(errors="replace") for path in logs_of(cluster)]

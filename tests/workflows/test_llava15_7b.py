@@ -89,10 +89,10 @@ def test_a_training_that_began_as_the_paper_s_is_not_begun_anew(
     started(tmp_path, FORMERLY[name], change)
     assert main(["run", name, *words]) == 2
     said = capsys.readouterr().err
-    assert f"`adsc run {FORMERLY[name]}` opens or resumes it" in said
+    assert f"`adsc run {FORMERLY[name]}` resumes it" in said
     assert f"--set 'plan={workflow.config.plan}'" in said  # type: ignore[attr-defined]
     # To look is no harm, and says the same; the new name has nothing to say.
-    assert main(["ls", name, *words]) == 0 and "is called" in capsys.readouterr().err
+    assert main(["ls", name, *words]) == 0 and "now called" in capsys.readouterr().err
     assert main(["ls", FORMERLY[name], *words]) == 0 and capsys.readouterr().err == ""
     plan = f"plan={workflow.config.plan}"  # type: ignore[attr-defined]
     assert former(load_workflow(name, [change, plan]), [change, plan], store) is None

@@ -55,7 +55,7 @@ def test_good_and_bad_records(small: Small, tmp_path: Path, capsys: Captured) ->
     expected = {"in": 9, "out": 4, "quarantined": reasons}
     assert json.loads(said.out.splitlines()[-1]) == expected
     kept = tmp_path / "new" / "out.quarantine.jsonl"
-    assert "5 of 9 records had to be set aside" in said.err and str(kept) in said.err
+    assert "5 of 9 records are quarantined" in said.err and str(kept) in said.err
     assert len(kept.read_text().splitlines()) == 5
     assert [entry.name for entry in out.parent.iterdir()] == [kept.name]
 
@@ -111,7 +111,7 @@ def test_each_file_has_the_pictures_beside_it(
         ("[]", "is empty: no record in it"),
         (empty_table(), "a.json is empty: no record in it"),
         ('[{"id": 1},]', "line 1: a comma before the closing bracket"),
-        ('{"id": 1}\n', "no good record is left"),
+        ('{"id": 1}\n', "no valid record is left"),
     ],
 )
 def test_bad_files(

@@ -30,7 +30,7 @@ def test_a_run_with_a_found_plan_has_a_forecast(capsys: pytest.CaptureFixture[st
     changes = ["--set=plan=search", "--set=search.average=192"]
     assert main(["run", "llava15_7b", "--dry-run", "--workers", "8", *changes]) == 0
     said = capsys.readouterr().out
-    assert "plan = search: costs and training are those of" in said and "GPU-hours" in said
+    assert "plan = search: costs and training are shown for" in said and "GPU-hours" in said
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_a_run_with_a_found_plan_has_a_forecast(capsys: pytest.CaptureFixture[st
         ([], "a search needs a budget: set one of average"),
         (["--average", "22", "--kv-mib", "1"], "average = 22.0 and kv_mib = 1.0 contradict"),
         (["--average", "63.9"], "the nearest is average = 62 with plan '7:3/4'"),
-        (["--average", "1", "2", "3"], "takes a number, or least and most"),
-        (["--prefill-ms", "5"], "met by times measured on a worker"),
+        (["--average", "1", "2", "3"], "takes one number, or a minimum and a maximum"),
+        (["--prefill-ms", "5"], "needs times measured on a worker"),
         (["--average", "22", "--set", "search.keeps=[3/2]"], "keep ratio 3/2"),
         (["--average", "22", "--set", "search.trails=3"], "did you mean search.trials"),
     ],

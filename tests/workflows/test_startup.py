@@ -83,13 +83,13 @@ def test_a_run_of_what_is_finished_is_light(tmp_path: Path) -> None:
     (tmp_path / "made" / "file.txt").write_text("made before")
     code = f"""
 from pipeline.durable import graph
-from pipeline.durable.session import settle
+from pipeline.durable.session import send_pending
 from pipeline.durable.stage import RunContext, adopted
 from workflows.registry import load_workflow
 load_workflow("demo").stages()
 stage = adopted(name="made", title="made before", place={str(tmp_path / "made")!r})
 context = RunContext(root={str(tmp_path / "store")!r}, workflow="demo")
 assert set(graph.run([stage], context)) == {{"made"}}
-assert settle(context.root, None, context.cache) is None
+assert send_pending(context.root, None, context.cache) is None
 """
     assert loaded(HEAVY, code) == []

@@ -173,7 +173,7 @@ def test_a_flat_folder_of_prepared_data_is_asked_whole(small: Small, tmp_path: P
     ("splits", "words", "says"),
     [
         (("train",), ["test"], "holds no test, only train: name one with --tasks"),
-        (("train", "val"), [], "holds train, val: name which with --tasks"),
+        (("train", "val"), [], "holds train, val: name one with --tasks"),
         ((), [], "there is no Parquet shard in it"),
     ],
 )
@@ -219,7 +219,7 @@ def test_bad_records_of_tasks_advise_no_option_that_eval_lacks(
         if one.name == "prepare"
     ]
     inputs = {"data": (tmp_path, {}), "base": (small.base, {})}
-    with pytest.raises(TooManyBadRecords, match="mend the task files") as caught:
+    with pytest.raises(TooManyBadRecords, match="fix the task files") as caught:
         stage.kind.body(stage_context("prepare", tmp_path / "out", inputs), stage.config)
     assert "max_quarantined" not in str(caught.value)
 
@@ -232,7 +232,7 @@ def test_eval_advises_no_option_that_it_lacks(
     command = ["eval", str(small.base), "--tasks", questions, "--methods", "dense"]
     assert main([*command, "--root", str(tmp_path / "runs")]) != 0
     said = capsys.readouterr()
-    assert "mend the task files" in said.err + said.out
+    assert "fix the task files" in said.err + said.out
     assert "max_quarantined" not in said.err + said.out
 
 

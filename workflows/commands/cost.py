@@ -1,4 +1,4 @@
-"""`adsc cost`: what adsc/cli.py says of a plan's cost."""
+"""`adsc cost`: the cost of a plan, from adsc/cli.py."""
 
 from adsc.cli import COST_EXAMPLES as EXAMPLES
 from adsc.cli import add_cost_arguments as add_arguments

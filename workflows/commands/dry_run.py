@@ -22,9 +22,9 @@ def add_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="print stages, plans, costs, GPU-hours and memory only",
+        help="only print stages, plans, costs, GPU-hours and memory",
     )
-    group = run.add_argument_group("what --dry-run assumes")
+    group = run.add_argument_group("assumptions of --dry-run")
     group.add_argument("--gpu-type", metavar="GPU", help="h100 (default), h200, a100-80gb, ...")
     group.add_argument(
         "--gpu-price",
@@ -34,17 +34,17 @@ def add_options(run: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hfu",
         type=terminal.number(float, above=0, most=1),
-        help="share of the GPU's peak that is reached (0.4)",
+        help="achieved share of the GPU's peak FLOP/s (0.4)",
     )
     group.add_argument(
         "--text-tokens",
         type=terminal.number(int, least=0),
-        help="text tokens of an average conversation (200)",
+        help="text tokens in an average conversation (200)",
     )
 
 
 def show(console: Console, config: Any, options: argparse.Namespace) -> int:
-    """Print both tables; 1 where a training stage can't fit into a GPU's memory."""
+    """Print both tables; returns 1 if a training stage doesn't fit in a GPU's memory."""
     from pipeline.forecast import USABLE, Assumptions, forecast, model_config
     from pipeline.recipe import CompressConfig, branches
 
@@ -64,8 +64,8 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
         plan = Space(Costs(model, config.search), config.search).known()["middle"].plan
         config = config.model_copy(update={"plan": plan})
         console.print(
-            f"plan = search: costs and training are those of {plan}, one of the plans that meet "
-            "the budget; `adsc search --dry-run` shows more",
+            f"plan = search: costs and training are shown for {plan}, one of the plans that meet "
+            "the budget; `adsc search --dry-run` lists more",
             markup=False,
             soft_wrap=True,
         )
@@ -89,9 +89,9 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     if most.memory_gib <= room:
         return 0
     console.print(
-        f"{most.name} needs about {most.memory_gib:.0f} GiB of {room:.0f} GiB that a training can "
-        f"have on {assumed.gpu}: lower train.micro_tokens or raise train.accumulate, set "
-        "train.activation_checkpointing=true, or split the weights with train.strategy=zero3",
+        f"{most.name} needs about {most.memory_gib:.0f} GiB, but training can use only "
+        f"{room:.0f} GiB on {assumed.gpu}: lower train.micro_tokens or raise train.accumulate, set "
+        "train.activation_checkpointing=true, or shard the weights with train.strategy=zero3",
         style="red",
         markup=False,
     )
@@ -99,12 +99,12 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
 
 
 def _named(config: Any, trainings: Mapping[str, TrainConfig]) -> dict[str, str]:
-    """The plans of a compression: those of an elastic checkpoint, else of each training stage; and
-    of compared recipes."""
+    """The plans of a compression by name: those of an elastic checkpoint, otherwise those of each
+    training stage; and those of compared recipes."""
     stages = {name: train.runs_with for name, train in trainings.items() if train.runs_with}
     if config.curriculum.elastic:
-        own = config.curriculum.elastic
-        stages = own | {n: plan for n, plan in stages.items() if not n.startswith("train-")}
+        elastic = config.curriculum.elastic
+        stages = elastic | {n: plan for n, plan in stages.items() if not n.startswith("train-")}
     return {"dense": "", **stages}
 
 
@@ -180,9 +180,9 @@ def _show_forecast(
         sum(row.gpu_hours * row.teacher_share for row in rows) / hours,
     )
     console.print(table)
-    of = f"{records:,} records of " if records else "conversations of "
+    data = f"{records:,} records with " if records else "conversations with "
     console.print(
-        f"assumed: {of}one picture and {assumed.text_tokens} text tokens; "
+        f"assumed: {data}one picture and {assumed.text_tokens} text tokens; "
         f"{100 * assumed.hfu:.0f} % of the peak of {assumed.hardware.peak_flops / 1e12:.0f} "
         "TFLOP/s (dense bf16); evaluation, merging and loading not counted",
         markup=False,

@@ -1,4 +1,4 @@
-"""What the `adsc` command calls. Nothing is imported before a Ctrl-C can be caught."""
+"""Entry point of the `adsc` command. It catches Ctrl-C before anything else is imported."""
 
 
 def main() -> int:

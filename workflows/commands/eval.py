@@ -1,7 +1,7 @@
-"""The command `adsc eval`: its words, its table. The stages stand in workflows/evaluation.py.
+"""The command `adsc eval`: its arguments and its table. The stages are in workflows/evaluation.py.
 
-What was answered is kept in the store, so the same command goes on after a kill, and a second time
-it only prints.
+Answers are kept in the store: rerun the same command to resume after a kill. Once finished, it only
+prints the results.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ EXAMPLES = """examples:
   adsc eval CHECKPOINT --tasks questions.json --methods dense plan:2:1/4,4:1/4 fastv:22
   adsc eval CHECKPOINT --data runs/prepare-0123456789ab          (its split `test`)
   adsc eval ELASTIC --tasks questions.json --methods own:64 own:128 dense
-  adsc eval CHECKPOINT --data prepared               (a folder that `adsc prepare` wrote)
+  adsc eval CHECKPOINT --data prepared               (a folder written by `adsc prepare`)
   adsc eval s3://bucket/model --tasks a.json b.json --json --out results
   adsc eval llava-hf/llava-1.5-7b-hf --tasks pope=data/pope gqa=data/gqa --limit 500 \
       --methods dense fastv:192 plan:2:1/4,16:1/2
 
 CHECKPOINT is a folder, s3://, package://NAME/FOLDER or a hub id. A task file holds conversations
-in LLaVA's JSON; its pictures lie in `images` beside it. Methods: `own` (the checkpoint's plan),
-`own:64` (its plan of that name), `dense`, `plan:LAYER:SHARE,...`, or a peer with its layer average
-and options, `fastv:32,layer=3`. Without any, an elastic checkpoint is asked with every plan it
-names and dense, another one with its own plan.
+in LLaVA's JSON, with the pictures in the folder `images` beside it. Methods: `own` (the
+checkpoint's plan), `own:64` (its plan of that name), `dense`, `plan:LAYER:SHARE,...`, or a peer
+with its layer average and options, `fastv:32,layer=3`. By default an elastic checkpoint is
+evaluated with every named plan and dense, any other checkpoint with its own plan.
 Public benchmarks are NAME=FOLDER, with their official files unpacked in the folder: gqa, vqav2,
 textvqa, vizwiz, pope, scienceqa, mme, seedbench, mmbench, mmbench_cn (docs/evaluation.md).
 """
@@ -54,22 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="what it runs with (default: own; of an elastic checkpoint, every plan and dense)",
+        help="methods to compare (default: own; for an elastic checkpoint, every plan and dense)",
     )
     parser.add_argument(
         "--template",
         choices=("checkpoint", "data"),
         default="checkpoint",
-        help="whose chat template puts the questions (default: the checkpoint's)",
-    )
-    parser.add_argument("--batch-size", type=positive(int), default=64, help="questions at a time")
-    parser.add_argument(
-        "--max-new-tokens", type=positive(int), default=16, help="longest answer in tokens"
+        help="the chat template that formats the questions (default: the checkpoint's)",
     )
     parser.add_argument(
-        "--limit", type=positive(int), metavar="N", help="most records of each task, at random"
+        "--batch-size", type=positive(int), default=64, help="questions per batch (64)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and report there")
+    parser.add_argument(
+        "--max-new-tokens", type=positive(int), default=16, help="longest answer in tokens (16)"
+    )
+    parser.add_argument(
+        "--limit", type=positive(int), metavar="N", help="sample at most N records of each task"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and report to DIR")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     add_root(parser)
     add_workers(parser)
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the stages, print the table or the JSON, copy what was asked for."""
+    """Run the stages, print the table or the JSON, and copy both outputs to --out if given."""
     from pipeline.durable import graph
     from pipeline.durable.stage import Input
     from pipeline.publishing.publish import check_target
@@ -97,13 +99,13 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     context = dataclasses.replace(run_context(options, "eval"), setup=setup_for(options.checkpoint))
-    found = graph.run(stages, context, console)
-    evaluated, reported = Input(found["evaluate"]), Input(found["report"])
+    records = graph.run(stages, context, console)
+    evaluated, reported = Input(records["evaluate"]), Input(records["report"])
     results = json.loads((evaluated.folder / "results.json").read_text())
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        for made in (evaluated, reported):
-            shutil.copytree(made.folder, options.out, dirs_exist_ok=True)
+        for result in (evaluated, reported):
+            shutil.copytree(result.folder, options.out, dirs_exist_ok=True)
     if options.json:
         print(json.dumps(results))
     else:
@@ -113,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """A row a method: scores with intervals, costs and times; what benchmarks make of them."""
+    """One row per method: scores with intervals, costs and times; then tables per benchmark."""
     from pipeline.evaluation.benchmarks import BENCHMARKS
 
     title = f"{results['num_questions']} questions, {results['device']}, {results['dtype']}"
@@ -146,15 +148,15 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 
 def _by_task(rows: dict[str, dict[str, Any]], title: str, scale: float) -> Any:
-    """A row a task (or figure) and method: share, interval, what it keeps of the control's."""
+    """One row per task (or figure) and method: mean, interval, and share of the control's score."""
     table = terminal.table("", "method", "mean [95 %]", "difference [95 %]", "kept", title=title)
     for task in next(iter(rows.values())):
-        for label, own in rows.items():
+        for label, scores in rows.items():
             cells = [
-                "-" if it is None else _spread(it, scale)
-                for it in (own[task], own[task].get("difference"))
+                "-" if share is None else _spread(share, scale)
+                for share in (scores[task], scores[task].get("difference"))
             ]
-            kept = own[task].get("retention")
+            kept = scores[task].get("retention")
             table.add_row(task, label, *cells, "-" if kept is None else f"{100 * kept:.1f} %")
     return table
 

@@ -1,4 +1,4 @@
-"""`adsc ls`: the workflows, or the stages of one with state and place."""
+"""`adsc ls`: the workflows, or the stages of one with their state and path."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from workflows.registry import WORKFLOWS, load_workflow
 
 EXAMPLES = """examples:
   adsc ls                     (the workflows)
-  adsc ls demo                (each stage: its state and where it lies)
+  adsc ls demo                (each stage: its state and path)
   adsc ls demo --json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workflow(parser, optional=True)
-    parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -36,12 +36,12 @@ def _list_workflows(as_json: bool) -> None:
         print(json.dumps(rows))
         return
     titles = ((name, listed.title) for name, listed in WORKFLOWS.items())
-    terminal.print_rows(("workflow", "what"), *titles)
+    terminal.print_rows(("workflow", "description"), *titles)
 
 
 def _list_stages(options: argparse.Namespace) -> None:
     from pipeline.durable import graph
-    from pipeline.durable.session import settle
+    from pipeline.durable.session import send_pending
     from pipeline.durable.stage import RunContext
     from pipeline.store import open_store
     from pipeline.tracking.address import chosen
@@ -55,5 +55,5 @@ def _list_stages(options: argparse.Namespace) -> None:
         print(json.dumps([state._asdict() for state in states]))
         return
     terminal.print_rows(("name", "state", "path"), *states)
-    if unsent := settle(options.root, chosen(None), RunContext.cache):
+    if unsent := send_pending(options.root, chosen(None), RunContext.cache):
         print(unsent)

@@ -1,13 +1,13 @@
-"""The `adsc` command: a table of commands, each a module that is imported when it is called.
+"""The `adsc` command: a table of commands, each a module that is imported only when called.
 
 The module of a command is `workflows.commands.NAME`, or in a folder of `FOLDERS`, and has
 
     EXAMPLES                 lines for --help
     add_arguments(parser)    its arguments
-    run(options)             what it does; returns the exit code, None for 0
-    parse(parser, words)     only where words of another program may follow
+    run(options)             runs it; returns the exit code, None for 0
+    parse(parser, words)     only where arguments of another program may follow
 
-Only parsing and printing stand in these modules; whatever a command does is a function elsewhere.
+These modules only parse and print; the work of a command is a function elsewhere.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ COMMANDS = {
     "search": "find where and how much to prune, at a budget",
     "ls": "workflows, or the stages of one with their state",
     "show": "the record of a finished stage",
-    "prepare": "records and pictures to validated, tokenised Parquet shards",
+    "prepare": "turn records and pictures into validated, tokenised Parquet shards",
     "chat": "ask an exported checkpoint about a picture",
-    "export": "publish a checkpoint at an address, checked",
-    "pull": "copy a published checkpoint into a folder, verified",
+    "export": "publish a checkpoint at an address and verify it there",
+    "pull": "copy a published checkpoint into a folder and verify it",
     "serve": "serve a checkpoint with its plan on vLLM",
-    "promote": "give a registered model an alias, if gates hold",
+    "promote": "give a registered model an alias if it passes the gates",
     "submit": "run a workflow on a Ray cluster, as a job",
     "status": "jobs of a cluster, or one job and its stages",
-    "logs": "what a job printed",
-    "cancel": "stop a job; submitting it again goes on from there",
-    "doctor": "what is here and what is missing, with ways out",
+    "logs": "print the output of a job",
+    "cancel": "stop a job; submit it again to resume",
+    "doctor": "check this installation, with a way out of each problem",
     "cost": "FLOPs and KV cache of a model, dense and under a plan",
     "plan": "placements of drops that meet a token budget",
 }
-"""Name -> what it is for, in a line."""
+"""Name -> its purpose, in one line."""
 FOLDERS = {
     "checkpoints": ("chat", "export", "pull", "promote", "serve"),
     "cluster": ("submit", "status", "logs", "cancel", "doctor"),
@@ -76,8 +76,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """The parser of the command alone is made. Options may stand before, between and after a
-    command's words, which argparse by itself does not allow below subcommands."""
+    """Build only the parser of the given command. Options may come before, between and after its
+    positional arguments, which argparse does not allow for subcommands."""
     if arguments and arguments[0] in COMMANDS:
         parser, words = command_parser(arguments[0]), arguments[1:]
         if (parse := getattr(_module(arguments[0]), "parse", None)) is not None:
@@ -89,12 +89,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """The whole parser of one command."""
+    """The complete parser of one command."""
     return _fill(argparse.ArgumentParser(prog=f"adsc {name}", **_described(name)), name)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole parser, with every command: for documents and tests, since it imports them all."""
+    """The complete parser with every command: for docs and tests, since it imports them all."""
     parser, commands = _overview()
     for name, one in commands.items():
         _fill(one, name)

@@ -1,4 +1,4 @@
-"""Options that several commands share: which workflow, which store, on what it runs."""
+"""Options that several commands share: the workflow, the store, workers and Ray."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 
 def add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """A workflow's name, changes of its config, and the store."""
+    """A workflow's name, changes to its config, and the store."""
     parser.add_argument("workflow", nargs="?" if optional else None, help=", ".join(WORKFLOWS))
     parser.add_argument(
         "--set",
@@ -31,7 +31,7 @@ def add_workflow(parser: argparse.ArgumentParser, optional: bool = False) -> Non
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="change the config; repeatable",
+        help="change a config key; repeatable",
     )
     add_root(parser)
 
@@ -45,7 +45,7 @@ def add_root(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ray(parser: argparse.ArgumentParser) -> None:
-    """Which Ray."""
+    """The Ray cluster to use."""
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
     parser.add_argument(
         "--dashboard-port",
@@ -55,7 +55,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
 
 
 def add_job_server(parser: argparse.ArgumentParser) -> None:
-    """Which cluster's job server."""
+    """The job server of a cluster."""
     parser.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS"),
@@ -64,11 +64,11 @@ def add_job_server(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """On what it runs, and where it is seen: no part of what is computed."""
+    """Workers and tracking: they don't change what is computed."""
     parser.add_argument(
         "--mlflow", metavar="URI", help="MLflow server, or off (default: SQLite in the root)"
     )
@@ -76,18 +76,21 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_workers,
         default=1,
-        help="workers that train, or answer questions; 2-8 takes as many as the cluster has",
+        help="workers for training and evaluation; 2-8 uses as many as the cluster has (1)",
     )
-    parser.add_argument("--cpus", type=positive(float), default=1, help="CPU cores of a worker")
+    parser.add_argument("--cpus", type=positive(float), default=1, help="CPU cores per worker (1)")
     parser.add_argument(
-        "--gpus", type=terminal.number(float, least=0), default=0, help="GPUs of a worker"
+        "--gpus", type=terminal.number(float, least=0), default=0, help="GPUs per worker (0)"
     )
     parser.add_argument(
         "--data-workers", type=_count, default=0, metavar="N",
-        help="processes that make batches for each training worker (default: a thread of its own)",
+        help="processes per training worker that build batches (default: a thread in the worker)",
     )  # fmt: skip
     parser.add_argument(
-        "--lease", type=positive(float), default=20, help="seconds until a dead run is taken over"
+        "--lease",
+        type=positive(float),
+        default=20,
+        help="seconds until another run takes over from a dead one (20)",
     )
 
 
@@ -99,18 +102,18 @@ def _count(text: str) -> int:
 
 
 def _workers(text: str) -> int | tuple[int, int]:
-    """An argparse type: `4`, or `2-8` for as many as there are."""
+    """An argparse type: `4`, or `2-8` for as many as the cluster has."""
     fewest, dash, most = text.partition("-")
     if not dash:
         return positive(int)(text)  # type: ignore[no-any-return]
     bounds = positive(int)(fewest), positive(int)(most)
     if bounds[0] > bounds[1]:
-        raise argparse.ArgumentTypeError(f"{text!r}: the fewest workers come first, as in 2-8")
+        raise argparse.ArgumentTypeError(f"{text!r}: give the smaller number first, as in 2-8")
     return bounds
 
 
 def run_context(options: argparse.Namespace, workflow: str) -> RunContext:
-    """Where and on what a workflow of that name runs, from `add_root`, `add_workers` and
+    """The context of a run of that workflow, from the options of `add_root`, `add_workers` and
     `add_ray`."""
     from pipeline.durable.stage import RunContext
     from pipeline.store import open_store

@@ -1,4 +1,4 @@
-"""`adsc plan`: the placements that adsc/cli.py finds."""
+"""`adsc plan`: placements that meet a budget, from adsc/cli.py."""
 
 from adsc.cli import PLAN_EXAMPLES as EXAMPLES
 from adsc.cli import add_plan_arguments as add_arguments

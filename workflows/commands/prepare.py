@@ -1,6 +1,6 @@
-"""`adsc prepare`: the stage `prepare` by itself, on a user's files, without a store or MLflow.
+"""`adsc prepare`: the stage `prepare` on its own, on a user's files, without a store or MLflow.
 
-It writes into a folder beside OUT and renames that at the end: OUT is whole or is not there.
+It writes into a folder beside OUT and renames that at the end: OUT is complete or absent.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ EXAMPLES = """examples:
       --model CHECKPOINT --out prepared
   adsc prepare 'data/train-*.parquet' --model CHECKPOINT --out prepared --max-quarantined 0.05
 
-DATA is a JSON list, JSON Lines, Parquet, a folder that Hugging Face `datasets` saved, a quoted
-glob, or such a file's address (s3://, gs://, https://). OUT gets Parquet shards, manifest.json and
-quarantine.jsonl (id, source line, reason). More bad records than --max-quarantined: exit code 2, no
-OUT, and the list of them in OUT.quarantine.jsonl. docs/data.md explains every reason.
+DATA is a JSON list, JSON Lines, Parquet, a folder saved by Hugging Face `datasets`, a quoted glob,
+or the address of such a file (s3://, gs://, https://). OUT receives Parquet shards, manifest.json
+and quarantine.jsonl (id, source line, reason). With more bad records than --max-quarantined allows,
+the exit code is 2, OUT is not written, and the bad records are listed in OUT.quarantine.jsonl.
+docs/data.md explains every reason.
 """
 
 
@@ -41,33 +42,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", metavar="DATA", help="file, glob, folder or address")
     parser.add_argument(
         "--images",
-        help="root of the pictures: a folder, tar file or glob of tar files, or an address of one "
-        "(default: the folder `images` beside DATA)",
+        help="root of the pictures: a folder, a tar file, a glob of tar files, or the address of "
+        "one (default: the folder `images` beside DATA)",
     )
     parser.add_argument(
         "--model", required=True, metavar="CHECKPOINT", help="checkpoint folder or hub id"
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="a folder that is not there yet"
+        "--out", required=True, metavar="DIR", help="a folder that does not exist yet"
     )
     parser.add_argument(
         "--max-quarantined", type=_share, default=0.01, metavar="SHARE",
-        help="share of records, 0 to 1, that may be set aside (default: 0.01)",
+        help="largest share of records, 0 to 1, that may be quarantined (default: 0.01)",
     )  # fmt: skip
     parser.add_argument(
         "--template",
         default="auto",
-        help="vicuna_v1, vicuna_short, tokenizer (the checkpoint's own) or auto (default: its own "
-        "where that ends answers with an end token, else vicuna_v1)",
+        help="vicuna_v1, vicuna_short, tokenizer (the checkpoint's own) or auto (default: the "
+        "checkpoint's own if it ends answers with an end token, else vicuna_v1)",
     )
     parser.add_argument(
-        "--context", type=_count, help="longest conversation, tokens (default: the model's)"
+        "--context", type=_count, help="longest conversation in tokens (default: the model's)"
     )
-    parser.add_argument("--weights", help="one number for each DATA, such as 3,1: shares of a mix")
-    parser.add_argument("--cap", type=_count, help="most records taken from each DATA")
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of which records a mix takes")
+    parser.add_argument("--weights", help="mixing weights, one for each DATA, such as 3,1")
+    parser.add_argument("--cap", type=_count, help="most records to take from each DATA")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed for sampling the mix (0)")
     parser.add_argument("--address", help="an existing Ray cluster (default: Ray on this machine)")
-    parser.add_argument("--json", action="store_true", help="counts as JSON in the last line")
+    parser.add_argument("--json", action="store_true", help="print counts as JSON on the last line")
 
 
 def _share(text: str) -> float:
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     """Prepare; returns the exit code.
 
     Raises:
-        ValueError: bad input, or too many bad records; OUT is as it was before.
+        ValueError: bad input, or too many bad records; OUT is left unchanged.
     """
     from pipeline.stages.prepare import TooManyBadRecords
 
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
             _print_counts(error.counts)
         raise
     except KeyboardInterrupt:
-        sys.stderr.write(f"adsc: stopped; nothing was written to {out}\n")
+        sys.stderr.write(f"adsc: interrupted; nothing was written to {out}\n")
         return 130
     if options.json:
         _print_counts(manifest)
@@ -131,13 +132,13 @@ def _print_summary(manifest: dict[str, Any], out: Path) -> None:
     (counts,) = manifest["splits"].values()
     lines = [
         f"{manifest['in']} records in, {manifest['out']} out in {len(manifest['files'])} shards",
-        f"{counts['tokens']} tokens ({counts['vision_tokens']} of pictures, "
+        f"{counts['tokens']} tokens ({counts['vision_tokens']} vision tokens, "
         f"{counts['supervised_tokens']} supervised), the longest record {counts['longest']}, "
         f"template {manifest['template']}",
     ]
     if manifest["quarantined"]:
         reasons = ", ".join(f"{name} {n}" for name, n in manifest["quarantined"].items())
-        lines.append(f"set aside: {reasons}; see {out / 'quarantine.jsonl'}")
+        lines.append(f"quarantined: {reasons}; see {out / 'quarantine.jsonl'}")
     lines.append(str(out))
     Console().print("\n".join(lines), **PLAIN)
 
@@ -179,17 +180,17 @@ def _prepare(options: argparse.Namespace, out: Path) -> dict[str, Any]:
                 )
         except TooManyBadRecords as error:
             shutil.move(folder / "quarantine.jsonl", kept)
-            message = f"{error}. Nothing was published; all that was set aside is in {kept}"
+            message = f"{error}. Nothing was written to {out}; the bad records are in {kept}"
             raise TooManyBadRecords(message, error.counts) from None
         folder.chmod(0o755)
         folder.rename(out)
-    kept.unlink(missing_ok=True)  # of a run before, which failed
+    kept.unlink(missing_ok=True)  # left by an earlier run that failed
     return manifest
 
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which goes away unless it was renamed; also on SIGTERM."""
+    """A folder beside `out`, removed on exit and on SIGTERM unless it was renamed."""
 
     def leave(*_: object) -> None:
         sys.exit(128 + signal.SIGTERM)
@@ -255,7 +256,7 @@ def _weights(text: str | None, count: int) -> Sequence[float | None]:
 
 
 def _model_folder(model: str) -> Path:
-    """The checkpoint's folder; of a hub id, a copy of what is no weights."""
+    """The checkpoint's folder; for a hub id, a copy of everything but the weights."""
     from adsc.weight_files import original_layout, original_name
 
     if other := original_name(model):
@@ -276,20 +277,20 @@ def _model_folder(model: str) -> Path:
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"there is no checkpoint folder {model!r}, and the hub does not give one: {first}"
+            f"there is no checkpoint folder {model!r}, and the hub can't provide it: {first}"
         ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _model_context(model: Path) -> int:
-    """Positions that the model has, else 2048, which is LLaVA-1.5's in training."""
+    """The model's number of positions; 2048, as LLaVA-1.5 is trained with, if unknown."""
     from transformers import AutoConfig
 
     if not (model / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""`adsc run`: a workflow, here or on a Ray cluster; what is finished is not repeated."""
+"""`adsc run`: run a workflow here or on a Ray cluster; finished stages are not repeated."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what isn't finished; print results, and what to look at next."""
+    """Run the unfinished stages; print results and next steps."""
     from pipeline.durable import graph
-    from pipeline.durable.session import settle
+    from pipeline.durable.session import send_pending
     from pipeline.store import check_for_runs, open_store
     from workflows.renamed import former
 
@@ -58,26 +58,26 @@ def run(options: argparse.Namespace) -> int:
     if another:
         raise ValueError(another)
     context = dataclasses.replace(run_context(options, options.workflow), setup=workflow.setup)
-    found = graph.run(stages, context, console)
-    if told := settle(context.root, context.tracking_uri, context.cache):
-        console.print(told, markup=False)
-    _print_results(console, found)
-    _print_next(console, found, context)
+    finished = graph.run(stages, context, console)
+    if unsent := send_pending(context.root, context.tracking_uri, context.cache):
+        console.print(unsent, markup=False)
+    _print_results(console, finished)
+    _print_next(console, finished, context)
     return 0
 
 
 def _print_states(console: Console, states: Sequence[Any], titles: dict[str, str]) -> None:
-    table = terminal.table("stage", "what", "state")
+    table = terminal.table("stage", "description", "state")
     for state in states:
         title = titles[state.name].partition(": ")[2] or titles[state.name]
         table.add_row(state.name, title, state.state)
     console.print(table)
 
 
-def _print_results(console: Console, found: dict[str, Record]) -> None:
-    if "evaluate" not in found:
+def _print_results(console: Console, finished: dict[str, Record]) -> None:
+    if "evaluate" not in finished:
         return
-    outputs = found["evaluate"].outputs
+    outputs = finished["evaluate"].outputs
     table = terminal.table(
         "arm", "plan", "accuracy", "of control", "vision tokens", "GFLOPs", "KV KiB", "prefill ms",
         title="Accuracy and cost of one question",
@@ -98,24 +98,24 @@ def _print_results(console: Console, found: dict[str, Record]) -> None:
     console.print(table)
 
 
-def _print_next(console: Console, found: dict[str, Record], context: RunContext) -> None:
+def _print_next(console: Console, finished: dict[str, Record], context: RunContext) -> None:
     from pipeline.redact import redact
 
     programs = Path(sys.executable).parent
     lines = []
     if shutil.which("adsc") is None and (programs / "activate").is_file():
-        lines.append(f"source {shlex.quote(str(programs / 'activate'))}    # then `adsc` is found")
+        lines.append(f"source {shlex.quote(str(programs / 'activate'))}    # puts `adsc` on PATH")
     if uri := redact(context.tracking_uri or ""):
         served = uri.startswith("http")
         lines.append(
             uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"
         )
-    if "report" in found:
-        lines.append(_opening(f"{found['report'].uri}/report.html"))
-    if "export" in found and "evaluate" in found:
-        picture = f"{found['evaluate'].uri}/pictures/0.png"
+    if "report" in finished:
+        lines.append(_opening(f"{finished['report'].uri}/report.html"))
+    if "export" in finished and "evaluate" in finished:
+        picture = f"{finished['evaluate'].uri}/pictures/0.png"
         lines.append(
-            f"{programs}/adsc chat {shlex.quote(found['export'].uri)} "
+            f"{programs}/adsc chat {shlex.quote(finished['export'].uri)} "
             f'{shlex.quote(picture)} "is there a bag?"'
         )
     console.print("Next: browse the runs, read the report, ask the checkpoint", markup=False)
@@ -124,7 +124,7 @@ def _print_next(console: Console, found: dict[str, Record], context: RunContext)
 
 
 def _opening(page: str) -> str:
-    """A line for the shell that opens a page in a browser; of a page in a bucket, its address."""
+    """A shell command that opens a page in a browser; for a page in a bucket, its address."""
     if "://" in page:
         return page
     address = Path(page).resolve().as_uri()

@@ -1,7 +1,7 @@
-"""The command `adsc search`: its words, its dry run, its table. The stages are the recipe's.
+"""The command `adsc search`: its arguments, dry run and table. The stages are the recipe's.
 
 It runs the stages up to `search` of a workflow whose plan is `search`; `adsc run` of that workflow
-with the same settings goes on from them.
+with the same settings continues from there.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   adsc search demo --average 22 --dry-run              (the space, the first trials, their costs)
   adsc search demo --average 22 --trials 64 --workers 2
-  adsc search demo --average 16 32                     (a front of loss against cost)
+  adsc search demo --average 16 32                     (a Pareto front of loss and cost)
   adsc search demo --kv-mib 0.96 --objective accuracy
   adsc search demo --average 22 --fidelity lora --rungs 10 30 90 --set train.learning_rate=1e-3
   adsc search demo --over train.learning_rate=1e-4..1e-2,log lora.rank=8,16,32 --rungs 10 30
   adsc search demo --average 22 --over train.distill.weight=0..1 --rungs 30
   adsc search llava15_7b --average 192 --dry-run
-  adsc run demo --set plan=search --set search.average=22     (trains with what was found)
+  adsc run demo --set plan=search --set search.average=22     (trains with the plan it finds)
 
-Two numbers for a budget are its least and most. Every other setting: --set search.KEY=VALUE; they
-are listed by `adsc show demo --config`.
+Two numbers give a budget's minimum and maximum. Set anything else with --set search.KEY=VALUE;
+`adsc show demo --config` lists the keys.
 """
 BUDGETS = ("average", "gflops", "kv_mib", "prefill_ms")
 SHOWN = 10
@@ -51,35 +51,37 @@ SHOWN = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     number = positive(float)
     for name, unit in (
-        ("average", "vision tokens of a picture per decoder layer, on average"),
+        ("average", "vision tokens per picture, averaged over decoder layers"),
         ("gflops", "GFLOPs of a prefill"),
         ("kv-mib", "MiB of KV cache"),
-        ("prefill-ms", "ms of prefill, as measured"),
+        ("prefill-ms", "measured milliseconds of a prefill"),
     ):
         parser.add_argument(
             f"--{name}", nargs="+", type=number, metavar="N", help=f"budget: {unit}"
         )
     parser.add_argument("--trials", type=positive(int), help="plans to try (64)")
-    parser.add_argument("--objective", choices=("loss", "accuracy"), help="what is to be good")
+    parser.add_argument(
+        "--objective", choices=("loss", "accuracy"), help="the quality to optimise (loss)"
+    )
     parser.add_argument(
         "--fidelity",
         choices=("untrained", "lora", "curriculum"),
-        help="what a trial does before it is judged (untrained: nothing)",
+        help="training of a trial before it is scored (untrained: none)",
     )
     parser.add_argument(
         "--rungs", nargs="+", type=positive(int), metavar="N",
-        help="training steps (untrained: conversations) after which the worse trials stop",
+        help="training steps (untrained: conversations) after which the worst trials are stopped",
     )  # fmt: skip
     parser.add_argument(
         "--over", nargs="+", metavar="KEY=RANGE",
-        help="training keys to search, too: train.learning_rate=1e-4..1e-2,log "
-        "lora.rank=8,16,32 train.distill.weight=0..1; without a budget, with the workflow's plan",
+        help="also search training keys: train.learning_rate=1e-4..1e-2,log lora.rank=8,16,32 "
+        "train.distill.weight=0..1; without a budget, the workflow's plan is kept",
     )  # fmt: skip
-    parser.add_argument("--sampler", choices=("tpe", "random"), help="who proposes (tpe)")
-    parser.add_argument("--seed", type=int, dest="search_seed", help="of draws and sampler (0)")
+    parser.add_argument("--sampler", choices=("tpe", "random"), help="search algorithm (tpe)")
+    parser.add_argument("--seed", type=int, dest="search_seed", help="seed of the search (0)")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the space and the first trials only"
+        "--dry-run", action="store_true", help="only print the space and the first trials"
     )
     add_workflow(parser)
     add_workers(parser)
@@ -87,10 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
-    """The workflow with `plan = search` and what the command's words say.
+    """The workflow with `plan = search` and the settings given on the command line.
 
     Raises:
-        ValueError: it is no compression, or (ConfigError) settings contradict.
+        ValueError: it is no compression, or (ConfigError) settings contradict each other.
     """
     from pipeline.recipe import CompressConfig
 
@@ -101,7 +103,9 @@ def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
         given = getattr(options, name)
         if given is not None:
             if len(given) > 2:
-                raise ValueError(f"--{name.replace('_', '-')} takes a number, or least and most")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} takes one number, or a minimum and a maximum"
+                )
             changes[f"search.{name}"] = given[0] if len(given) == 1 else tuple(given)
     for key in ("trials", "objective", "fidelity", "sampler"):
         if getattr(options, key) is not None:
@@ -113,15 +117,16 @@ def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
                 f"--over {' '.join(bad)}: write KEY=RANGE, as train.learning_rate=1e-4..1e-2,log"
             )
         changes["search.over"] = {key: text for key, _, text in pairs}
-        own, budgets = workflow.config, [getattr(workflow.config.search, it) for it in BUDGETS]
+        config = workflow.config
+        budgets = [getattr(config.search, name) for name in BUDGETS]
         if not any(f"search.{name}" in changes for name in BUDGETS) and not any(budgets):
-            if own.searched:
+            if config.searched:
                 raise ValueError(
-                    "--over without a budget searches the training of the workflow's own plan, "
-                    "which is `search`: give a budget, or --set plan=..."
+                    "--over without a budget searches the training of the workflow's plan, but "
+                    "that is `search`: give a budget, or --set plan=..."
                 )
-            changes["search.plan"] = own.plan
-        if options.fidelity is None and own.search.fidelity == "untrained":
+            changes["search.plan"] = config.plan
+        if options.fidelity is None and config.search.fidelity == "untrained":
             changes["search.fidelity"] = "lora"
     if options.rungs is not None:
         changes["search.rungs"] = tuple(options.rungs)
@@ -131,10 +136,10 @@ def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
 
 
 def search_stages(workflow: Workflow) -> list[Stage]:
-    """The stages that the search needs, and itself."""
-    from pipeline.durable.graph import lint
+    """The stage `search` and every stage it needs."""
+    from pipeline.durable.graph import topological_order
 
-    by_name = {stage.name: stage for stage in lint(workflow.stages())}
+    by_name = {stage.name: stage for stage in topological_order(workflow.stages())}
     wanted, names = {"search"}, ["search"]
     while names:
         for need in by_name[names.pop()].needs.values():
@@ -145,7 +150,7 @@ def search_stages(workflow: Workflow) -> list[Stage]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the stages, print what was found."""
+    """Run the stages and print the results."""
     from pipeline.durable import graph
     from pipeline.durable.stage import Input
 
@@ -154,16 +159,16 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         show_space(workflow.config, console)
         return 0
-    found = graph.run(search_stages(workflow), run_context(options, workflow.name), console)
-    made = Input(found["search"])
-    results = json.loads((made.folder / "results.json").read_text())
+    records = graph.run(search_stages(workflow), run_context(options, workflow.name), console)
+    search = Input(records["search"])
+    results = json.loads((search.folder / "results.json").read_text())
     if options.json:
         print(json.dumps(results))
         return 0
     print_results(results, console)
-    own = " ".join(f"--set {shlex.quote(it)}" for it in _settings(workflow, options, results))
-    lines = [f"{made.uri}/search.html", f"adsc run {options.workflow} {own}"]
-    console.print("Next: look at the search, train with what it found", markup=False)
+    settings = " ".join(f"--set {shlex.quote(it)}" for it in _settings(workflow, options, results))
+    lines = [f"{search.uri}/search.html", f"adsc run {options.workflow} {settings}"]
+    console.print("Next: look at the search, train with its result", markup=False)
     for line in lines:
         console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
     return 0
@@ -172,38 +177,38 @@ def run(options: argparse.Namespace) -> int:
 def _settings(
     workflow: Workflow, options: argparse.Namespace, results: dict[str, Any]
 ) -> list[str]:
-    """What `adsc run` is to be told: to use the same search's plan; or what was found, where that
-    is a training, too."""
+    """The `--set` arguments of the next `adsc run`: the same search, whose plan it uses; or, if the
+    search covered training keys, the best plan and settings themselves."""
     if results["settings"]:
-        return found_settings(workflow.config, results, options.changes)
+        return best_settings(workflow.config, results, options.changes)
     config = workflow.config.search  # type: ignore[attr-defined]
     plain = type(config)()
     changed = [
         name for name in type(config).model_fields if getattr(config, name) != getattr(plain, name)
     ]
-    said = [f"search.{name}={_written(getattr(config, name))}" for name in changed]
+    search = [f"search.{name}={_written(getattr(config, name))}" for name in changed]
     others = [it for it in options.changes if not it.startswith(("plan=", "search."))]
-    return ["plan=search", *said, *others]
+    return ["plan=search", *search, *others]
 
 
-def found_settings(config: Any, results: dict[str, Any], changes: Sequence[str]) -> list[str]:
-    """Changes of a workflow that make it train with the plan and the settings that were found."""
+def best_settings(config: Any, results: dict[str, Any], changes: Sequence[str]) -> list[str]:
+    """The changes that make a workflow train with the best plan and settings of a search."""
     settings = dict(results["settings"])
-    found = [f"plan={results['plan']}"]
+    best = [f"plan={results['plan']}"]
     distill = {
         key.removeprefix("train.distill."): settings.pop(key)
         for key in list(settings)
         if key.startswith("train.distill.")
     }
     if distill and distill.get("weight") == 0:
-        found.append("train.distill=null")
+        best.append("train.distill=null")
     elif distill:
-        whole = config.train.distill.model_dump() if config.train.distill else {}
-        found.append(f"train.distill={json.dumps(whole | distill)}")
-    found += [f"{key}={value}" for key, value in settings.items()]
-    names = {one.partition("=")[0] for one in found} | {"plan"}
-    others = [it for it in changes if it.partition("=")[0] not in names]
-    return [*found, *(it for it in others if not it.startswith("search."))]
+        base = config.train.distill.model_dump() if config.train.distill else {}
+        best.append(f"train.distill={json.dumps(base | distill)}")
+    best += [f"{key}={value}" for key, value in settings.items()]
+    names = {setting.partition("=")[0] for setting in best} | {"plan"}
+    others = [change for change in changes if change.partition("=")[0] not in names]
+    return [*best, *(change for change in others if not change.startswith("search."))]
 
 
 def _written(value: Any) -> str:
@@ -213,7 +218,7 @@ def _written(value: Any) -> str:
 
 
 def show_space(config: Any, console: Console) -> None:
-    """How large the space is, and the trials that come first, with their costs.
+    """Print the size of the space and the first trials with their costs.
 
     Raises:
         PlanError: no plan meets the budget.
@@ -223,37 +228,38 @@ def show_space(config: Any, console: Console) -> None:
     from pipeline.search.space import Costs, Space
     from pipeline.search.study import Study
 
-    own: SearchConfig = config.search
+    search: SearchConfig = config.search
     model = model_config(config.base.source)
     if model is None:
         raise ValueError(
             f"{config.base.source} is neither a folder on this machine nor a hub id whose geometry "
-            "is known: its space can't be listed before a run"
+            "is known: leave out --dry-run"
         )
-    if own.budget[0] == "prefill_ms":
+    if search.budget[0] == "prefill_ms":
         raise ValueError(
-            "a budget of prefill time is met by times measured on a worker: its space can't be "
-            "listed before a run"
+            "a budget of prefill time needs times measured on a worker: leave out --dry-run, or "
+            "give another budget"
         )
-    space = Space(Costs(model, own), own)
-    name, low, high = own.budget
+    space = Space(Costs(model, search), search)
+    name, low, high = search.budget
     console.print(
         f"{len(space):,} plans ({len(space.stages):,} placements, anchors "
-        f"{', '.join(own.anchors)}) with {name} from {low:g} to {high:g}: {space.of.num_layers} "
-        f"layers, {space.of.num_vision_tokens} vision tokens; {own.trials} trials, {own.fidelity}",
+        f"{', '.join(search.anchors)}) with {name} from {low:g} to {high:g}: {space.of.num_layers} "
+        f"layers, {space.of.num_vision_tokens} vision tokens; {search.trials} trials, "
+        f"{search.fidelity}",
         markup=False, highlight=False,
     )  # fmt: skip
-    study = Study(space, own.model_copy(update={"sampler": "random"}))
+    study = Study(space, search.model_copy(update={"sampler": "random"}))
     table = terminal.table(
         "trial", "from", "plan", "average", "GFLOPs", "KV MiB",
-        title=f"The first trials, one picture with {own.text_tokens} text tokens",
+        title=f"The first trials, one picture with {search.text_tokens} text tokens",
     )  # fmt: skip
-    for _ in range(min(own.trials, len(study.known) + 5)):
+    for _ in range(min(search.trials, len(study.known) + 5)):
         proposal = study.next()
         if proposal is None:
             break
         cost = adsc.estimate_cost(
-            model, proposal.plan, text_tokens=own.text_tokens, image_size=own.image_size
+            model, proposal.plan, text_tokens=search.text_tokens, image_size=search.image_size
         )
         table.add_row(
             str(proposal.number),
@@ -269,7 +275,7 @@ def show_space(config: Any, console: Console) -> None:
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:
-    """The best trials, the known ones, and the finding."""
+    """Print the best trials, the known ones, and the conclusion."""
     from pipeline.search.keys import written
 
     trials: Sequence[dict[str, Any]] = [t for t in results["trials"] if t["state"] == "finished"]

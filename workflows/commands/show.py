@@ -23,9 +23,9 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workflow(parser)
-    parser.add_argument("stage", nargs="?", help="name of a stage; without it the config is shown")
+    parser.add_argument("stage", nargs="?", help="name of a stage (default: show the config)")
     parser.add_argument(
-        "--path", action="store_true", help="print only where the stage's files are"
+        "--path", action="store_true", help="only print the path of the stage's files"
     )
     parser.add_argument("--config", action="store_true", help="print every key that --set takes")
 
@@ -70,6 +70,6 @@ def _print_record(workflow: Workflow, options: argparse.Namespace) -> None:
     if record is None:
         raise ValueError(
             f"stage {options.stage} is not finished in {options.root}; "
-            f"`adsc run {workflow.name} --root {options.root}` makes it"
+            f"run it with `adsc run {workflow.name} --root {options.root}`"
         )
     print(record.uri if options.path else json.dumps(record.model_dump(), indent=1))

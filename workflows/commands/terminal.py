@@ -1,6 +1,6 @@
-"""What all commands share with the terminal: its streams, a console, tables and numbers.
+"""Terminal helpers of all commands: standard streams, a console, tables and numeric options.
 
-Heavy imports wait until something is printed. What a command says is its own business.
+Heavy imports wait until something is printed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 BROKEN_PIPE = 141
-"""Exit status of a command whose output is no longer read, as shells have it: 128 + SIGPIPE."""
+"""Exit status of a command whose output is no longer read, by shell convention: 128 + SIGPIPE."""
 
 
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    """The standard streams for the length of a command. A reader that goes, such as `head`, ends it
-    without a traceback; a stream that was closed before it began leads nowhere.
+    """The standard streams for the duration of a command. When a reader such as `head` closes the
+    pipe, the command ends without a traceback; a stream closed at start becomes /dev/null.
 
     Raises:
-        SystemExit: the reader went.
+        SystemExit: the reader closed the pipe.
     """
-    # Else the next file that is opened gets its number, and what is printed is written into it.
+    # Otherwise the next file opened reuses the descriptor, and prints are written into that file.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             flags = os.O_RDONLY if mode == "r" else os.O_WRONLY
@@ -42,13 +42,13 @@ def streams() -> Iterator[None]:
     except BrokenPipeError:
         if not _unread(sys.stdout):
             raise  # a server's connection
-        # What is still buffered is tried again when Python ends: it goes nowhere.
+        # Python flushes the buffer again at exit: send it to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
 
 
 def _unread(stream: Any) -> bool:
-    """Whether a stream is a pipe that nothing reads any more."""
+    """Whether a stream is a pipe without a reader."""
     poll = select.poll()
     try:
         poll.register(stream.fileno(), select.POLLOUT)
@@ -58,8 +58,8 @@ def _unread(stream: Any) -> bool:
 
 
 def interrupted() -> int:
-    """What Ctrl-C says, in one line; the exit status."""
-    sys.stderr.write("adsc: interrupted; run the same command to resume\n")
+    """Print one line for Ctrl-C; returns the exit status."""
+    sys.stderr.write("adsc: interrupted; rerun the same command to resume\n")
     return 130
 
 
@@ -70,7 +70,7 @@ def number(
     limits = [f"above {above:g}"] if above > -math.inf else []
     limits += [f"from {least:g}"] if least > -math.inf else []
     limits += [f"up to {most:g}"] if most < math.inf else []
-    what = " ".join(["a whole number" if kind is int else "a number", *limits])
+    expected = " ".join(["a whole number" if kind is int else "a number", *limits])
 
     def parse(text: str) -> Any:
         try:
@@ -79,23 +79,23 @@ def number(
         except (ValueError, OverflowError):
             fits = False
         if not fits:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return parse
 
 
 def note(text: str | None) -> None:
-    """A line for people, beside the output."""
+    """Print a line for people on stderr."""
     if text:
         print(f"adsc: {text}", file=sys.stderr)
 
 
 def console(data: bool = False) -> Console:
-    """A terminal's own width; elsewhere (a job's log, a pipe) wide enough for every table.
+    """A console as wide as the terminal; elsewhere (a job's log, a pipe) wide enough for tables.
 
     Args:
-        data: what is printed goes to a program: people read progress on the other stream.
+        data: stdout is for a program: progress goes to stderr.
     """
     from rich.console import Console
 
@@ -104,15 +104,15 @@ def console(data: bool = False) -> Console:
 
     class Piped(Console):
         def on_broken_pipe(self) -> None:
-            """Rich ends the process with status 1; `streams` knows better."""
+            """Rich ends the process with status 1; leave the exit status to `streams`."""
             raise BrokenPipeError
 
-    found = Piped()
-    return found if found.is_terminal else Piped(width=200)
+    console = Piped()
+    return console if console.is_terminal else Piped(width=200)
 
 
 def print_rows(*rows: Sequence[object]) -> None:
-    """Rows of cells as aligned lines, which are never cut: paths are there to be copied."""
+    """Print rows as aligned lines that are never wrapped, so that paths can be copied."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (str(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -120,7 +120,7 @@ def print_rows(*rows: Sequence[object]) -> None:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """Without lines, so that its rows can be cut and searched."""
+    """A table without lines, so that its rows can be cut and searched."""
     from rich.table import Table
 
     return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))

@@ -302,7 +302,7 @@ def _ask(world: World, split: str, model: Any) -> Replies:
         seconds = (time.perf_counter() - began) / len(numbers)
         lengths, _ = count_tokens(new, model)
         for number, answer, length in zip(numbers, answers, lengths, strict=True):
-            replies.scores[number] = score(answer, questions.asked[number])
+            replies.scores[number] = score(answer, questions.entries[number])
             replies.answers[number] = answer.strip()
             replies.generated_tokens[number] = length
             replies.seconds[number] = seconds

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.data.pictures import decode_picture
 from pipeline.data.templates import message_parts
-from pipeline.evaluation.generation import Asked, Questions, build_inputs, encode
+from pipeline.evaluation.generation import QuestionEntry, Questions, build_inputs, encode
 from pipeline.evaluation.scoring import exact_match
 from pipeline.training.feed import from_thread
 from workflows.demo.fashion_variants import listed_right
@@ -58,21 +58,21 @@ def questions_of(prepared: Path, split: str) -> Questions:
     """The questions of a split, or SPLIT_turns, in their order."""
     questions = Questions(prepared / split.removesuffix(TURNS))
     if split.endswith(TURNS):
-        questions.asked = second_turns(questions)
+        questions.entries = second_turns(questions)
     return questions
 
 
-def score(answer: str, asked: Asked) -> float:
+def score(answer: str, entry: QuestionEntry) -> float:
     """1 or 0; of a list, the share of its entries that are right."""
-    rule = listed_right if asked.kind == "list" else exact_match
-    return float(rule(answer, asked.expected))
+    rule = listed_right if entry.kind == "list" else exact_match
+    return float(rule(answer, entry.expected))
 
 
-def second_turns(questions: Questions) -> list[Asked]:
+def second_turns(questions: Questions) -> list[QuestionEntry]:
     """Those that follow another of their conversation, their texts those of both turns."""
     return [
         one._replace(text="\n".join((before.text, before.expected, one.text)))
-        for before, one in zip(questions.asked, questions.asked[1:], strict=False)
+        for before, one in zip(questions.entries, questions.entries[1:], strict=False)
         if before.row == one.row
     ]
 

@@ -67,7 +67,7 @@ def write_ladder(config: EvidenceConfig, out: Path) -> None:
                     )
                 )
     questions = questions_of(out / "prepared", config.questions)
-    kinds = [one.kind for one in questions.asked]
+    kinds = [one.kind for one in questions.entries]
     labels = {budget.name: budget.label for budget in config.budgets}
     write_retention(found, kinds, questions.scenes(), out, config.questions, labels)
 
@@ -94,14 +94,14 @@ def write_results(config: EvidenceConfig, out: Path) -> None:
             continue
         made = results(
             asked.model_copy(update={"arms": there}),
-            questions.asked,
+            questions.entries,
             scenes,
             {name: _scored(own) for name, own in said.items()},
             measured,
             workflow="evidence",
             commit=", ".join(sorted(commits)),
             config={"evidence": config.model_dump(mode="json")},
-            majority=share_right(questions.asked, guesses) | {"source": "train"},
+            majority=share_right(questions.entries, guesses) | {"source": "train"},
         )
         folder = folders[budget.name] = out / f"budget-{budget.name}"
         folder.mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def write_results(config: EvidenceConfig, out: Path) -> None:
     if folders:
         write_summary(folders, out)
     if config.control_splits:
-        _write_controls(config, out, share_right(questions.asked, guesses))
+        _write_controls(config, out, share_right(questions.entries, guesses))
 
 
 def _replies(
@@ -143,7 +143,7 @@ def _scored(said: Replies) -> Scored:
 
 def _samples(arm: str, said: Replies, questions: Questions, scenes: list[str]) -> pa.Table:
     """A row a question; null where a file of before holds no more than scores."""
-    many, asked = len(scenes), questions.asked
+    many, asked = len(scenes), questions.entries
     unknown = [None] * many
     return pa.table(
         {
@@ -169,7 +169,7 @@ def _write_controls(config: EvidenceConfig, out: Path, majority: dict[str, Any])
         file = result_file(config, out, arm, None)
         if arm.method == MethodConfig() and not arm.way and file.exists():
             scores = np.array(json.loads(file.read_text())["scores"], dtype=float)
-            kinds = np.array([one.kind for one in Questions(out / "prepared" / arm.split).asked])
+            kinds = np.array([one.kind for one in Questions(out / "prepared" / arm.split).entries])
             found[arm.name] = {
                 "accuracy": float(scores.mean()),
                 "by_kind": {str(k): float(scores[kinds == k].mean()) for k in np.unique(kinds)},

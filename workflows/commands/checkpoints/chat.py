@@ -20,18 +20,20 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
     parser.add_argument("image", help="a picture: a file or s3://...")
-    parser.add_argument("question", nargs="*", help="without one, questions are read line by line")
+    parser.add_argument(
+        "question", nargs="*", help="default: read questions from stdin, one a line"
+    )
     parser.add_argument(
         "--plan",
         help="a named plan of the checkpoint, dense, or a plan such as 2:1/4 (default: its own)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive(int), default=64, help="longest answer in tokens"
+        "--max-new-tokens", type=positive(int), default=64, help="longest answer in tokens (64)"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer one question, or one a line."""
+    """Answer one question, or one per line of stdin."""
     picture = _read_picture(options.image)
     from transformers import AutoProcessor
 
@@ -43,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     with _local_folder(options.checkpoint) as folder:
         model = adsc.from_pretrained(folder, plan=options.plan).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    asked = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
-    for text in filter(None, asked):
+    questions = [" ".join(options.question)] if options.question else map(str.strip, sys.stdin)
+    for text in filter(None, questions):
         question = Question("chat", "chat", text, "", (picture,))
         print(generate_answers(model, processor, [question], 1, options.max_new_tokens)[0])
     return 0
@@ -71,13 +73,14 @@ def _read_picture(path: str) -> bytes:
 
 @contextlib.contextmanager
 def _local_folder(place: str) -> Iterator[Path]:
-    """A checkpoint's folder; one in a remote store is downloaded for the time of a `with`."""
+    """A checkpoint's folder; one in a remote store is downloaded for the duration of a `with`."""
     from pipeline.store import open_store
 
     store = open_store(place)
     if not store.list(""):
         raise ValueError(
-            f"there is no checkpoint at {place!r}; `adsc show demo export --path` prints a place"
+            f"there is no checkpoint at {place!r}; `adsc show demo export --path` prints the path "
+            "of the demo's"
         )
     local = store.local("")
     if local is not None:

@@ -1,6 +1,6 @@
 """`adsc export`: publish a checkpoint at an address, as the stage `export` does.
 
-What it does stands in pipeline/publishing/publish.py.
+The work is done in pipeline/publishing/publish.py.
 """
 
 from __future__ import annotations
@@ -22,34 +22,41 @@ EXAMPLES = """examples:
   adsc export CHECKPOINT s3://models/mine --encryption aws:kms --kms-key ARN --tag team=vision
   adsc export CHECKPOINT /mnt/models/mine
 
-CHECKPOINT is the folder of an export stage, or any folder that save_pretrained made: that one gets
-a card, a probe and a manifest first. It is uploaded, loaded back from there in a fresh process, and
-only then can be seen. The same command goes on after a kill, and is a no-op once it is done.
+CHECKPOINT is the folder of an export stage, or any folder written by save_pretrained, which gets a
+card, a probe and a manifest first. It is uploaded, loaded back from there in a fresh process, and
+becomes visible only then. Rerun the same command to resume after a kill; once done, it is a no-op.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a folder")
-    parser.add_argument("address", help="s3://bucket/prefix, or a folder; for this one checkpoint")
-    parser.add_argument("--name", help="on its card (default: the address's last part)")
-    parser.add_argument("--base", default="", help="what the base is called, for the card")
-    parser.add_argument("--licence", default="", help="of the base, as hubs write it: apache-2.0")
-    parser.add_argument("--encryption", default="", choices=("AES256", "aws:kms"), help="on S3")
-    parser.add_argument("--kms-key", default="", metavar="ARN", help="for aws:kms")
     parser.add_argument(
-        "--tag", action="append", default=[], metavar="KEY=VALUE", help="of each object; repeatable"
+        "address", help="s3://bucket/prefix, or a folder, for this checkpoint alone"
     )
+    parser.add_argument("--name", help="name on its card (default: the last part of the address)")
+    parser.add_argument("--base", default="", help="name of the base model, for the card")
+    parser.add_argument(
+        "--licence", default="", help="licence id of the base, for the card: apache-2.0"
+    )
+    parser.add_argument(
+        "--encryption", default="", choices=("AES256", "aws:kms"), help="encryption on S3"
+    )
+    parser.add_argument("--kms-key", default="", metavar="ARN", help="key for aws:kms")
+    parser.add_argument(
+        "--tag", action="append", default=[], metavar="KEY=VALUE",
+        help="S3 tag of every object; repeatable",
+    )  # fmt: skip
     parser.add_argument(
         "--tolerance",
         type=terminal.number(float, least=0),
         metavar="SHARE",
-        help="largest difference of a logit (default: 1e-4 of the largest)",
+        help="largest allowed difference of a logit (default: 1e-4 of the largest logit)",
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Publish it, loaded back from there in a fresh process."""
+    """Publish it, and load it back from there in a fresh process."""
     from pydantic import ValidationError
 
     from pipeline.kinds.export import ExportConfig
@@ -67,18 +74,18 @@ def run(options: argparse.Namespace) -> int:
     except ValidationError as error:
         problems = [it["msg"].removeprefix("Value error, ") for it in error.errors()]
         raise ValueError("; ".join(problems)) from None
-    with _whole(options.checkpoint, config) as folder, bar(options.json) as report:
+    with _complete(options.checkpoint, config) as folder, bar(options.json) as report:
         done = publish(
             folder, config.store(), lambda copy: check_in_fresh_process(copy, config), report
         )
-    text = f"{done.moved} files sent" if done.probe else "it was there already: nothing was done"
+    text = f"{done.moved} files uploaded" if done.probe else "already published: nothing to do"
     print_summary(options, done, text)
     return 0
 
 
 @contextlib.contextmanager
-def _whole(checkpoint: Path, config: Any) -> Iterator[Path]:
-    """The folder, if an export stage made it; else a copy with probe, card and manifest."""
+def _complete(checkpoint: Path, config: Any) -> Iterator[Path]:
+    """The folder, if an export stage wrote it; else a copy with probe, card and manifest."""
     from pipeline.publishing.manifest import MANIFEST
     from pipeline.stages.export import complete
 

@@ -1,5 +1,5 @@
-"""`adsc promote`: an alias for a registered model, if gates hold (pipeline/tracking/
-mlflow_registry.py)."""
+"""`adsc promote`: give a registered model an alias if it passes the gates of
+pipeline/tracking/mlflow_registry.py."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ EXAMPLES = """examples:
   adsc promote tiny-llava-compressed --to staging --json
 
 Gates: the lower end of the 95 % interval of the accuracy, as a share of the dense control's, and
-the FLOPs of a prefill, as a share of the control's. Exit code 1 if one doesn't hold.
+the FLOPs of a prefill, as a share of the control's. The exit code is 1 if a gate fails.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="of the model in MLflow: `export.name` of the workflow")
+    parser.add_argument("name", help="the model's name in MLflow: `export.name` of the workflow")
     parser.add_argument("--mlflow", metavar="URI", help="default: $MLFLOW_TRACKING_URI")
-    parser.add_argument("--version", default="candidate", help="a number or an alias")
-    parser.add_argument("--to", default="champion", metavar="ALIAS", help="default: champion")
+    parser.add_argument("--version", default="candidate", help="a number or an alias (candidate)")
+    parser.add_argument("--to", default="champion", metavar="ALIAS", help="new alias (champion)")
     parser.add_argument(
         "--min-retention",
         type=terminal.number(float),
         default=0.95,
         metavar="SHARE",
-        help="default: 0.95",
+        help="smallest share of the control's accuracy (0.95)",
     )
     parser.add_argument(
         "--max-cost",
         type=terminal.number(float),
         default=1.0,
         metavar="SHARE",
-        help="default: 1",
+        help="largest share of the control's FLOPs (1)",
     )
     parser.add_argument(
-        "--plan", metavar="NAME", help="judge by this named plan (default: by the one it runs with)"
+        "--plan", metavar="NAME", help="named plan to judge (default: the one it runs with)"
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Judge the version by its gates; 1 where one doesn't hold."""
+    """Promote the version if it passes its gates; returns 1 if it doesn't."""
     from pipeline.tracking.address import chosen
     from pipeline.tracking.mlflow_registry import Gate, promote
 
     uri = chosen(options.mlflow)
     if uri is None or uri == "off":
-        raise ValueError("which MLflow? Give --mlflow URI, or set MLFLOW_TRACKING_URI")
+        raise ValueError("no MLflow server: give --mlflow URI, or set MLFLOW_TRACKING_URI")
     plan = f".{options.plan}" if options.plan else ""
     gates = (
         Gate(
@@ -68,20 +68,21 @@ def run(options: argparse.Namespace) -> int:
             at_least=False,
         ),
     )
-    found = promote(uri, options.name, gates, options.to, options.version)
+    verdict = promote(uri, options.name, gates, options.to, options.version)
     if options.json:
-        print(json.dumps(dataclasses.asdict(found)))
-        return bool(found.refused)
-    table = terminal.table("gate", "measured", "holds")
-    for gate, value in found.values.items():
+        print(json.dumps(dataclasses.asdict(verdict)))
+        return bool(verdict.refused)
+    table = terminal.table("gate", "measured", "passed")
+    for gate, value in verdict.values.items():
         measured = "not measured" if value is None else f"{value:.4g}"
-        table.add_row(gate, measured, "no" if gate in found.refused else "yes")
+        table.add_row(gate, measured, "no" if gate in verdict.refused else "yes")
     console = terminal.console()
     console.print(table)
     outcome = (
-        f"refused: {found.alias} stays with version {found.before or 'none'}"
-        if found.refused
-        else f"{found.alias} is now version {found.version} (before: {found.before or 'none'})"
+        f"refused: {verdict.alias} stays with version {verdict.before or 'none'}"
+        if verdict.refused
+        else f"{verdict.alias} is now version {verdict.version} "
+        f"(before: {verdict.before or 'none'})"
     )
-    console.print(f"{found.name} version {found.version}: {outcome}", markup=False)
-    return bool(found.refused)
+    console.print(f"{verdict.name} version {verdict.version}: {outcome}", markup=False)
+    return bool(verdict.refused)

@@ -1,4 +1,5 @@
-"""`adsc pull`: a published checkpoint in a folder, verified (pipeline/publishing/publish.py)."""
+"""`adsc pull`: copy a published checkpoint into a folder and verify it; the work is done in
+pipeline/publishing/publish.py."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", help="s3://bucket/prefix, or any address that fsspec knows")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to; made if need be")
-    parser.add_argument("--expect", default="", metavar="SHA256", help="of its manifest")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="target; created if missing")
     parser.add_argument(
-        "--check", action="store_true", help="load it in a fresh process, compare its logits"
+        "--expect", default="", metavar="SHA256", help="expected digest of its manifest"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="load it in a fresh process and compare its logits"
     )
     add_json(parser)
 

@@ -1,6 +1,6 @@
-"""The command `adsc serve`: its words. What it does is workflows/serving.py's.
+"""The command `adsc serve`: its arguments. The work is done in workflows/serving.py.
 
-Options that are not named here are vLLM's own and are handed to its server as they are.
+Options not listed here are passed to vLLM's server unchanged.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   adsc serve models:/llava-compressed@champion --max-model-len 4096
   adsc serve ELASTIC --plan 64 --gpu-memory-utilization 0.8
 
-CHECKPOINT comes first; options that are not listed here are vLLM's. The server speaks the OpenAI
-API at http://HOST:PORT/v1. It needs vLLM, in an environment of its own: docs/serving.md.
+CHECKPOINT comes first; options not listed here are passed to vLLM. The server speaks the OpenAI
+API at http://HOST:PORT/v1. It needs vLLM, in a separate environment: docs/serving.md.
 """
 
 
@@ -29,19 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a named plan of the checkpoint, dense, or a plan such as 2:1/4 (default: its own)",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone"
+        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"
     )
     parser.add_argument(
-        "--port", type=terminal.number(int, above=0, most=65535), default=8000, help="default: 8000"
+        "--port",
+        type=terminal.number(int, above=0, most=65535),
+        default=8000,
+        help="port to listen on (8000)",
     )
-    parser.add_argument("--expect", default="", metavar="SHA256", help="of a fetched manifest")
+    parser.add_argument(
+        "--expect", default="", metavar="SHA256", help="expected digest of a fetched manifest"
+    )
     parser.add_argument(
         "--mlflow", metavar="URI", help="for models:/, default: $MLFLOW_TRACKING_URI"
     )
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """Known options, and in `engine` what is left for vLLM, in order."""
+    """The known options, and in `engine` the remaining arguments for vLLM, in order."""
     options, engine = parser.parse_known_args(words)
     options.engine = engine
     return options

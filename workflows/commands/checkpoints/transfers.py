@@ -1,4 +1,4 @@
-"""What `export` and `pull` print while they move files, and at the end."""
+"""Progress and summary of `export` and `pull`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def bar(quiet: bool) -> Iterator[Report]:
-    """A bar of bytes on a terminal; elsewhere a line whenever something else begins."""
+    """A progress bar in bytes on a terminal; elsewhere a line for each new step."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     console = terminal.console()
@@ -45,7 +45,7 @@ def _lines(say: Callable[[str], None]) -> Report:
 
 
 def print_summary(options: argparse.Namespace, done: Published, text: str) -> None:
-    """Where it is, how large, what was done; or all of it as JSON."""
+    """Print address, size and what was done; or everything as JSON."""
     if options.json:
         print(json.dumps(dataclasses.asdict(done)))
         return
@@ -54,7 +54,7 @@ def print_summary(options: argparse.Namespace, done: Published, text: str) -> No
     console.print(f"{done.address}: {size}; {text}", markup=False, soft_wrap=True)
     if done.probe:
         console.print(
-            f"a fresh process computes its logits to {done.probe['worst_difference']:.3g} "
-            f"(largest {done.probe['largest_logit']:.3g})"
+            f"logits in a fresh process differ by at most {done.probe['worst_difference']:.3g} "
+            f"(largest logit {done.probe['largest_logit']:.3g})"
         )
     console.print(f"manifest SHA-256 {done.digest}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""`adsc cancel`: stop a job; submitting it again resumes what it did."""
+"""`adsc cancel`: stop a job; submit it again to resume."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Stop it and wait until it has ended."""
-    from pipeline.cluster.jobs import ENDED, STOP_SECONDS, JobFailed, connected, found
+    from pipeline.cluster.jobs import ENDED, STOP_SECONDS, JobFailed, connected, job_details
 
     with connected(options.address) as client:
-        status = str(found(client, options.job).status.value)
+        status = str(job_details(client, options.job).status.value)
         if status in ENDED:
             print(f"{options.job} has ended already: {status}")
             return 0
         client.stop_job(options.job)
         deadline = time.monotonic() + STOP_SECONDS + 30
-        while (status := str(found(client, options.job).status.value)) not in ENDED:
+        while (status := str(job_details(client, options.job).status.value)) not in ENDED:
             if time.monotonic() > deadline:
-                raise JobFailed(f"{options.job} is still {status}; ask again with `adsc status`")
+                raise JobFailed(f"{options.job} is still {status}; check again with `adsc status`")
             time.sleep(0.5)
-    print(f"{options.job} {status}; the same `adsc submit` goes on from what is finished")
+    print(f"{options.job} {status}; rerun the same `adsc submit` to resume")
     return 0

@@ -1,4 +1,4 @@
-"""`adsc doctor`: what is here and what is missing (pipeline/cluster/doctor.py)."""
+"""`adsc doctor`: check this machine or a cluster (pipeline/cluster/doctor.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   adsc doctor --root s3://bucket/adsc --mlflow http://mlflow:5000
   adsc doctor --address HEAD:6379 --cluster --root s3://bucket/adsc       (on every node)
 
-The exit code is 1 where something is missing that a workflow needs.
+The exit code is 1 if something that a workflow needs is missing.
 """
 
 
@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mlflow", metavar="URI", help="MLflow server, or off (default: SQLite in the root)"
     )
     parser.add_argument(
-        "--cluster", action="store_true", help="also look at every node of the Ray cluster"
+        "--cluster", action="store_true", help="also check every node of the Ray cluster"
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Examine this machine, with `--cluster` every node; 1 where something is missing."""
+    """Check this machine, and with `--cluster` every node; returns 1 if something is missing."""
     from pipeline.cluster.doctor import examine, examine_driver
     from pipeline.tracking.address import TrackingError, chosen, default_uri
 

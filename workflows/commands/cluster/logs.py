@@ -1,4 +1,4 @@
-"""`adsc logs`: what a job printed, so far or until it ends."""
+"""`adsc logs`: print the output of a job, once or until it ends."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_server(parser)
     parser.add_argument("job", nargs="?", help="a job's id (default: the newest)")
-    parser.add_argument("--follow", action="store_true", help="go on until the job ends")
+    parser.add_argument("--follow", action="store_true", help="follow until the job ends")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the log."""
-    from pipeline.cluster.jobs import JobError, connected, found, ours
+    from pipeline.cluster.jobs import JobError, adsc_jobs, connected, job_details
 
     with connected(options.address) as client:
-        jobs = ours(client)
+        jobs = adsc_jobs(client)
         if not options.job and not jobs:
             raise JobError(f"there are no jobs of adsc at {options.address}")
         job = options.job or jobs[-1].submission_id
-        found(client, job)
+        job_details(client, job)
         if options.follow:
             return follow_job(client, job, options.address)
         print(client.get_job_logs(job), end="")
@@ -37,12 +37,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def follow_job(client: Any, job: str, address: str) -> int:
-    """Print what a job prints until it ends; Ctrl-C leaves it running.
+    """Print a job's output until it ends; Ctrl-C leaves the job running.
 
     Raises:
         JobFailed: it ended without success.
     """
-    from pipeline.cluster.jobs import JobFailed, follow, found
+    from pipeline.cluster.jobs import JobFailed, follow, job_details
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -50,14 +50,14 @@ def follow_job(client: Any, job: str, address: str) -> int:
     try:
         status = follow(client, job, write)
     except KeyboardInterrupt:
-        more = f"--address {address} {job}"
+        target = f"--address {address} {job}"
         print(
-            f"\nadsc: the job goes on. `adsc logs --follow {more}` looks again, "
-            f"`adsc cancel {more}` stops it",
+            f"\nadsc: the job is still running. Follow it again with "
+            f"`adsc logs --follow {target}`, stop it with `adsc cancel {target}`",
             file=sys.stderr,
         )
         return 130
     if status != "SUCCEEDED":
-        message = found(client, job).message or ""
+        message = job_details(client, job).message or ""
         raise JobFailed(f"{job} {status}: {message.strip().splitlines()[0] if message else ''}")
     return 0

@@ -20,16 +20,16 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_server(parser)
-    parser.add_argument("job", nargs="?", help="a job's id; without one all are listed")
+    parser.add_argument("job", nargs="?", help="a job's id (default: list all jobs)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print jobs, or a job and its stages."""
-    from pipeline.cluster.jobs import connected, found, ours
+    from pipeline.cluster.jobs import adsc_jobs, connected, job_details
 
     with connected(options.address) as client:
-        jobs = [found(client, options.job)] if options.job else ours(client)
+        jobs = [job_details(client, options.job)] if options.job else adsc_jobs(client)
         rows = [_row(job) for job in jobs]
     if options.job:
         rows[0]["message"] = jobs[0].message or ""

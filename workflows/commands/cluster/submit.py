@@ -1,4 +1,4 @@
-"""`adsc submit`: a workflow on a Ray cluster, as a job; workflows/jobs.py is what it does there."""
+"""`adsc submit`: run a workflow on a Ray cluster as a job; workflows/jobs.py is its driver."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workflows.commands.options import add_job_server, add_workers, add_workflow
 DRIVER = "workflows.jobs"
 """The module that runs on the cluster's head."""
 PACKAGES = ("adsc", "pipeline", "workflows")
-"""What travels with a job."""
+"""The packages uploaded with a job."""
 
 EXAMPLES = """examples:
   adsc submit demo --address http://head:8265 --root s3://bucket/adsc --mlflow http://mlflow:5000
@@ -29,15 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-follow", action="store_true", help="print the job's id and return")
     parser.add_argument(
-        "--python", default="python", help="Python of the cluster's environment (python)"
+        "--python", default="python", help="Python interpreter on the cluster (python)"
     )
     parser.add_argument(
-        "--any-versions", action="store_true", help="don't compare package versions with the nodes'"
+        "--any-versions", action="store_true", help="allow nodes with other package versions"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Submit it, and follow what it prints."""
+    """Submit it and follow its output."""
     from pipeline.cluster.jobs import connected, plan_submission, start
     from pipeline.tracking.address import chosen
     from workflows.registry import load_workflow
@@ -64,7 +64,10 @@ def run(options: argparse.Namespace) -> int:
         job, new = start(client, submission)
         print(job, flush=True)
         if not new:
-            print("adsc: this very work runs there already, with its own options", file=sys.stderr)
+            print(
+                "adsc: this workflow is already running there, with the options of that job",
+                file=sys.stderr,
+            )
         if options.no_follow:
             return 0
         return follow_job(client, job, options.address)

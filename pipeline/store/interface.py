@@ -1,4 +1,4 @@
-"""What every store is: objects by key, errors that people can act on, folders up and down."""
+"""The interface of every store: objects by key, folders up and down, errors with a way out."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 TEMPORARY = ".tmp-"
-"""Begins a file's name while it is being written; `list` doesn't see these."""
+"""Prefix of a file's name while it is being written; `list` leaves these out."""
 PARALLEL = 8
-"""Files, and parts of files, that are on their way at once."""
+"""Files, and parts of files, transferred at once."""
 
 Progress = Callable[[int], object]
-"""Called with the bytes that have arrived since the last call; negative where a try is repeated."""
+"""Called with the bytes transferred since the last call; negative if a transfer is restarted."""
 
 
 class StoreError(ValueError):
-    """The store can't do what was asked: one sentence with the reason and the way out."""
+    """The store can't serve the request: one sentence with the reason and the way out."""
 
 
-class StoreAway(StoreError):
-    """The same may succeed later: nobody answers, the server is overloaded, or the disk is full."""
+class StoreUnavailable(StoreError):
+    """The same may succeed later: no answer, an overloaded server, or a full disk."""
 
 
 class Altered(StoreError):
-    """What arrived is not what was sent, or not what was promised: that object is not kept."""
+    """Received data differs from what was sent or expected: the object is discarded."""
 
 
-class DiskFull(StoreAway):
-    """No room on a file system; waiting helps only if somebody makes some."""
+class DiskFull(StoreUnavailable):
+    """A file system is full; waiting only helps if space is freed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Entry:
     key: str
     size: int
     version: str = field(default="", compare=False)
-    """What changes when the object is written again, as far as a listing tells; else empty."""
+    """Changes when the object is overwritten; empty if a listing doesn't tell."""
 
 
 class Store(ABC):
@@ -59,30 +59,30 @@ class Store(ABC):
 
     @abstractmethod
     def local(self, key: str) -> Path | None:
-        """The path of a key where it lies on this machine's file system, else None."""
+        """The path of a key if the store is on this machine's file system, else None."""
 
     @abstractmethod
     def read_versioned(self, key: str) -> tuple[bytes, str] | None:
-        """The object and its version, None where there is none."""
+        """The object and its version; None if it doesn't exist."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
-        """The object's size in bytes, None where there is none."""
+        """The object's size in bytes; None if it doesn't exist."""
 
     @abstractmethod
     def _part(self, key: str, start: int, end: int) -> bytes: ...
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> str | None:
-        """Create the object: its version, or None where there is one. Of many racers one wins."""
+        """Create the object; returns its version, or None if it exists. One of many racers wins."""
 
     @abstractmethod
     def replace(self, key: str, data: bytes, version: str) -> str | None:
-        """Replace the object if it still has this version: the new version, or None."""
+        """Replace the object if it still has this version; returns the new version, or None."""
 
     @abstractmethod
     def delete(self, key: str, version: str | None = None) -> bool:
-        """Delete the object (if it still has this version): whether it was deleted."""
+        """Delete the object (if it still has this version); returns whether it was deleted."""
 
     @abstractmethod
     def list(self, prefix: str) -> list[Entry]:
@@ -99,27 +99,27 @@ class Store(ABC):
     def _get(self, key: str, path: Path, progress: Progress | None = None) -> None: ...
 
     def read(self, key: str) -> bytes | None:
-        """The object's bytes, None where there is none."""
-        found = self.read_versioned(key)
-        return found[0] if found else None
+        """The object's bytes; None if it doesn't exist."""
+        stored = self.read_versioned(key)
+        return stored[0] if stored else None
 
     def read_part(self, key: str, start: int, end: int) -> bytes:
         """Bytes from `start` up to `end` of an object.
 
         Raises:
-            Altered: there are fewer, or the server sends something else than was asked for.
+            Altered: there are fewer, or the server doesn't send the requested range.
         """
         data = self._part(key, start, end) if end > start else b""
         if len(data) != end - start:
             raise Altered(
-                f"{self.uri(key)} gave {len(data)} bytes where {end - start} were asked for, from "
-                f"{start} on: it was changed, or its server gives no parts of files"
+                f"{self.uri(key)} returned {len(data)} instead of {end - start} bytes from offset "
+                f"{start}: it was changed, or its server doesn't support range requests"
             )
         return data
 
     def check_writable(self) -> None:
-        """Raise a StoreError now rather than an hour into a run: nothing can be written there, or
-        what is there is written over where it must not be, which would mix two runs' results."""
+        """Raise a StoreError now rather than an hour into a run if the store can't be written, or
+        if it ignores conditions on writes, which would mix the results of two runs."""
         key = f".writable-{uuid.uuid4().hex}"
         self.create(key, b"1")
         try:
@@ -128,7 +128,8 @@ class Store(ABC):
             self.delete(key)
 
     def check_conditions(self, key: str, data: bytes) -> None:
-        """Raise a StoreError unless the object, which is there, is neither created nor replaced.
+        """Raise a StoreError if the existing object can be created again, or replaced by a writer
+        with another version.
 
         Args:
             data: its content, which it keeps in any case.
@@ -140,17 +141,17 @@ class Store(ABC):
             ignored.append("If-Match")
         if ignored:
             raise StoreError(
-                f"{self.root} writes over objects although the request forbids it "
-                f"({' and '.join(ignored)} ignored by the server, or removed by a proxy on the "
-                "way): two runs could take each other's results; choose a server with conditional "
+                f"{self.root} overwrites objects although the request forbids it "
+                f"({' and '.join(ignored)} ignored by the server, or removed by a proxy in "
+                "between): two runs could mix their results; choose a server with conditional "
                 "writes, such as AWS S3 or a current MinIO or Ceph, or a folder"
             )
 
     def upload(self, folder: Path, prefix: str) -> None:
-        """Copy a folder's files to keys below `prefix`, in parallel, and check what arrived.
+        """Copy a folder's files to keys below `prefix`, in parallel, and verify them there.
 
         Raises:
-            StoreError: a link that leads out of the folder; a content that differs afterwards.
+            StoreError: a link that leads out of the folder; content that differs afterwards.
         """
         names: list[str] = []
         inside = folder.resolve()
@@ -163,23 +164,23 @@ class Store(ABC):
             list(pool.map(lambda name: self.put(folder / name, f"{prefix}/{name}"), names))
 
     def put(self, path: Path, key: str, progress: Progress | None = None) -> None:
-        """Copy a file to a key, over what is there, and check what arrived.
+        """Copy a file to a key, overwriting it, and verify it there.
 
         Raises:
-            Altered: a content that differs afterwards.
+            Altered: its content differs afterwards.
         """
         self._put(path, key, progress)
         if not self.holds(key, path):
             raise Altered(
-                f"{self.uri(key)} is not what was sent (its checksum differs): run again; if it "
-                "stays so, check network and storage"
+                f"{self.uri(key)} is not what was sent (its checksum differs): rerun; if that "
+                "repeats, check network and storage"
             )
 
     def download(self, prefix: str, folder: Path) -> None:
-        """Copy all objects below `prefix` into a folder: each file appears whole or not at all.
+        """Copy all objects below `prefix` into a folder: no partial file is ever visible.
 
         Raises:
-            StoreError: nothing there; a key that leads out of the folder; a size that differs.
+            StoreError: no objects; a key that leads out of the folder; a size that differs.
         """
         entries = self.list(prefix)
         if not entries:
@@ -191,23 +192,23 @@ class Store(ABC):
     def get(
         self, entry: Entry, path: Path, progress: Progress | None = None, sha256: str = ""
     ) -> None:
-        """Copy an object to a file, which appears whole or not at all.
+        """Copy an object to a file; no partial file is ever visible.
 
         Raises:
-            Altered: it has another size or SHA-256; StoreError where it isn't there.
+            Altered: it has another size or SHA-256; StoreError if it doesn't exist.
         """
         with appearing(path) as temporary:
             self._get(entry.key, temporary, progress)
-            found = temporary.stat().st_size
-            if found != entry.size:
+            size = temporary.stat().st_size
+            if size != entry.size:
                 raise Altered(
-                    f"{self.uri(entry.key)} has {found} bytes instead of {entry.size}; it was cut "
-                    "short: run again"
+                    f"{self.uri(entry.key)} has {size} bytes instead of {entry.size}; it was "
+                    "truncated: rerun"
                 )
             if sha256 and file_sha256(temporary) != sha256:
                 raise Altered(
-                    f"{self.uri(entry.key)} was altered (its checksum differs): this file was not "
-                    "kept"
+                    f"{self.uri(entry.key)} was altered (its checksum differs): the file was "
+                    "discarded"
                 )
 
 
@@ -218,7 +219,11 @@ def file_sha256(path: Path) -> str:
 
 
 def checked(key: str) -> str:
-    """The key, if it stays inside."""
+    """The key, if it stays inside the store.
+
+    Raises:
+        StoreError: it doesn't.
+    """
     if not key or key.startswith("/") or "\\" in key or {"", ".", ".."} & set(key.split("/")):
         raise StoreError(
             f"{key!r} is not a key: keys are relative paths that stay inside the folder"
@@ -243,7 +248,7 @@ def appearing(path: Path, publish: bool = True) -> Iterator[Path]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """A new file, on disk when this returns."""
+    """Write a new file; it is on disk when this returns."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -251,16 +256,16 @@ def write(path: Path, data: bytes) -> None:
 
 
 def explain_os(error: OSError, path: Path) -> StoreError:
-    """What a person can do about a file system that refuses."""
+    """The error for a file system that refuses, with the way out."""
     reasons = {
         errno.ENOSPC: "the disk is full; free some space or choose another root",
         errno.EDQUOT: "the quota is used up; free some space or choose another root",
-        errno.EACCES: "this user may not write there; allow it or choose another root",
-        errno.EPERM: "this user may not write there; allow it or choose another root",
+        errno.EACCES: "permission denied; grant write access or choose another root",
+        errno.EPERM: "permission denied; grant write access or choose another root",
         errno.EROFS: "the file system is read-only; choose another root",
         errno.ENOTDIR: "a part of that path is a file; choose another root",
         errno.EEXIST: "a part of that path is a file; choose another root",
     }
-    kinds = {errno.ENOSPC: DiskFull, errno.EDQUOT: DiskFull, errno.EIO: StoreAway}
+    kinds = {errno.ENOSPC: DiskFull, errno.EDQUOT: DiskFull, errno.EIO: StoreUnavailable}
     kind = kinds.get(error.errno or 0, StoreError)
     return kind(f"can't use {path}: {reasons.get(error.errno or 0, str(error))}")
