@@ -170,7 +170,7 @@ def test_a_body_may_be_given_by_its_full_name() -> None:
     assert fingerprints([*rest, toy.with_kind(make, body="no.such.module")])
     for wrong in ("make", "tests.pipeline.toy:make", "tests..make"):
         with pytest.raises(GraphError, match="is not a function's full name"):
-            lint([*rest, toy.with_kind(make, body=wrong)])
+            topological_order([*rest, toy.with_kind(make, body=wrong)])
 
 
 def test_a_script_has_the_fingerprints_of_its_module() -> None:
