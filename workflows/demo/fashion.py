@@ -165,10 +165,10 @@ def shuffle(
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def conversation(name: str, image: str, asked: Iterable[tuple[str, str, str]]) -> dict:
+def conversation(name: str, image: str, questions: Iterable[tuple[str, str, str]]) -> dict:
     """LLaVA's record of (kind, question, answer) about a picture."""
     turns, kinds = [], []
-    for turn, (kind, question, answer) in enumerate(asked):
+    for turn, (kind, question, answer) in enumerate(questions):
         marker = "<image>\n" if turn == 0 else ""
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
         kinds.append(kind)
