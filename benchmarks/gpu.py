@@ -241,7 +241,7 @@ def run_all(options: argparse.Namespace) -> bool:
 def summary(document: dict) -> str:
     """A part as docs/performance.md has it: checks that held are counted, the rest is a table."""
     rows, about = document["rows"], document["machine"]
-    held = [row for row in rows if row.get("result") == "ok"]
+    succeeded = [row for row in rows if row.get("result") == "ok"]
     others = [row for row in rows if row.get("result") != "ok"]
     settings = ", ".join(f"{key} {value}" for key, value in document["settings"].items())
     lines = [
@@ -249,10 +249,10 @@ def summary(document: dict) -> str:
         f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}, "
         f"commit {about['commit']}, {about['date']}; {settings}",
     ]
-    if held:
-        worst = max(held, key=lambda row: row["error"] / (row["tolerance"] or 1))
+    if succeeded:
+        worst = max(succeeded, key=lambda row: row["error"] / (row["tolerance"] or 1))
         lines.append(
-            f"{len(held)} checks held; the closest to its tolerance: {worst['check']}, "
+            f"{len(succeeded)} checks held; the closest to its tolerance: {worst['check']}, "
             f"{worst['case']}: {worst['error']:.1e} of {worst['tolerance']:.1e}"
         )
     if others:

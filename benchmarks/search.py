@@ -174,7 +174,7 @@ def study(space: Any, table: dict[str, Any], budget: int, **settings: Any) -> di
         state: Any = "finished"
         for place, rows in enumerate((*config.rungs, TABLE_ROWS)):
             rungs.append(Rung(rows, loss(entry, rows), 0.0))
-            if rows < TABLE_ROWS and not run.goes_on(proposal.number, place, rungs[-1].value):
+            if rows < TABLE_ROWS and not run.continues(proposal.number, place, rungs[-1].value):
                 state = "stopped"
                 break
         spent += rungs[-1].resource
@@ -210,11 +210,11 @@ def compare(options: argparse.Namespace) -> None:
     rows = {}
     for name, runs in found.items():
         losses = np.array([run["loss"] for run in runs])
-        held = np.array([confirmed(table[run["plan"]]) for run in runs])
+        confirmed_gains = np.array([confirmed(table[run["plan"]]) for run in runs])
         ranks = [1 + sum(one < run["loss"] for one in every) for run in runs]
-        rows[name] = losses, held
+        rows[name] = losses, confirmed_gains
         print(f"| {name} | {np.mean([r['trials'] for r in runs]):.0f} | {interval(losses)} | "
-              f"{interval(held)} | {', '.join(map(str, ranks))} |")  # fmt: skip
+              f"{interval(confirmed_gains)} | {', '.join(map(str, ranks))} |")  # fmt: skip
     for name, plans in by_hand(space).items():
         for plan in plans:
             entry = table[plan]

@@ -195,11 +195,11 @@ def main() -> None:
             result[case]["dense"]["cpu_seconds"] / result[case][name]["cpu_seconds"]
             for case in ("prefill", "generate")
         ]
-        held = result["capacity"][name]
+        figures = result["capacity"][name]
         print(
             f"{name}: prefill {ratios[0]:.2f}x, with 32 tokens {ratios[1]:.2f}x; "
-            f"{held['groups']} groups, a request holds {held['mib']:.1f} MiB, "
-            f"{held['together']} together in {options.pool} MiB"
+            f"{figures['groups']} groups, a request holds {figures['mib']:.1f} MiB, "
+            f"{figures['together']} together in {options.pool} MiB"
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

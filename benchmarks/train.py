@@ -154,7 +154,7 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
     for name, run in runs.items():
         seconds = statistics.median(times[name])
         ratio, bound = speedup(times, name), flops["dense"] / flops[name]
-        held = peak_bytes(run, options.device)
+        memory = peak_bytes(run, options.device)
         rows.append(
             {"case": name, "plan": str(chosen.get(name, ""))}
             | ratio
@@ -162,7 +162,7 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
             | {"TFLOP/s": flops[name] / seconds / 1e12}
             | {"MFU": flops[name] / seconds / peak if peak else None}
             | {"saved MB": run.saved_bytes() / 1e6}
-            | {"peak MB": held / 1e6 if held else None}
+            | {"peak MB": memory / 1e6 if memory else None}
         )
     return rows
 
@@ -204,12 +204,12 @@ class Turns:
             self._wait_for(turn)
             waited = 0.0
             for step in range(self._steps):
-                asked = time.perf_counter()
+                started = time.perf_counter()
                 batch = next(batches)
                 got = time.perf_counter()
                 if step == WARM:
-                    wall, cpu, waited = asked, time.process_time(), 0.0
-                waited += got - asked
+                    wall, cpu, waited = started, time.process_time(), 0.0
+                waited += got - started
                 yield batch  # and come back when the step is done
             seconds = time.perf_counter() - wall
             self._turns.append(

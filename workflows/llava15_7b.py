@@ -91,8 +91,8 @@ def llava15_7b_64() -> Workflow:
 
 def llava15_7b_elastic() -> Workflow:
     budgets = {str(average): plan for average, plan in PLANS.items()}
-    way = CurriculumConfig(order="elastic", stages=1, elastic=budgets)
-    config = _config(192, PLANS[192], way, ADVISED)
+    curriculum = CurriculumConfig(order="elastic", stages=1, elastic=budgets)
+    config = _config(192, PLANS[192], curriculum, ADVISED)
     full = Workflow(name="llava15_7b_elastic", config=config, build=build)
     return full.edit(
         {
@@ -103,8 +103,8 @@ def llava15_7b_elastic() -> Workflow:
 
 
 def llava15_7b_paper() -> Workflow:
-    way = CurriculumConfig(order="reverse", stages=3, extreme=1.5)
-    config = _config(192, PAPER_PLANS[192], way, TrainConfig.llava15(epochs=1 / 3, **SPLIT))
+    curriculum = CurriculumConfig(order="reverse", stages=3, extreme=1.5)
+    config = _config(192, PAPER_PLANS[192], curriculum, TrainConfig.llava15(epochs=1 / 3, **SPLIT))
     return Workflow(name="llava15_7b_paper", config=config, build=build)
 
 
@@ -116,12 +116,14 @@ def llava15_7b_paper_64() -> Workflow:
     return _variant(llava15_7b_paper(), PAPER_PLANS, 64)
 
 
-def _config(average: int, plan: str, way: CurriculumConfig, train: TrainConfig) -> LlavaConfig:
+def _config(
+    average: int, plan: str, curriculum: CurriculumConfig, train: TrainConfig
+) -> LlavaConfig:
     return LlavaConfig(
         plan=plan,
         base=BaseConfig(source="llava-hf/llava-1.5-7b-hf"),
         prepare=PrepareConfig(template="vicuna_v1", context=2048),
-        curriculum=way,
+        curriculum=curriculum,
         train=train,
         export=ExportConfig(
             name=f"llava-1.5-7b-adsc-{average}", base="llava-hf/llava-1.5-7b-hf", licence="llama2"
@@ -189,7 +191,7 @@ def hold_out(ctx: StageContext, config: HoldOutConfig) -> dict[str, Any]:
         )
     chosen = np.random.default_rng(config.seed).choice(short, config.held_out, replace=False)
     test = set(chosen.tolist())
-    held = {pictures[place] for place in test}
+    held_out = {pictures[place] for place in test}
     counts = {"train": 0, "test": 0, "left_out": 0}
     with (ctx.out / "train.jsonl").open("w") as train, (ctx.out / "test.jsonl").open("w") as tests:
         for place, (_, record) in enumerate(iter_records(source)):
@@ -197,7 +199,7 @@ def hold_out(ctx: StageContext, config: HoldOutConfig) -> dict[str, Any]:
             if place in test:
                 counts["test"] += 1
                 tests.write(json.dumps(record) + "\n")
-            elif pictures[place] in held:
+            elif pictures[place] in held_out:
                 counts["left_out"] += 1
             else:
                 counts["train"] += 1

@@ -62,9 +62,11 @@ class ShardWriter:
         self.vision += int(table["vision_tokens"].to_numpy().sum())
         start = 0
         for row, size in enumerate(map(int, sizes)):
-            held = self._shard_rows + self._pending_rows
-            full = held + 1 > self.rows_per_shard
-            heavy = held and self._shard_bytes + self._pending_bytes + size > self.bytes_per_shard
+            buffered = self._shard_rows + self._pending_rows
+            full = buffered + 1 > self.rows_per_shard
+            heavy = (
+                buffered and self._shard_bytes + self._pending_bytes + size > self.bytes_per_shard
+            )
             if full or heavy or self._pending_rows == self.rows_per_group:
                 self._take(table, start, row)
                 self._write_group()

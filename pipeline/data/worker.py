@@ -70,7 +70,7 @@ def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
         chunk = Chunk(**task)
         wanted = None if chosen is None else set(chosen)
         rows: list[dict[str, Any]] = []
-        held = 0
+        size = 0
         found = enumerate(read_chunk(chunk, locate(chunk.file, work.data.folder)))
         taken = (item for item in found if wanted is None or item[0] in wanted)
         for number, (line, record), roots in _with_pictures(taken, work.roots[source], config):
@@ -83,10 +83,10 @@ def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
             }
             rows.append(place | _render(record, renderer, roots, place))
             position += 1
-            held += rows[-1]["bytes"]
-            if len(rows) == YIELD_ROWS or held > YIELD_BYTES:
+            size += rows[-1]["bytes"]
+            if len(rows) == YIELD_ROWS or size > YIELD_BYTES:
                 yield pa.Table.from_pylist(rows, schema=RENDERED)
-                rows, held = [], 0
+                rows, size = [], 0
         if rows:
             yield pa.Table.from_pylist(rows, schema=RENDERED)
 

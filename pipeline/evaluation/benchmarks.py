@@ -165,8 +165,8 @@ def _mme(files: Files) -> Iterator[Item]:
             for row in _rows(text):
                 question, answer = _cells(text, row)
                 question = question.replace(" Please answer yes or no.", "").strip()
-                text = f"{question}\n{SHORT}"
-                yield Item(str(place), text, _yes_or_no(answer), folder.name)
+                prompt = f"{question}\n{SHORT}"
+                yield Item(str(place), prompt, _yes_or_no(answer), folder.name)
 
 
 def _seedbench(files: Files) -> Iterator[Item]:
@@ -396,8 +396,8 @@ def find_files(name: str, folder: Path) -> list[Path]:
     """
     found = []
     for pattern in BENCHMARKS[name].needs:
-        ways = [way for one in pattern.split("|") for way in (one, f"*/{one}")]
-        there = sorted(path for way in ways for path in folder.glob(way))
+        globs = [glob for one in pattern.split("|") for glob in (one, f"*/{one}")]
+        there = sorted(path for glob in globs for path in folder.glob(glob))
         if len(there) != 1:
             names = ", ".join(map(str, there)) or "none"
             raise BenchmarkError(

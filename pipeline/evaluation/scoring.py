@@ -99,8 +99,8 @@ def pope_match(answer: str, expected: str) -> float:
     """POPE: an answer is a no if its first sentence holds No, no or not, else a yes
     (evaluate.py of AoiDragon/POPE)."""
     words = answer.strip().partition(".")[0].replace(",", "").split(" ")
-    said = "no" if {"No", "no", "not"} & set(words) else "yes"
-    return float(said == expected.strip().lower())
+    predicted = "no" if {"No", "no", "not"} & set(words) else "yes"
+    return float(predicted == expected.strip().lower())
 
 
 def mme_match(answer: str, expected: str) -> float:
@@ -108,8 +108,8 @@ def mme_match(answer: str, expected: str) -> float:
     its evaluation tool)."""
     text = answer.lower().strip().replace(".", "")
     start = {"y": "yes", "n": "no"}.get(text, text[:4])
-    said = next((word for word in ("yes", "no") if word in start), None)
-    return float(said == expected.strip().lower())
+    predicted = next((word for word in ("yes", "no") if word in start), None)
+    return float(predicted == expected.strip().lower())
 
 
 def letter_match(answer: str, expected: str) -> float:
@@ -146,12 +146,12 @@ Mean = Callable[[np.ndarray, np.ndarray], Any]
 def pope_figures(questions: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:
     """F1 of "yes", the mean of the sets (random, popular, adversarial), and the share of "yes"."""
     true = np.array([question.expected.strip().lower() == "yes" for question in questions])
-    said = true == (scores > 0)
+    yes = true == (scores > 0)
     f1 = [
-        2 * mean(said & true, kind) / np.maximum(mean(said, kind) + mean(true, kind), 1e-12)
+        2 * mean(yes & true, kind) / np.maximum(mean(yes, kind) + mean(true, kind), 1e-12)
         for kind in _masks(questions, "kind")
     ]
-    return {"F1": sum(f1) / len(f1), "answers yes": mean(said, np.ones(len(questions), bool))}
+    return {"F1": sum(f1) / len(f1), "answers yes": mean(yes, np.ones(len(questions), bool))}
 
 
 def mme_figures(questions: Sequence[Any], scores: np.ndarray, mean: Mean) -> dict[str, Any]:

@@ -58,30 +58,30 @@ def write_page(folder: Path, results: dict[str, Any], study: Study) -> None:
     """search.png and search.html in a folder."""
     picture = _png(results, study)
     (folder / "search.png").write_bytes(picture)
-    said = html.escape
+    escape = html.escape
     good = sorted(study.finished(), key=lambda it: (study.config.sign * it.value, it.number))
 
     def cells(trial: Trial) -> str:
         return f'<td class="n">{trial.value:.4f}</td><td class="n">{trial.cost:.5g}</td>'
 
     rows = "".join(
-        f"<tr><td><code>{said(it.plan)} {said(written(it.settings))}</code></td>{cells(it)}"
-        f"<td>{said(it.name)}</td><td>"
+        f"<tr><td><code>{escape(it.plan)} {escape(written(it.settings))}</code></td>{cells(it)}"
+        f"<td>{escape(it.name)}</td><td>"
         + " → ".join(f"{rung.resource}: {rung.value:.4f}" for rung in it.rungs)
         + "</td></tr>"
         for it in good[:LISTED]
     )
     known = "".join(
-        f"<tr><td>{said(it.name)}</td><td><code>{said(it.plan)}</code></td>{cells(it)}</tr>"
+        f"<tr><td>{escape(it.name)}</td><td><code>{escape(it.plan)}</code></td>{cells(it)}</tr>"
         for it in sorted(study.trials, key=lambda it: it.number)
         if it.known
     )
     known += "".join(
-        f"<tr><td>{said(name)}</td><td colspan=3>left out: {said(why)}</td></tr>"
+        f"<tr><td>{escape(name)}</td><td colspan=3>left out: {escape(why)}</td></tr>"
         for name, why in results["left_out"].items()
     )
     failed = "<br>".join(
-        f"<code>{said(it.plan)}</code>: {said(it.reason)}"
+        f"<code>{escape(it.plan)}</code>: {escape(it.reason)}"
         for it in study.trials
         if it.state == "failed"
     )
@@ -89,14 +89,14 @@ def write_page(folder: Path, results: dict[str, Any], study: Study) -> None:
     (folder / "search.html").write_text(
         PAGE.format(
             title=f"Where to prune: {results['objective']} at {_budget(study)}",
-            finding=said(results["finding"]),
+            finding=escape(results["finding"]),
             picture=base64.b64encode(picture).decode(),
-            objective=said(results["objective"]),
-            unit=said(results["unit"]),
+            objective=escape(results["objective"]),
+            unit=escape(results["unit"]),
             rows=rows,
             known=known,
             failed=failed or "none",
-            settings=said(settings),
+            settings=escape(settings),
         )
     )
 
@@ -135,13 +135,13 @@ def importances(study: Study) -> dict[str, float]:
     if not kinds:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    told = optuna.create_study()
+    study = optuna.create_study()
     for point, trial in zip(points, done, strict=True):
         chosen = {name: point[name] for name in kinds}
         value = study.config.sign * trial.value
-        told.add_trial(create_trial(params=chosen, distributions=kinds, value=value))
+        study.add_trial(create_trial(params=chosen, distributions=kinds, value=value))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    found = optuna.importance.get_param_importances(told, evaluator=evaluator)
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return dict(sorted(found.items(), key=lambda it: -it[1]))
 
 

@@ -118,8 +118,8 @@ class SearchConfig(Config):
             raise ValueError(f"plan = {self.plan!r} leaves nothing to search: set search.over")
         given = [name for name in UNITS if getattr(self, name) is not None]
         if len(given) > 1:
-            said = " and ".join(f"{name} = {getattr(self, name)}" for name in given)
-            raise ValueError(f"{said} contradict: a search has one budget, leave out all but one")
+            settings = " and ".join(f"{name} = {getattr(self, name)}" for name in given)
+            raise ValueError(f"{settings} contradict: a search has one budget, set only one")
         if self.plan and given:
             raise ValueError(
                 f"plan = {self.plan!r} and {given[0]} = {getattr(self, given[0])} contradict: "

@@ -229,16 +229,16 @@ class Space:
     def _unreachable(self, nearest: Sequence[tuple[Fraction, int, Any]]) -> str:
         name, low, high = self.config.budget
         config = self.config
-        said = (
+        problem = (
             f"no plan of {' or '.join(map(str, config.drops))} drops keeping "
             f"{', '.join(config.keeps)} costs {low:g} to {high:g} {UNITS[name]} "
             f"({self.of.num_vision_tokens} vision tokens, {self.of.num_layers} layers)"
         )
         if not nearest:
-            return f"{said}: these ratios drop nothing; change search.keeps"
+            return f"{problem}: these ratios drop nothing; change search.keeps"
         _, total, stages = min(nearest)
         return (
-            f"{said}; the nearest is {name} = {self.of.value(total):.6g} with plan "
+            f"{problem}; the nearest is {name} = {self.of.value(total):.6g} with plan "
             f"{str(self._plan(stages, self.anchors[0]))!r}: change the budget, search.tolerance, "
             "search.drops or search.keeps"
         )

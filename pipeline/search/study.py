@@ -192,7 +192,7 @@ class Study:
                 return found, settings
         return None, settings
 
-    def goes_on(self, number: int, rung: int, value: float) -> bool:
+    def continues(self, number: int, rung: int, value: float) -> bool:
         """Whether a running trial continues after a rung: it is among the best 1/eta of those that
         reached it so far (ASHA, arXiv 1810.05934, in the variant that stops). Known placements
         always continue: the others are compared with them.

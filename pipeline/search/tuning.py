@@ -136,7 +136,7 @@ class Halving(_Unsaved, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         proposal = self._proposals.of[trial.trial_id]
-        if goes_on(self._study, proposal, result["progress"]):
+        if continues(self._study, proposal, result["progress"]):
             return TrialScheduler.CONTINUE
         return TrialScheduler.STOP
 
@@ -149,9 +149,9 @@ class Ended(_Unsaved, tune.Callback):
     """
 
     def __init__(
-        self, study: Study, proposals: Proposals, store: Store, told: Callable[[Trial], None]
+        self, study: Study, proposals: Proposals, store: Store, report: Callable[[Trial], None]
     ) -> None:
-        self._study, self._proposals, self._store, self._told = study, proposals, store, told
+        self._study, self._proposals, self._store, self._report = study, proposals, store, report
         self._new: list[tuple[Proposal, Progress]] = []
         self._lost: Counter[int] = Counter()
 
@@ -176,7 +176,7 @@ class Ended(_Unsaved, tune.Callback):
             trial = ended(proposal, progress)
             self._store.create(key_of(trial.number), json.dumps(trial.to_dict()).encode())
             self._study.over(trial)
-            self._told(trial)
+            self._report(trial)
 
 
 def run_trials(
@@ -184,7 +184,7 @@ def run_trials(
     job: SearchJob,
     store: Store,
     count: int,
-    told: Callable[[Trial], None] = lambda trial: None,
+    report: Callable[[Trial], None] = lambda trial: None,
 ) -> None:
     """Run what is left of a study, `count` trials at a time."""
     os.environ.update(SETTINGS)
@@ -210,17 +210,17 @@ def run_trials(
                 # A trial's state is what the study keeps; and one that can't be saved would be
                 # an error to Tune, which then does not use its actor again.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[Ended(study, proposals, store, told)],
+                callbacks=[Ended(study, proposals, store, report)],
             ),
         ).fit()
 
 
-def goes_on(study: Study, proposal: Proposal, progress: Progress) -> bool:
+def continues(study: Study, proposal: Proposal, progress: Progress) -> bool:
     """Whether there is a next rung for this trial."""
     if progress.failed or progress.last is not None:
         return False
     rung = len(progress.rungs) - 1
-    return study.goes_on(proposal.number, rung, progress.rungs[-1].value)
+    return study.continues(proposal.number, rung, progress.rungs[-1].value)
 
 
 def ended(proposal: Proposal, progress: Progress) -> Trial:

@@ -62,21 +62,21 @@ def search_data(ctx: StageContext, config: SearchDataConfig) -> dict[str, Any]:
         owner[rows] = name
     (ctx.out / "train").mkdir()
     writer = ShardWriter(ctx.out / "train", 5000, 256 << 20, 64)
-    held_out: dict[str, list[pa.Table]] = {"validation": [], "confirm": []}
+    apart: dict[str, list[pa.Table]] = {"validation": [], "confirm": []}
     done = 0
     for group in prepared.groups:
         with pq.ParquetFile(group.file) as opened:
             table = opened.read_row_group(group.number)
         owners = owner[done : done + table.num_rows]
         done += table.num_rows
-        for name, tables in held_out.items():
+        for name, tables in apart.items():
             tables.append(table.filter(pa.array(owners == name)))
         mine = table.filter(pa.array(owners == "train"))
         writer.add(mine, np.full(mine.num_rows, mine.nbytes // max(1, mine.num_rows)))
         ctx.progress(done, len(prepared), "conversations")
     writer.close()
     digest = hashlib.sha256(np.sort(order[:held_out]).tobytes())
-    for name, tables in held_out.items():
+    for name, tables in apart.items():
         # In a drawn order: the first rung of a trial is a sample of all sources.
         ranks = np.argsort(np.argsort(parts[name]))
         folder = ctx.out / name

@@ -86,9 +86,9 @@ class VisionLanguageModel(PythonModel):
             picture = ImageOps.exif_transpose(Image.open(encoded)).convert("RGB")
         except (ValueError, OSError) as error:
             raise ValueError(f"image must be a base64 PNG or JPEG: {error}") from None
-        asked = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": asked}], add_generation_prompt=True
+            [{"role": "user", "content": content}], add_generation_prompt=True
         )
         bos = self.processor.tokenizer.bos_token
         special = not (bos and prompt.startswith(bos))  # no second one

@@ -61,7 +61,7 @@ class CurriculumConfig(Config):
         return self
 
 
-def plans_of(way: CurriculumConfig, target: str) -> list[str]:
+def plans_of(config: CurriculumConfig, target: str) -> list[str]:
     """The plan of each training stage.
 
     Raises:
@@ -69,27 +69,27 @@ def plans_of(way: CurriculumConfig, target: str) -> list[str]:
             plans without it.
     """
     plan = PruningPlan.parse(target)
-    if way.order == "elastic" and plan not in map(PruningPlan.parse, way.elastic.values()):
-        named = ", ".join(f"{name}: {one}" for name, one in way.elastic.items())
+    if config.order == "elastic" and plan not in map(PruningPlan.parse, config.elastic.values()):
+        named = ", ".join(f"{name}: {one}" for name, one in config.elastic.items())
         raise PlanError(
             f"the target {target!r} is none of curriculum.elastic ({named}): name it there, or set "
             "plan to the one that the checkpoint is to run with by default"
         )
-    if way.order in WITHIN_ONE:
+    if config.order in WITHIN_ONE:
         return [str(plan)]
-    if way.order != "explicit":
-        return [str(one) for one in curriculum(plan, way.order, way.stages, way.extreme)]
-    plans = [PruningPlan.parse(one) for one in way.plans]
+    if config.order != "explicit":
+        return [str(one) for one in curriculum(plan, config.order, config.stages, config.extreme)]
+    plans = [PruningPlan.parse(one) for one in config.plans]
     if plans[-1] != plan:
         raise PlanError(
-            f"curriculum.plans end with {way.plans[-1]!r}, the target is {target!r}: the last "
+            f"curriculum.plans end with {config.plans[-1]!r}, the target is {target!r}: the last "
             "training stage has to train what the finished model runs with"
         )
     return [str(one) for one in plans]
 
 
 def configs_of(
-    way: CurriculumConfig, train: TrainConfig, plans: Sequence[str | FoundPlan]
+    config: CurriculumConfig, train: TrainConfig, plans: Sequence[str | FoundPlan]
 ) -> list[TrainConfig]:
     """The config of each training stage: `train`, changed as the curriculum says.
 
@@ -98,7 +98,7 @@ def configs_of(
     Raises:
         ConfigError: changes for another number of stages, or keys that `train` lacks.
     """
-    changes = way.training or ({},) * len(plans)
+    changes = config.training or ({},) * len(plans)
     if len(changes) != len(plans):
         raise ConfigError(
             f"curriculum.training has {len(changes)} entries for {len(plans)} training stages; "
@@ -110,10 +110,10 @@ def configs_of(
     if filled:
         raise ConfigError(f"curriculum.training may not set {', '.join(filled)}")
     pruned: dict[str, Any] = {}
-    if way.order == "elastic":
-        pruned = {"plans": dict(way.elastic), "weights": dict(way.weights)}
-    elif way.order == "grow":
-        pruned = {"grow": GrowSettings(extreme=way.extreme, settle=way.settle)}
+    if config.order == "elastic":
+        pruned = {"plans": dict(config.elastic), "weights": dict(config.weights)}
+    elif config.order == "grow":
+        pruned = {"grow": GrowSettings(extreme=config.extreme, settle=config.settle)}
     return [
         edit(train, change).model_copy(
             # Each stage draws its own batches.

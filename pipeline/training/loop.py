@@ -252,9 +252,9 @@ class _Run:
         )
         batches = context.stream(self.load, range(first, self.steps))
         for step in range(first, self.steps):
-            asked = time.monotonic()
+            checked_at = time.monotonic()
             batch = next(batches)
-            waited = time.monotonic() - asked
+            waited = time.monotonic() - checked_at
             parts, norm, due = self.take_step(step, batch)
             losses.append(parts)
             if context.rank == 0:

@@ -31,7 +31,7 @@ from pipeline.search.config import SearchConfig
 from pipeline.search.space import Costs, Space
 from pipeline.search.study import Rung, Study, Trial, front_of
 from pipeline.search.trial import Bench, SearchJob, TrialRefused, segments
-from pipeline.search.tuning import Worker, ended, goes_on, kept_trials, key_of, run_trials
+from pipeline.search.tuning import Worker, continues, ended, kept_trials, key_of, run_trials
 from pipeline.stages.search import SearchFailed, compared, search, search_data
 from pipeline.store import open_store
 from pipeline.store.local import LocalStore
@@ -226,12 +226,12 @@ def test_the_worse_trials_stop_at_a_rung() -> None:
     found = space_of(average=192, trials=40, eta=3, startup=40)
     study = Study(found, found.config)
     known = [study.next() for _ in range(5)]
-    assert all(study.goes_on(it.number, 0, 9.0) for it in known if it)
+    assert all(study.continues(it.number, 0, 9.0) for it in known if it)
     going = []
     for n in range(30):
         proposal = study.next()
         assert proposal is not None
-        if study.goes_on(proposal.number, 0, float(n % 10)):
+        if study.continues(proposal.number, 0, float(n % 10)):
             going.append(n % 10)
     assert going[0] == 0 and max(going) <= 3
     # What was reached before a restart counts.
@@ -241,7 +241,7 @@ def test_the_worse_trials_stop_at_a_rung() -> None:
     )  # fmt: skip
     again = Study(found, found.config, [done])
     first = [again.next() for _ in range(6)][-1]
-    assert first is not None and not again.goes_on(first.number, 0, 1.0)
+    assert first is not None and not again.continues(first.number, 0, 1.0)
 
 
 def test_a_front_and_its_knee() -> None:
@@ -450,7 +450,7 @@ def test_a_trial_that_raises_is_recorded_and_no_other_ends(
         else:
             worker.setup(given, job)
         while not (result := worker.step())["done"]:
-            if not goes_on(study, proposal, result["progress"]):
+            if not continues(study, proposal, result["progress"]):
                 break
         progress = result["progress"]
         trial = ended(proposal, progress)

@@ -139,13 +139,13 @@ def ask_numbers(
     for content in others:
         by_count.setdefault(counts[content], []).append(content)
     offered = rng.permutation(sorted(by_count))
-    asked = [int(rng.choice(by_count[int(offered[i % len(offered)])])) for i in range(each)]
+    counted = [int(rng.choice(by_count[int(offered[i % len(offered)])])) for i in range(each)]
     questions = [
         ("count", f"how many {plural(classes[content])} are there?", NUMBERS[counts[content]])
-        for content in asked
+        for content in counted
     ]
     for wanted in rng.permutation([True, False] * (each // 2)):
-        pool = [c for c in others if (counts[c] > 0) == wanted and c not in asked]
+        pool = [c for c in others if (counts[c] > 0) == wanted and c not in counted]
         content = int(rng.choice(pool or others))
         questions.append(
             (
@@ -165,10 +165,10 @@ def shuffle(
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def conversation(name: str, image: str, asked: Iterable[tuple[str, str, str]]) -> dict:
+def conversation(name: str, image: str, questions: Iterable[tuple[str, str, str]]) -> dict:
     """LLaVA's record of (kind, question, answer) about a picture."""
     turns, kinds = [], []
-    for turn, (kind, question, answer) in enumerate(asked):
+    for turn, (kind, question, answer) in enumerate(questions):
         marker = "<image>\n" if turn == 0 else ""
         turns += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
         kinds.append(kind)

@@ -67,15 +67,15 @@ def make_variant(
         ground = draw_ground(rng, split, length)
     if config.layout == "free":
         things = draw_places(rng, length)
-        asked = ask_free(rng, things, length, config.each)
+        questions = ask_free(rng, things, length, config.each)
     else:
         contents = draw_contents(rng, config.grid**2)
         things = in_cells(rng, contents, config)
-        asked = ask(rng, contents, config.each)
+        questions = ask(rng, contents, config.each)
         if split == "train" and rng.random() < config.listed:
-            asked = [listing(contents)]
+            questions = [listing(contents)]
     picture = paint(rng, things, load_things(split), length, ground)
-    return conversation(name, f"{name}.png", asked), picture
+    return conversation(name, f"{name}.png", questions), picture
 
 
 def listing(contents: np.ndarray) -> tuple[str, str, str]:

@@ -34,9 +34,12 @@ PAPER = ("2:1/4,4:1/4", CurriculumConfig(order="reverse", stages=3, extreme=1.5)
 
 
 def demo() -> Workflow:
-    plan, way = PAPER
+    plan, order = PAPER
     paper = ComparedConfig(
-        label="the paper's recipe", plan=plan, curriculum=way, train={"steps": 50, "distill": None}
+        label="the paper's recipe",
+        plan=plan,
+        curriculum=order,
+        train={"steps": 50, "distill": None},
     )
     config = DemoConfig(
         plan="1:1/4;pool=tiles",
@@ -53,8 +56,8 @@ def demo() -> Workflow:
 
 
 def demo_paper() -> Workflow:
-    plan, way = PAPER
-    config = DemoConfig(plan=plan, curriculum=way, train=_train(steps=100), **_SHARED)
+    plan, order = PAPER
+    config = DemoConfig(plan=plan, curriculum=order, train=_train(steps=100), **_SHARED)
     return Workflow(
         name="demo_paper",
         config=config,

@@ -126,8 +126,8 @@ def compose(
     grid = math.isqrt(len(contents))
     cell = SIDE / grid
     top, bottom = rng.integers(110, 256, size=(2, 1, 1, 3))
-    way = np.linspace(0, 1, SIDE).reshape(SIDE, 1, 1)
-    ground = np.broadcast_to(top + (bottom - top) * way, (SIDE, SIDE, 3))
+    gradient = np.linspace(0, 1, SIDE).reshape(SIDE, 1, 1)
+    ground = np.broadcast_to(top + (bottom - top) * gradient, (SIDE, SIDE, 3))
     scene = Image.fromarray(ground.astype(np.uint8)).convert("RGBA")
     for number, content in enumerate(contents):
         if content < 0:
@@ -155,8 +155,8 @@ def make_scene(index: int, split: str, config: ScenesConfig) -> tuple[dict, Imag
     picture = compose(rng, contents, load_things(folder, config.things))
     name = f"{split}/{index:06d}"
     listed = split == "train" and rng.random() < config.listed
-    asked = [list_cells(contents, names)] if listed else ask(rng, contents, config.each, names)
-    return conversation(name, f"{name}.png", asked), picture
+    questions = [list_cells(contents, names)] if listed else ask(rng, contents, config.each, names)
+    return conversation(name, f"{name}.png", questions), picture
 
 
 def list_cells(contents: np.ndarray, names: Sequence[str]) -> tuple[str, str, str]:
