@@ -2,13 +2,8 @@
 something that holds one is loaded or built.
 
 A plan is stored in a checkpoint's config.json, and in an adapter's adapter_config.json under the
-<<<<<<< HEAD
 same name; plain transformers and PEFT ignore it. transformers and PEFT have no hook for what
 happens on their own paths (the Auto classes, pipelines, `Trainer` checkpoints, `from_config`,
-=======
-same name; plain transformers and PEFT ignore it. transformers and PEFT have no hooks on their own
-paths (the Auto classes, pipelines, `Trainer` checkpoints, `from_config`,
->>>>>>> names
 `PeftModel.from_pretrained`), so a handful of their methods are wrapped once both are imported:
 `import adsc` alone imports neither. No weight is read or written here.
 """

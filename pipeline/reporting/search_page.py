@@ -135,13 +135,13 @@ def importances(study: Study) -> dict[str, float]:
     if not kinds:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study()
+    fitted = optuna.create_study()
     for point, trial in zip(points, done, strict=True):
         chosen = {name: point[name] for name in kinds}
         value = study.config.sign * trial.value
-        study.add_trial(create_trial(params=chosen, distributions=kinds, value=value))
+        fitted.add_trial(create_trial(params=chosen, distributions=kinds, value=value))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    found = optuna.importance.get_param_importances(fitted, evaluator=evaluator)
     return dict(sorted(found.items(), key=lambda it: -it[1]))
 
 

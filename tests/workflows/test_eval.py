@@ -14,6 +14,7 @@ import pytest
 
 import adsc
 from pipeline.durable.graph import fingerprints
+from pipeline.durable.identity import load_body
 from pipeline.durable.stage import Input
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.config import EvaluateConfig
@@ -177,9 +178,11 @@ def test_a_limit_takes_some_pictures_of_each_task(ray_address: str, tmp_path: Pa
     stages = evaluation_stages(TINY, ["dense"], tasks=[f"gqa={tmp_path / 'gqa'}"], limit=1)
     _, files, prepare, *_ = stages
     made = stage_context("files", tmp_path / "files", {})
-    files.kind.body(made, files.config)
+    load_body(files.kind.body)(made, files.config)
     inputs = {"data": (made.out, {}), "base": (resolve(TINY), {})}
-    prepare.kind.body(stage_context("prepare", tmp_path / "prepared", inputs), prepare.config)
+    load_body(prepare.kind.body)(
+        stage_context("prepare", tmp_path / "prepared", inputs), prepare.config
+    )
     (row,) = pq.read_table(tmp_path / "prepared" / "gqa").to_pylist()
     assert len(row["pictures"]) == 1 and len(json.loads(row["turns"])) in (2, 4)
 

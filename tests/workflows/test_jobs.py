@@ -42,7 +42,7 @@ def planned(*changes: str, root: str = ROOT, **options: Any) -> Submission:
     ("arguments", "message"),
     [
         (["--mlflow", "off"], "--root runs is a folder of this machine"),
-        (["--root", "/mnt/x", "--mlflow", "off"], "add --shared-root if every node mounts /mnt/x"),
+        (["--root", "/mnt/x", "--mlflow", "off"], "add --shared-root if every node mounts it"),
         (["--root", ROOT], "add --mlflow http://HOST:5000, or --mlflow off"),
         (["--root", ROOT, "--mlflow", "sqlite:///x.db"], "is a file of one machine"),
         (["--root", ROOT, "--mlflow", "http://ada:lovelace@mlflow"], "looks like a credential"),

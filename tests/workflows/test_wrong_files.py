@@ -16,6 +16,7 @@ from adsc.weight_files import original_layout, problem
 from pipeline.data.conversations import BadRecord
 from pipeline.data.pictures import PictureLimits, open_pictures
 from pipeline.data.prepared import FLAT, split_folder
+from pipeline.durable.identity import load_body
 from pipeline.evaluation.benchmarks import BenchmarkError, convert_one, find_files
 from pipeline.kinds.base import BaseError
 from pipeline.stages.prepare import TooManyBadRecords
@@ -220,7 +221,7 @@ def test_bad_records_of_tasks_advise_no_option_that_eval_lacks(
     ]
     inputs = {"data": (tmp_path, {}), "base": (small.base, {})}
     with pytest.raises(TooManyBadRecords, match="fix the task files") as caught:
-        stage.kind.body(stage_context("prepare", tmp_path / "out", inputs), stage.config)
+        load_body(stage.kind.body)(stage_context("prepare", tmp_path / "out", inputs), stage.config)
     assert "max_quarantined" not in str(caught.value)
 
 
