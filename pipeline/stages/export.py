@@ -362,8 +362,8 @@ def compare_logits(folder: Path) -> dict[str, float]:
     missing = sorted(expected.keys() - {"", *adsc.plans_of(model)})
     if missing:
         raise ExportError(
-            f"config.json names no plan {', '.join(missing)}: it is not the one of the probe: "
-            "was made with"
+            f"config.json names no plan {', '.join(missing)}, for which the probe has logits: it "
+            "is not the config that the probe was made with"
         )
     differences = []
     for name, logits in expected.items():

@@ -175,7 +175,9 @@ def test_a_copy_with_another_named_plan_is_not_the_checkpoint(
     elastic: Elastic, tmp_path: Path
 ) -> None:
     assert compare_logits(elastic.exported)["worst_difference"] == 0
-    assert any(file.path == "probe_plans.safetensors" for file in verify_folder(elastic.exported))
+    assert any(
+        file.path == "probe/probe_plans.safetensors" for file in verify_folder(elastic.exported)
+    )
     copy = shutil.copytree(elastic.exported, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     plans = config["adsc_plans"]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 import uuid
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow.utils.validation import _validate_logged_model_name, _validate_model_name
 
 from pipeline.cluster.jobs import JobError, plan_submission
 from pipeline.data.files import find, open_file
 from pipeline.store import LocalStore, StoreError, check_for_runs, open_store, split
 from pipeline.store.places import parse
 from pipeline.tracking.address import TrackingError, chosen, database_of, default_uri
+from pipeline.tracking.names import check_name, model_name
 from workflows.commands.cluster.submit import DRIVER, PACKAGES
 from workflows.commands.main import main
 from workflows.registry import load_workflow
@@ -237,3 +242,31 @@ def test_off_in_any_spelling(word: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_characters_are_printable() -> None:
     assert all(unicodedata.category(it)[0] != "C" for it in PRINTABLE)
     assert isinstance(open_store("runs"), LocalStore)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(min_size=1, max_size=40))
+def test_whatever_a_place_is_called_it_comes_back_or_is_refused(name: str) -> None:
+    """Of a path, of a file URL and of a prefix on S3: what is read is what was written down."""
+    for address in (f"/data/{name}", f"file:///data/{quote(name)}", f"s3://bucket/{name}"):
+        try:
+            place = parse(address)
+        except StoreError:
+            continue
+        if place.path is not None:
+            assert str(place.path) == os.path.normpath(f"/data/{name}")
+            assert parse(str(place.path)).path == place.path
+        else:
+            assert (place.bucket, place.prefix) == ("bucket", name.strip("/"))
+            assert parse(f"s3://{place.bucket}/{place.prefix}") == place
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=220))
+def test_whatever_a_model_is_called_mlflow_takes_the_name_or_it_is_refused(name: str) -> None:
+    try:
+        check_name(name)
+    except ValueError:
+        return
+    _validate_model_name(model_name(name))
+    _validate_logged_model_name(model_name(name))
