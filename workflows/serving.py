@@ -20,7 +20,7 @@ from typing import IO, Any
 
 SERVER = "vllm.entrypoints.openai.api_server"
 LIMIT = 100 << 30  # bytes of fetched checkpoints under ~/.cache/adsc
-PATIENCE = 60.0  # seconds that a server has to end after Ctrl-C
+GRACE, PATIENCE = 10.0, 60.0  # seconds that a server has to end after Ctrl-C, and once asked
 TEXT = 100  # text tokens of the request that is counted
 INSTALL = """vLLM is not installed here. It needs an environment of its own; in the repository:
   make vllm                                  (with a GPU: make vllm ENGINE=vllm==0.32.0)
@@ -188,14 +188,15 @@ def run(words: list[str]) -> int:
 
 
 def _end(server: subprocess.Popen[str]) -> None:
-    """Wait for a server that Ctrl-C has reached, then insist."""
-    server.send_signal(signal.SIGINT)
-    for insist in (server.terminate, server.kill):
+    """Wait for a server that Ctrl-C has reached; hand a signal on that this process alone got; then
+    insist."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    for number, seconds in zip(signals, (GRACE, PATIENCE, PATIENCE), strict=True):
         try:
-            server.wait(PATIENCE)
+            server.wait(seconds)
             return
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            insist()
+            server.send_signal(number)
     server.wait()
 
 
