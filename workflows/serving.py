@@ -19,7 +19,7 @@ from typing import IO, Any
 
 SERVER = "vllm.entrypoints.openai.api_server"
 LIMIT = 100 << 30  # bytes of fetched checkpoints under ~/.cache/adsc
-PATIENCE = 60.0  # seconds that a server has to end after Ctrl-C
+GRACE, PATIENCE = 10.0, 60.0  # seconds that a server has to end after Ctrl-C, and once asked
 TEXT = 100  # text tokens of the request whose cost is printed
 INSTALL = """vLLM is not installed here. It needs a separate environment; in the repository:
   make vllm                                  (with a GPU: make vllm ENGINE=vllm==0.32.0)
@@ -186,14 +186,15 @@ def run(words: list[str]) -> int:
 
 
 def _end(server: subprocess.Popen[str]) -> None:
-    """Interrupt the server; terminate, then kill it if it doesn't end in time."""
-    server.send_signal(signal.SIGINT)
-    for insist in (server.terminate, server.kill):
+    """Wait for a server that Ctrl-C has reached; hand a signal on that this process alone got; then
+    insist."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    for number, seconds in zip(signals, (GRACE, PATIENCE, PATIENCE), strict=True):
         try:
-            server.wait(PATIENCE)
+            server.wait(seconds)
             return
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            insist()
+            server.send_signal(number)
     server.wait()
 
 

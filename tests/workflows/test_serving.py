@@ -128,6 +128,7 @@ def test_a_server_that_fails_is_told_by_its_last_error(capfd: pytest.CaptureFixt
 
 def test_ctrl_c_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal sends it to both; here the server gets it by the command."""
+    monkeypatch.setattr(serving, "GRACE", 0.1)
     ended: list[int] = []
     sleeps = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: raise SystemExit(7)"
     whole = serving.subprocess.Popen.wait
