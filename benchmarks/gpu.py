@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --part prefill-8 --out results
 
-Each part writes `results/PART.json` when it is through, and one that is there is not run again: a
-run that was cut off goes on where it was (`--again` runs it anyway). `--all` runs each part in a
+Each part writes `results/PART.json` at its end, and existing ones are not run again:
+an interrupted run resumes where it was (`--again` runs it anyway). `--all` runs each part in a
 process of its own and ends with the rows for docs/performance.md. The geometry is LLaVA-1.5-7B's
 with random weights in bf16; nothing is downloaded. Needs torch, transformers and peft, and a
 checkout of this repository. `--device cpu --geometry tiny` tries every part in minutes.

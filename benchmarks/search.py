@@ -1,4 +1,4 @@
-"""What the search is worth, how well it uses workers, and that it goes on after a kill.
+"""The gain of the search, how well it uses workers, and that it resumes after a kill.
 
     python -m benchmarks.search compare --root /tmp/search    [a: samplers at equal budgets]
     python -m benchmarks.search parallel --root /tmp/search   [b: concurrent trials on a cluster]

@@ -163,7 +163,7 @@ class Family:
 
 
 def columns_of(model: nn.Module, inputs: Inputs, token: int) -> Tensor:
-    """(B, S) bool: where a token is; told from its embedding where a call has no ids."""
+    """(B, S) bool: where a token is; found by its embedding if a call has no ids."""
     import torch
 
     if (ids := inputs.get("input_ids")) is not None:

@@ -1,7 +1,7 @@
 """Public benchmarks from their official files: questions as lmms-eval puts them to LLaVA.
 
-A record is a picture with all its questions, so that none is stored or read twice. What lies where
-is each benchmark's own layout, as it unpacks (docs/evaluation.md). Scoring is scoring.py's.
+A record is a picture with all its questions, so that none is stored or read twice. The files
+keep each benchmark's own layout, as unpacked (docs/evaluation.md). Scoring is scoring.py's.
 Nothing here downloads, and nothing of a picture is read, except where the file holds it (MMBench).
 """
 
@@ -366,7 +366,7 @@ class BenchmarksConfig(Config):
     folders: dict[str, str]
     """Name of a benchmark -> its folder."""
     digests: dict[str, str]
-    """Name of a benchmark -> digest of what lies there: changed files are another run."""
+    """Name of a benchmark -> digest of its files: changed files are another run."""
 
 
 def convert(ctx: StageContext, config: BenchmarksConfig) -> dict[str, Any]:

@@ -85,7 +85,7 @@ processor = AutoProcessor.from_pretrained("FOLDER")
 if at all, but then run dense, which is not what was trained.
 `python -m pipeline.stages.export FOLDER` checks a copy: files against manifest.json, then logits
 against probe/probe.safetensors{_named_probe(card)}. `adapter/`, if there, holds the LoRA
-weights by themselves; they go on the base. evaluation.json has the scores and costs below as
+weights alone, to load on the base. evaluation.json has the scores and costs below as
 numbers, data_manifest.json the data.
 
 ## Plan

@@ -63,7 +63,7 @@ def style_of(index: int) -> tuple[str, str]:
 
 
 def numbered(results: Results) -> bool:
-    """Whether arms are told apart by number, since there are too many for labels."""
+    """Whether arms are numbered because there are too many for labels."""
     return len(results.arms) > MANY
 
 

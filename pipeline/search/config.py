@@ -1,6 +1,6 @@
-"""What a search for a placement looks for, and how; apart from it, so that recipes load no Optuna.
+"""Config of a search for a placement; a separate module, so that recipes don't import Optuna.
 
-A config says what is computed. How many trials run at once, and on what, is the run's context.
+A config says what is computed. The run's context sets how many trials run at once, and where.
 """
 
 from typing import Any, Literal, Self
@@ -17,7 +17,7 @@ UNITS = {
     "kv_mib": "MiB of KV cache",
     "prefill_ms": "ms of prefill",
 }
-"""Budgets, of which a search has one -> their units."""
+"""Budget -> unit; a search has one budget."""
 
 
 class SearchConfig(Config):
@@ -33,7 +33,7 @@ class SearchConfig(Config):
     prefill_ms: Budget = None
     """Budget: milliseconds of a prefill of `batch_size` questions, as measured on a worker."""
     tolerance: float = Field(0.01, ge=0, lt=1)
-    """How far a plan may be from a single budget, as a share of it."""
+    """Allowed distance of a plan from a single budget, as a share of it."""
     text_tokens: int = Field(101, ge=0)
     """Tokens beside the picture's, for `gflops` and `kv_mib`."""
     image_size: tuple[int, int] | None = None
@@ -51,53 +51,53 @@ class SearchConfig(Config):
     """Plans that average: groups on the lattice (`tiles`) or of the sequence (`runs`) become
     their mean. Placements whose tiles are all whole come first. None: tokens are dropped."""
     exit_layer: int | None = Field(None, gt=0, json_schema_extra=ADDED)
-    """All plans end with an exit: from this layer on no vision token is left. It is no drop of
-    `drops`."""
+    """All plans end with an exit: from this layer on no vision token is left. It is not one of
+    the `drops`."""
     first_layer: int = Field(0, ge=0)
     """The first layer at which a drop is legal; above 0 for models that add vision features to
     their first layers (Qwen3-VL)."""
 
     plan: str = Field("", json_schema_extra=ADDED)
-    """The one plan of all trials, where only training keys are searched; then there is no
+    """The plan of all trials if only training keys are searched; then there is no
     budget."""
     over: dict[str, str] = Field({}, json_schema_extra=ADDED)
     """Keys of the training that trials vary, with their ranges: `{"train.learning_rate":
     "1e-4..1e-2,log", "train.lora.rank": "8,16,32", "train.distill.weight": "0..1"}`."""
     known: tuple[str, ...] = ()
-    """Further plans to try first, beside those that everybody knows (Space.known)."""
+    """Further plans to try first, besides the known placements (Space.known)."""
     trials: int = Field(64, gt=0)
     """Plans to try, the known ones included."""
     objective: Literal["loss", "accuracy"] = "loss"
-    """What is to be good on the validation conversations: mean loss of an answer token, or share of
+    """The objective on the validation conversations: mean loss of an answer token, or share of
     right answers."""
     fidelity: Literal["untrained", "lora", "curriculum"] = "untrained"
-    """What a trial does before it is judged: nothing; train an adapter for the last of `rungs`
+    """Training of a trial before it is scored: none; an adapter for the last of `rungs`
     steps; or the workflow's whole curriculum."""
     rungs: tuple[int, ...] = ()
-    """After what of a trial it is compared and may be stopped: training steps (`lora`) or
+    """Points at which a trial is compared and may be stopped: training steps (`lora`) or
     validation conversations (`untrained`), ascending. Empty: it runs to its end; a curriculum's
     rungs are its stages."""
     eta: float = Field(3, gt=1)
     """At each rung the best 1/eta of the trials that reached it continue (ASHA)."""
     sampler: Literal["tpe", "random"] = "tpe"
-    """Who proposes: Optuna's TPE (of both objectives on a front), or a uniform draw."""
+    """Search algorithm: Optuna's TPE (on both objectives of a front), or uniform draws."""
     startup: int = Field(10, ge=0)
     """Uniform draws before the sampler proposes, the known plans not counted."""
     rows: int = Field(256, gt=0)
-    """Conversations on which trials are judged; taken out of the training split."""
+    """Conversations on which trials are scored; held out of the training split."""
     confirm_rows: int = Field(256, gt=0)
-    """Further ones on which the best plan is compared with the best known one at the end; the
+    """Further held-out ones to compare the best plan with the best known one at the end; the
     search never sees them."""
     train_rows: int = Field(20_000, gt=0)
-    """At most so many of the others are what trials train on."""
+    """Maximum number of the other conversations that trials train on."""
     batch_size: int = Field(32, gt=0)
-    """Conversations in a validation batch, and in the prefill that is timed."""
+    """Conversations in a validation batch, and in the timed prefill."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer in tokens, for `accuracy`."""
     seed: int = Field(0, ge=0)
-    """Of draws, of the sampler, and of which conversations are taken out."""
+    """Seed of draws, of the sampler, and of the held-out conversations."""
     workers_per_trial: int = Field(1, gt=0, json_schema_extra=OPERATIONAL)
-    """Above 1 a trial trains by Ray Train on so many workers."""
+    """Workers of a trial's training; above 1 it runs on Ray Train."""
 
     @field_validator("over")
     @classmethod
@@ -133,8 +133,8 @@ class SearchConfig(Config):
                 )
         if self.pool and "grid" in self.anchors:
             raise ValueError(
-                f"anchors = {self.anchors} and pool = {self.pool} contradict: a mean stands at the "
-                "place of a member of its group; leave grid out"
+                f"anchors = {self.anchors} and pool = {self.pool} contradict: a mean takes the "
+                "position of a member of its group; leave grid out"
             )
         if any(one < 1 for one in self.drops) or len(set(self.drops)) < len(self.drops):
             raise ValueError(f"drops = {self.drops}: different whole numbers from 1")
@@ -176,7 +176,7 @@ class SearchConfig(Config):
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """What the keys in `over` may be."""
+        """The ranges of the keys in `over`."""
         return {key: read_range(key, text) for key, text in self.over.items()}
 
     @property
@@ -186,7 +186,7 @@ class SearchConfig(Config):
 
     @property
     def sign(self) -> int:
-        """What the objective is multiplied with so that less is better."""
+        """Factor of the objective so that less is better."""
         return 1 if self.objective == "loss" else -1
 
 

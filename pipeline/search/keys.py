@@ -1,5 +1,5 @@
-"""Keys of the training that a search varies beside the placement, or alone: ranges as people write
-them, draws, and the training that comes of a draw.
+"""Keys of the training that a search varies besides the placement, or alone: ranges as text,
+draws, and the training of a draw.
 
     1e-4..1e-2,log     any number in between, evenly on a logarithmic scale
     0..1               any number in between; whole ones where the key takes whole numbers
@@ -33,7 +33,7 @@ class KeyProblem(ValueError):
 
 
 class Range(NamedTuple):
-    """What a key may be."""
+    """The allowed values of a key."""
 
     values: tuple[Any, ...]
     """One of these; or the ends of an interval."""
@@ -43,7 +43,7 @@ class Range(NamedTuple):
     """Whole numbers of the interval only."""
 
     def draw(self, rng: np.random.Generator) -> Any:
-        """A value, all alike likely."""
+        """A value, drawn uniformly."""
         if not self.interval:
             return self.values[int(rng.integers(len(self.values)))]
         low, high = self.values
@@ -63,7 +63,7 @@ class Range(NamedTuple):
         return number and self.values[0] <= value <= self.values[1]
 
     def distribution(self) -> Any:
-        """The same for Optuna."""
+        """The range as an Optuna distribution."""
         from optuna.distributions import (
             CategoricalDistribution,
             FloatDistribution,
@@ -83,7 +83,7 @@ def full_key(key: str) -> str:
 
 
 def read_range(key: str, text: str) -> Range:
-    """What a key may be, from text.
+    """The range of a key, from text.
 
     Raises:
         KeyProblem: a key that a search can't vary, or a malformed range.
@@ -194,7 +194,7 @@ def with_settings(train: TrainConfig, settings: Sequence[tuple[str, Any]]) -> Tr
 
 
 def written(settings: Sequence[tuple[str, Any]]) -> str:
-    """As people set them: `train.learning_rate=0.001 train.lora.rank=8`."""
+    """Settings as text: `train.learning_rate=0.001 train.lora.rank=8`."""
     return " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in settings

@@ -56,7 +56,7 @@ class _Everywhere:
 
 
 class Costs:
-    """What layers cost in the budget's unit, as whole numbers.
+    """Costs of layers in the budget's unit, as whole numbers.
 
     Args:
         model: a transformers config, or the name of a geometry.
@@ -88,7 +88,7 @@ class Costs:
             raise ValueError("a budget of measured prefill time needs the times; run the search")
 
     def row(self, count: int) -> list[int]:
-        """What each layer costs that `count` vision tokens enter."""
+        """The cost of each layer when `count` vision tokens enter it."""
         if count not in self._rows:
             self._rows[count] = self._row(count)
         return self._rows[count]
@@ -175,14 +175,16 @@ class Space:
     def _only(self, plan: PruningPlan) -> None:
         plan.check_layers(self.of.num_layers)
         if not plan.stages:
-            raise PlanError(f"search.plan = {self.config.plan!r} drops nothing; name a plan")
+            raise PlanError(
+                f"search.plan = {self.config.plan!r} drops nothing; give a plan that does"
+            )
         self._words, self.stages = plan, [plan.stages]
         self.anchors = (plan.anchor,)  # type: ignore[assignment]
         self.costs = np.array([self.of.of(plan)])
         self.codes = np.array([self.code(plan.stages)])
 
     def _words_of(self, layers: int) -> PruningPlan:
-        """What all plans have in common: their exit and their pool."""
+        """The common part of all plans: their exit and their pool."""
         leave = self.config.exit_layer
         if leave is not None and leave >= layers:
             raise PlanError(
@@ -192,7 +194,7 @@ class Space:
         return PruningPlan(stages=stages, pool=self.config.pool)
 
     def _behind_exit(self) -> int:
-        """What the layers behind the exit cost."""
+        """The cost of the layers after the exit."""
         leave = self.config.exit_layer
         return 0 if leave is None else sum(self.of.row(0)[leave:])
 
@@ -265,7 +267,7 @@ class Space:
         return Candidate(str(plan), float(self.costs[number]), tuple(self.codes[number].tolist()))
 
     def draw(self, rng: np.random.Generator, without: Collection[str]) -> Candidate | None:
-        """A plan that is not among `without`, all alike likely; None where none is left."""
+        """A plan that is not in `without`, drawn uniformly; None if none is left."""
         if len(self) > 4 * len(without):
             while True:
                 number, anchor = divmod(int(rng.integers(len(self))), len(self.anchors))
@@ -342,7 +344,7 @@ class Space:
         allowed = max(self.config.tolerance, KNOWN_AT_MOST)
         if abs(cost - level) > allowed * level:
             unit = UNITS[self.config.budget[0]]
-            self.left_out[title] = f"nearest it comes is {cost:.4g} {unit} ({plan})"
+            self.left_out[title] = f"its nearest cost is {cost:.4g} {unit} ({plan})"
             return
         found[title] = Candidate(str(plan), cost, self.code(plan.stages))
 

@@ -1,8 +1,8 @@
 """A study: which plan to try next, whether a trial continues after a rung, and the best trials.
 
-Everything follows from the trials that are finished and those that run, so a study that was killed
-goes on from its records alone. Optuna proposes points, as often as it is asked from the trials so
-far; it holds no state between two questions. Nothing here runs a trial, or knows Ray.
+Everything follows from the finished and the running trials, so a killed study resumes
+from its records alone. Optuna proposes points, each time from the trials so
+far; it keeps no state between proposals. Nothing here runs a trial, or depends on Ray.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ State = Literal["finished", "stopped", "failed"]
 
 
 class Proposal(NamedTuple):
-    """A trial that is to run."""
+    """A trial to run."""
 
     number: int
     name: str
-    """Of a known placement, else who proposed it."""
+    """Name of a known placement, else the proposer."""
     plan: str
     cost: float
     code: tuple[float, ...]
     known: bool
     settings: Settings = ()
-    """Of the training; empty: the workflow's own."""
+    """Settings of the training; empty: the workflow's own."""
 
 
 class Rung(NamedTuple):
-    """A trial as far as it got."""
+    """A trial's result at a rung."""
 
     resource: int
     """Training steps or validation conversations."""
     value: float
-    """Of the objective on the validation conversations, over those seen."""
+    """The objective on the validation conversations seen so far."""
     seconds: float
-    """Of the trial, up to here."""
+    """Wall time of the trial so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ class Trial:
     """Why it failed."""
     rungs: tuple[Rung, ...] = ()
     rows: tuple[float, ...] = ()
-    """Of a finished one, each validation conversation's sum (of losses, of right answers)."""
+    """If finished: each validation conversation's sum (of losses, of right answers)."""
     confirm: tuple[float, ...] = ()
-    """Likewise of those that the search doesn't see."""
+    """The same for the held-out conversations that the search doesn't see."""
     weights: tuple[float, ...] = ()
-    """Of what each of `confirm` is the sum: answer tokens, or questions."""
+    """Number of terms in each sum of `confirm`: answer tokens, or questions."""
     worker: str = ""
     started: float = 0.0
     """Seconds since the epoch."""
@@ -73,7 +73,7 @@ class Trial:
 
     @property
     def value(self) -> float:
-        """Of the objective at the last rung; NaN for one that failed at once."""
+        """The objective at the last rung; NaN if it failed before the first."""
         return self.rungs[-1].value if self.rungs else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,14 +90,14 @@ class Trial:
 
 @dataclass
 class Study:
-    """What is known so far, and what follows from it."""
+    """The trials so far, and the next one."""
 
     space: Space
     config: SearchConfig
     trials: list[Trial] = field(default_factory=list)
-    """Those that are over; of an earlier process's, too."""
+    """Trials that are over, including those of earlier processes."""
     own: Settings = ()
-    """The workflow's own values of `config.over`, where they are in its ranges."""
+    """The workflow's own values of `config.over`, if they are in its ranges."""
 
     def __post_init__(self) -> None:
         self.known = self.space.known()
@@ -109,7 +109,7 @@ class Study:
                 self._seen(rung, trial.number, reached.value, trial.cost)
 
     def next(self) -> Proposal | None:
-        """The next trial, which counts as running from now; None where none is left."""
+        """The next trial, which counts as running from now on; None if none is left."""
         over = {trial.number for trial in self.trials} | self.running.keys()
         number = next((n for n in range(self.config.trials) if n not in over), None)
         if number is None:
@@ -163,7 +163,7 @@ class Study:
             if self.ranges and not settings:
                 return  # of a training outside of the ranges
             parsed = PruningPlan.parse(plan)
-            # Where the trial really was, which a sampler's point only was near.
+            # The trial's real position; the sampler's point was only near it.
             point: dict[str, Any] = dict(zip(names, self.space.code(parsed.stages), strict=True))
             point |= {"anchor": parsed.anchor} if len(anchors) > 1 else {}
             point |= dict(settings)
@@ -222,11 +222,11 @@ class Study:
         self.trials.append(trial)
 
     def best(self) -> Trial | None:
-        """The best that finished; of a front its knee."""
+        """The best finished trial; of a front, its knee."""
         return _pick(self.finished(), self.config)
 
     def best_known(self) -> Trial | None:
-        """Likewise among the known placements."""
+        """The best of the known placements."""
         return _pick([trial for trial in self.finished() if trial.known], self.config)
 
     def finished(self) -> list[Trial]:

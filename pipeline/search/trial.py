@@ -1,6 +1,6 @@
-"""What a trial does: attach a plan, train for a while or not at all, and be judged.
+"""A trial: attach a plan, train for a while or not at all, and score it.
 
-A worker loads the base once and takes trial after trial; after each the model is what it was. A
+A worker loads the base once and runs trial after trial; after each the model is restored. A
 trial's rungs follow one another as a curriculum's stages do: each continues the adapter of the one
 before with its own warm-up and decay, so a trial that is stopped has cost what it did, and no
 training has to be halted in its middle. With several workers a trial's trainings are Ray Train
@@ -130,7 +130,7 @@ def segments(job: SearchJob, plan: str, settings: Settings = ()) -> list[TrainCo
 
 
 class Bench:
-    """One worker: holds the base and the validation conversations, and runs trials."""
+    """One worker: it holds the base and the validation conversations, and runs trials."""
 
     def __init__(self, job: SearchJob) -> None:
         self.job = job
@@ -159,7 +159,7 @@ class Bench:
         return self._loaded
 
     def trial(self, number: int, plan: str, settings: Settings = ()) -> Iterator[Reached]:
-        """Run a trial, handing out each rung; closing the iterator ends it there."""
+        """Run a trial, yielding each rung; closing the iterator ends it."""
         trainings = segments(self.job, plan, settings)
         if not trainings:
             yield from self._untrained(plan)
@@ -222,7 +222,7 @@ class Bench:
 
         job, run = self.job, self.job.run
         store, inputs = open_store(job.storage), dict(job.inputs)
-        # A number can come back with another plan after a kill; a training must not.
+        # After a kill a number can be reused with another plan; a training must not be.
         home = f"trainings/{number:05d}-{digest([plan, *settings] if settings else plan)[:8]}"
         elsewhere = ray.remote(
             num_cpus=run.cpus_per_worker,
@@ -261,7 +261,7 @@ class Bench:
             yield Reached(resource=steps, judged=judged[0], confirm=judged[1] if last else None)
 
     def judge(self, plan: str, split: str, rows: range | None = None) -> Judged:
-        """The model as it is, under a plan, on a split's conversations."""
+        """Score the current model under a plan on a split's conversations."""
         model = self.model.eval()
         adsc.attach(model, plan)
         rows = rows or range(self._size(split))

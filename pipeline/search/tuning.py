@@ -1,8 +1,8 @@
-"""The study on a cluster: Ray Tune places trials, hands an actor from one to the next, says which
-were lost, and stops what the study stops.
+"""The study on a cluster: Ray Tune places trials, reuses actors, detects lost workers,
+and stops the trials that the study stops.
 
-What is tried next is the study's business, what a trial does the bench's; what is kept is a file
-per trial that is over. docs/search.md says why neither is left to Tune.
+The study chooses the next trial, the bench runs it; the store keeps a file
+per trial that is over. docs/search.md explains why neither is left to Tune.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from pipeline.search.trial import Bench, Reached, SearchJob
 from pipeline.store import Store
 
 MAX_LOST = 3
-"""How often a trial starts again whose worker or machine was lost."""
+"""How often a trial is restarted after its worker or machine was lost."""
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # unused tables of results
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupts are the driver's
-    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # of a state that is not restored from
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Tune's state is never restored
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 """Tune reads them from the environment."""
 
 
 class Progress(NamedTuple):
-    """What a worker tells of its trial after a rung, or at its end."""
+    """A worker's report on its trial after a rung, or at its end."""
 
     started: float
     worker: str
     rungs: tuple[Rung, ...]
     last: Reached | None = None
-    """Of a trial that is through."""
+    """If the trial is finished."""
     failed: str = ""
     """Why it can't continue."""
 
@@ -69,7 +69,7 @@ class Worker(tune.Trainable):
         self._reached: list[Rung] = []
 
     def step(self) -> dict[str, Any]:
-        """The trial up to its next rung."""
+        """Run the trial up to its next rung."""
         import ray
 
         name = f"{ray.util.get_node_ip_address()}/{os.getpid()}"
@@ -82,7 +82,7 @@ class Worker(tune.Trainable):
             reached = next(self._trial)
             seconds = time.time() - self._started
             self._reached.append(Rung(reached.resource, reached.judged.value, seconds))
-        # Whatever a model, a plan or a library raises ends this trial, and no other.
+        # Any error of a model, a plan or a library ends this trial only.
         except Exception as error:  # noqa: BLE001
             failed = records.clean(f"{type(error).__name__}: {error}")
         last = reached if reached is not None and reached.confirm is not None else None
@@ -90,13 +90,13 @@ class Worker(tune.Trainable):
         return {"progress": progress, "done": bool(failed) or last is not None}
 
     def cleanup(self) -> None:
-        """End the trial where it is; the base is given back."""
+        """End the trial now; the base is restored."""
         if self._trial is not None:
             self._trial.close()  # type: ignore[attr-defined]  # a generator
 
 
 class _Unsaved:
-    """Tune pickles what it is given, to restore an experiment from: here that is the store."""
+    """Keeps Tune from pickling an object to restore an experiment: the store does that here."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -114,7 +114,7 @@ class Proposals(_Unsaved, Searcher):
         self.of: dict[str, Proposal] = {}
         """By Tune's names of trials."""
         self.again: list[Proposal] = []
-        """Those that lost their workers."""
+        """Trials that lost their workers."""
 
     def suggest(self, trial_id: str) -> Any:
         proposal = self.again.pop() if self.again else self._study.next()
@@ -124,7 +124,7 @@ class Proposals(_Unsaved, Searcher):
         return {"proposal": tuple(proposal)}
 
     def on_trial_complete(self, trial_id: str, *given: Any, **more: Any) -> None:
-        """Nothing: `Ended` tells the study, when the trial is kept."""
+        """Nothing: `Ended` updates the study once the trial is stored."""
 
 
 class Halving(_Unsaved, FIFOScheduler):
@@ -142,9 +142,9 @@ class Halving(_Unsaved, FIFOScheduler):
 
 
 class Ended(_Unsaved, tune.Callback):
-    """Keeps each trial that ends, before the study knows of it.
+    """Stores each trial that ends, before the study is updated.
 
-    At the end of Tune's step, since what is raised there ends the search; elsewhere Tune would take
+    At the end of Tune's step, where an error ends the search; elsewhere Tune would take
     it for the trial's own failure.
     """
 
@@ -186,7 +186,7 @@ def run_trials(
     count: int,
     report: Callable[[Trial], None] = lambda trial: None,
 ) -> None:
-    """Run what is left of a study, `count` trials at a time."""
+    """Run the remaining trials of a study, `count` at a time."""
     os.environ.update(SETTINGS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the study reports failures
     several = study.config.workers_per_trial > 1
@@ -199,7 +199,7 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 search_alg=proposals,
                 scheduler=Halving(study, proposals),
-                num_samples=-1,  # the study says when it is over
+                num_samples=-1,  # the study decides when it is over
                 max_concurrent_trials=count,
                 reuse_actors=True,
             ),
@@ -224,7 +224,7 @@ def continues(study: Study, proposal: Proposal, progress: Progress) -> bool:
 
 
 def ended(proposal: Proposal, progress: Progress) -> Trial:
-    """The trial as it is kept."""
+    """The trial as it is stored."""
     last = progress.last
     confirm = last.confirm if last else None
     return Trial(
@@ -247,7 +247,7 @@ def ended(proposal: Proposal, progress: Progress) -> Trial:
 
 
 def key_of(number: int) -> str:
-    """Where a trial that is over is kept, below the search's folder."""
+    """The key of a trial that is over, below the search's folder."""
     return f"trials/{number:05d}.json"
 
 

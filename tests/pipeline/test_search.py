@@ -139,7 +139,7 @@ def test_known_placements_meet_the_budget_or_say_why_not() -> None:
     assert layers["early"][0] < layers["middle"][0] < layers["late"][0]
     tight = space_of(average=64)
     assert "pyramiddrop" not in tight.known()
-    assert "nearest it comes is 144.8" in tight.left_out["pyramiddrop"]
+    assert "its nearest cost is 144.8" in tight.left_out["pyramiddrop"]
     with pytest.raises(PlanError, match="known plan '8:1/2' costs 360"):
         space_of(average=192, known=("8:1/2",)).known()
 

@@ -118,7 +118,7 @@ def _overview() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPar
 
 
 class _Version(argparse.Action):
-    """Looks for the commit only where somebody wants to know it."""
+    """`--version`: looks up the commit only when used."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import version

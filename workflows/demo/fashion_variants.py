@@ -39,7 +39,7 @@ ROOM = 7
 TRIES = 60
 """Places that are tried for a thing before the picture is begun anew."""
 MARGIN = 4
-"""Pixels from the border of a ninth within which nobody could say where a thing is."""
+"""Pixels from the border of a ninth within which the position of a thing is ambiguous."""
 BRIGHTEST = 110
 """A ground's brightest pixel: things are brighter on average."""
 OPAQUE = 48

@@ -1,7 +1,7 @@
 """The parts of the second evidence base: what they are, where they lie, how to install them.
 
 They are optional, and none of them is copied into this repository. Files are known by their
-SHA-256, which is checked before they are read; what is missing is told all at once, with the
+SHA-256, which is checked before they are read; missing parts are reported all at once, with the
 commands.
 """
 
