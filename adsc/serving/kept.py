@@ -53,7 +53,7 @@ class Kept:
     def last_whole(self, start: int, tokens: int) -> int:
         """The most of `tokens` tokens from `start` on that cut no image in two.
 
-        >>> from adsc.families import Image
+        >>> from adsc.families.family import Image
         >>> kept = Kept(ServedPlan("1:1/4;pool=tiles", 2, Image(4, (2, 2))), [(3, 4), (7, 4)])
         >>> [kept.last_whole(0, n) for n in (2, 3, 5, 7, 9, 11, 20)]
         [2, 3, 3, 7, 7, 11, 20]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import adsc
 from tests.adsc.tiny import llava, row
@@ -43,3 +46,16 @@ def rows_of(output: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Te
         else:
             rows.append((logits[seen], list(range(int(seen.sum())))))
     return rows
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone: a new one, or the one that DeepSpeed has left here."""
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if own:
+            dist.destroy_process_group()

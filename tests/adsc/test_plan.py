@@ -81,9 +81,9 @@ def test_bad_stages_are_refused(stages, message):
 
 def test_the_least_ratio_is_a_millionth_and_stages_must_be_pairs():
     assert str(adsc.PruningPlan.parse("8:1e-9")) == "8:1/1000000"
-    with pytest.raises(adsc.PlanError, match="no pairs"):
+    with pytest.raises(adsc.PlanError, match="not pairs"):
         adsc.PruningPlan(stages=None)
-    with pytest.raises(adsc.PlanError, match="no pairs"):
+    with pytest.raises(adsc.PlanError, match="not pairs"):
         adsc.attach(llava(), 3)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import adsc
 from adsc.dropping.memo import remembered
-from tests.adsc.attached import attached
+from tests.adsc.attached import attached, group_of_one
 from tests.adsc.tiny import IMAGE, batch, llava, row
 from tests.adsc.zoo import CASES
 
@@ -141,10 +140,9 @@ def test_continuous_batching_is_refused_before_it_starts():
 
 
 @pytest.fixture
-def group(tmp_path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def group() -> Iterator[None]:
+    with group_of_one():
+        yield
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import adsc
-from tests.adsc.attached import STAGES, attached
+from tests.adsc.attached import STAGES, attached, group_of_one
 from tests.adsc.rows import Rows, collate
 from tests.adsc.tiny import IMAGE, alone, batch, llava, pixels, reference, row, states
 
@@ -130,19 +130,14 @@ def test_the_trainer_runs_unchanged_and_moves_the_declared_parameters(tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_ddp_around_an_attached_model_changes_nothing(tmp_path):
+def test_ddp_around_an_attached_model_changes_nothing():
     inputs = collate([row(3, 0, 5), row(2, 0, 3, 0, 4), row(6)])
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
+    with group_of_one():
         wrapped = torch.nn.parallel.DistributedDataParallel(
             attached().train(), find_unused_parameters=True
         )
         assert adsc.plan_of(wrapped) == adsc.PruningPlan(stages=STAGES)
         wrapped(**inputs).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
     alone_model = attached().train()
     alone_model(**inputs).loss.backward()
     wanted = dict(alone_model.named_parameters())

@@ -61,7 +61,7 @@ def test_nothing_is_published_through_such_a_server(
 ) -> None:
     checkpoint = make(tmp_path / "checkpoint")
     proxy.stripped = {"if-none-match"}
-    with pytest.raises(StoreError, match="writes over objects although the request forbids it"):
+    with pytest.raises(StoreError, match="overwrites objects although the request forbids it"):
         publish(checkpoint, place, check)
     assert place.read("manifest.json") is None
     proxy.stripped = set()

@@ -280,9 +280,9 @@ def test_an_altered_manifest_is_seen_by_its_digest(
 
 def test_no_bucket(proxy: Proxy, checkpoint: Path, tmp_path: Path, note: Any) -> None:
     nowhere = open_store("s3://nowhere/x")
-    with pytest.raises(StoreError, match="there is no bucket nowhere; make it"):
+    with pytest.raises(StoreError, match="there is no bucket nowhere; create it"):
         export(nowhere, checkpoint)
-    with pytest.raises(StoreError, match="there is no bucket nowhere; make it") as caught:
+    with pytest.raises(StoreError, match="there is no bucket nowhere; create it") as caught:
         pull(nowhere, tmp_path / "copy")
     note("export, pull: a bucket that is not there", "-", caught.value)
 

@@ -340,7 +340,7 @@ def test_addresses_that_cannot_be_read(tmp_path: Path, served: str) -> None:
         "s3://lab/none-*.json": "there is no file s3://lab/none",
         "s3://no-such-bucket-at-all/*.json": "there is no bucket no-such-bucket-at-all",
         "nothing://a/b.json": "nothing:// is not a kind of store",
-        "ftp://ada:lovelace@host/a.json": "ftp://host carries credentials",
+        "ftp://ada:lovelace@host/a.json": "ftp://host has credentials",
     }.items():
         with pytest.raises(ValueError, match=re.escape(why)) as caught:
             find_files(place, tmp_path, "train")

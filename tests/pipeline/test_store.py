@@ -246,7 +246,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_no_bucket(s3_endpoint: str) -> None:
-    with pytest.raises(StoreError, match="there is no bucket nowhere; make it"):
+    with pytest.raises(StoreError, match="there is no bucket nowhere; create it"):
         open_store("s3://nowhere/x").check_writable()
 
 

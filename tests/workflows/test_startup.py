@@ -1,6 +1,7 @@
 """What each command imports: modules are counted, not seconds, which a busy machine would fail."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ COST = ["llava-1.5-7b", "--plan", "8:1/2"]
 
 
 def loaded(names: tuple[str, ...], code: str) -> list[str]:
-    """Which of these packages a fresh process has imported once the code has run."""
+    """Which of these packages a fresh process, without a cluster, has imported once the code has
+    run."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_API_SERVER_ADDRESS"}
     end = f"print(json.dumps([name for name in {names!r} if name in sys.modules]), file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", f"import json, sys\n{code}\n{end}"],
@@ -26,6 +29,7 @@ def loaded(names: tuple[str, ...], code: str) -> list[str]:
         text=True,
         check=True,
         timeout=600,
+        env=environment,
     )
     found: list[str] = json.loads(done.stderr.splitlines()[-1])
     return found
