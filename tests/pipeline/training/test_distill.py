@@ -157,6 +157,28 @@ def test_the_teacher_leaves_the_model_as_it_was(small: Small) -> None:
     assert dense["divergence"] == 0 and torch.equal(dense["loss"], dense["cross_entropy"])
 
 
+@pytest.mark.parametrize("teacher", ["dense", MILD])
+def test_what_was_taught_before_counts_as_what_is_taught_now(small: Small, teacher: str) -> None:
+    """Dense teachers know all labels; a milder plan drops no text here, so it does, too."""
+    model = prepared_model(small)
+    micro, supervised = micro_batch(small)
+    distill = DISTILL.model_copy(update={"teacher": teacher})
+    objective = Objective(model, distill, CPU, in_step=False)
+    taught, known = objective.teach(micro)
+    assert (
+        known.all() and len(taught) == (micro["labels"] != -100).sum() and not taught.requires_grad
+    )
+    wanted = objective(**micro, supervised=supervised, plan=PLAN)
+    found = objective(**micro, supervised=supervised, plan=PLAN, taught=taught)
+    assert wanted["divergence"] > 0
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    other = objective(**micro, supervised=supervised, plan=PLAN, taught=taught.flip(0))
+    assert other["divergence"] > wanted["divergence"], "it is what is learnt from"
+    # Steps without a plan have no teacher, whatever was taught before.
+    dense = objective(**micro, supervised=supervised, plan=adsc.PruningPlan(), taught=taught)
+    assert dense["divergence"] == 0
+
+
 def kept_bytes(objective: Objective, micro: dict[str, torch.Tensor], supervised: int) -> int:
     """Bytes that autograd keeps for the way back."""
     saved: dict[int, int] = {}

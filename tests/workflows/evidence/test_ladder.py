@@ -17,6 +17,9 @@ from pipeline.config import edit
 from pipeline.evaluation.generation import Questions, build_inputs
 from pipeline.evaluation.intervals import Bootstrap
 from pipeline.evaluation.methods import PeerConfig, build_method
+from pipeline.training.batches import StepLoader
+from pipeline.training.config import DistillSettings, TrainConfig
+from pipeline.training.objective import Objective
 from tests.small import Small
 from tests.workflows.evidence.evidence_model import demo_model
 from workflows.demo.tiny_llava import IMAGE_TOKEN
@@ -31,7 +34,7 @@ from workflows.evidence.config import (
     arms,
     control_of,
 )
-from workflows.evidence.features import install, key_of, pack, remember, unpack
+from workflows.evidence.features import install, key_of, pack, remember, teach_ahead, unpack
 from workflows.evidence.ladder import BUDGETS, ladder_config, ladder_recipes, variant_config
 from workflows.evidence.questions import load_asking
 from workflows.evidence.retention import Answered, compare, write_retention
@@ -158,6 +161,24 @@ def test_test_questions_are_asked_later_without_another_training(
     text = (tmp_path / "ladder-test_turns.md").read_text()
     assert f"{len(questions) - 3} questions" in text, "all but the first of three pictures"
     assert "| heavy, then lighter | `1:1/2` |" in text
+
+
+def test_the_base_teaches_every_arm_from_what_it_said_once(small: Small) -> None:
+    base, distill = small.base, DistillSettings()
+    config = TrainConfig(batch_size=4, accumulate=2)
+    batch = StepLoader(data=small.prepared / "train", processor=base, config=config)(0)
+    model: Any = AutoModelForImageTextToText.from_pretrained(base).eval()
+    plan = adsc.PruningPlan.parse("1:1/2;pool=tiles")
+    adsc.attach(model, plan)
+    pictures: dict[bytes, torch.Tensor] = {}
+    objective = Objective(model, distill, model.device, in_step=False)
+    for micro in batch.micro:
+        taught = unpack(teach_ahead(model, pack(micro, pictures), pictures), pictures)
+        (extra,) = taught.keys() - micro.keys()
+        assert taught[extra].shape[0] == (micro["labels"] != -100).sum()
+        wanted = objective(**micro, supervised=9, plan=plan)
+        found = objective(**taught, supervised=9, plan=plan)
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 def test_remembered_features_are_the_towers_and_it_runs_no_more(small: Small) -> None:
