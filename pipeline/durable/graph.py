@@ -42,6 +42,8 @@ class State(NamedTuple):
     """cached; incomplete (cached, but something is left undone); running (elsewhere); waiting (for
     a stage running elsewhere); or to run."""
     path: str
+    record: Record | None
+    """Of a finished stage."""
 
 
 def topological_order(stages: Sequence[Stage]) -> list[Stage]:
@@ -114,26 +116,30 @@ def state(store: Store, stages: Sequence[Stage]) -> list[State]:
     rows, elsewhere = list[State](), set[str]()
     for stage in ordered:
         path = store.uri(records.folder(stage.name, prints[stage.name]))
-        if stage.name in finished:
-            left = stage.kind.complete and undone(finished[stage.name])
-            word, path = "incomplete" if left else "cached", finished[stage.name].uri
+        if record := finished.get(stage.name):
+            left = stage.kind.complete and undone(record)
+            word, path = "incomplete" if left else "cached", record.uri
         elif leases[stage.name] in fresh:
             word = "running"
         else:
             word = "waiting" if elsewhere & set(stage.needs.values()) else "to run"
         if word in ("running", "waiting"):
             elsewhere.add(stage.name)
-        rows.append(State(stage.name, word, path))
+        rows.append(State(stage.name, word, path, record))
     return rows
 
 
 def run(
-    stages: Sequence[Stage], context: RunContext, console: Console | None = None
+    stages: Sequence[Stage],
+    context: RunContext,
+    console: Console | None = None,
+    states: Sequence[State] | None = None,
 ) -> dict[str, Record]:
     """Run unfinished stages, complete what was left undone, and return every stage's record.
 
     Args:
         console: prints progress and the final table; `Console(quiet=True)` prints nothing.
+        states: what `state` found in the same store, which is then not read again.
 
     Raises:
         GraphError, StoreError, ClusterError, TrackingError: before anything runs.
@@ -142,7 +148,10 @@ def run(
     console = console or _console()
     ordered, prints = topological_order(stages), fingerprints(stages)
     store = open_store(context.root)
-    finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
+    if states is None:
+        finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
+    else:
+        finished = {state.name: state.record for state in states if state.record}
     due = {s.name for s in ordered if s.name in finished and is_due(s, finished[s.name], context)}
     todo = [stage for stage in ordered if stage.name not in finished or stage.name in due]
     cached = finished.keys() - due

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     store = open_store(options.root)
     check_for_runs(store.root)
     console = terminal.console()
-    _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
+    states = graph.state(store, stages)
+    _print_states(console, states, {s.name: s.title for s in stages})
     another = former(workflow, options.changes, store)
     if options.dry_run:
         terminal.note(another)
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if another:
         raise ValueError(another)
     context = dataclasses.replace(run_context(options, options.workflow), setup=workflow.setup)
-    finished = graph.run(stages, context, console)
+    finished = graph.run(stages, context, console, states)
     if unsent := send_pending(context.root, context.tracking_uri, context.cache):
         console.print(unsent, markup=False)
     _print_results(console, finished)

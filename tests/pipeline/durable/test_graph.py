@@ -105,6 +105,10 @@ def test_a_run_and_the_same_again(any_toys: Toys, tmp_path: Path) -> None:
     assert any_toys.ran() == ONCE
     assert any_toys.run(context) == first
     assert any_toys.ran() == ONCE
+    # What `state` has read is not read again.
+    states = graph.state(any_toys.store, any_toys.stages())
+    elsewhere = toy.context(tmp_path / "nothing")
+    assert graph.run(any_toys.stages(), elsewhere, QUIET, states) == first
     made = first["make"]
     assert [(file.path, file.size) for file in made.files] == [("deep/numbers.txt", 5)]
     assert open_store(made.uri).read("deep/numbers.txt") == b"0 1 2"
