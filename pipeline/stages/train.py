@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pipeline.durable.progress import ProgressHandle
 from pipeline.durable.stage import Input, StageContext
+from pipeline.retry import every, retried
 from pipeline.tracking import gauges
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.config import MOMENTS, TrainConfig
@@ -135,22 +136,24 @@ class RayContext:
         import ray.train
 
         storage: Any = ray.train.get_context().get_storage()
-        give_up = time.monotonic() + PATIENCE_SECONDS
+
+        def stored() -> Any:
+            write(Path(checkpoint.path))
+            return storage.persist_current_checkpoint(checkpoint, name)
+
         try:
-            while True:
-                try:
-                    write(Path(checkpoint.path))
-                    return storage.persist_current_checkpoint(checkpoint, name)
-                except OSError as error:
-                    if time.monotonic() > give_up:
-                        raise OSError(
-                            f"checkpoint {name} could not be stored for {PATIENCE_SECONDS:.0f} s: "
-                            f"{error}; check free space and permissions at "
-                            f"{storage.experiment_fs_path} and {checkpoint.path}, then rerun: "
-                            "training resumes from the previous checkpoint"
-                        ) from error
-                    log.warning("checkpoint %s can't be stored, retrying: %s", name, error)
-                    time.sleep(5)
+            return retried(
+                stored,
+                lambda error: isinstance(error, OSError),
+                every(5.0, PATIENCE_SECONDS),
+                lambda error: log.warning("can't store checkpoint %s, retrying: %s", name, error),
+            )
+        except OSError as error:
+            raise OSError(
+                f"checkpoint {name} could not be stored for {PATIENCE_SECONDS:.0f} s: {error}; "
+                f"check free space and permissions at {storage.experiment_fs_path} and "
+                f"{checkpoint.path}, then rerun: training resumes from the previous checkpoint"
+            ) from error
         finally:
             self._one_write.release()
 
