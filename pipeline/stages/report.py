@@ -7,7 +7,6 @@ wrote.
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from itertools import groupby
@@ -18,10 +17,10 @@ from pipeline.durable.stage import Input, StageContext
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.kinds.report import ReportConfig
 from pipeline.redact import flatten
-from pipeline.reporting import figures
+from pipeline.reporting import figures, pages
+from pipeline.reporting.pages import embedded
 from pipeline.reporting.results import Arm, Interval, Results, Sample
 
-TEMPLATE = Path(__file__).with_name("report.html")
 ACROSS = 6
 """Tasks, or kinds of questions, in one table side by side."""
 
@@ -55,18 +54,14 @@ def _across(names: list[str]) -> list[list[str]]:
 def render(
     results: Results, folder: Path, config: ReportConfig, search: Input | None = None
 ) -> str:
-    """The page. Strings come from configs and models, so the template escapes all of them."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "points": points, "less": less}
+    """The page."""
     kinds = list(results.majority.by_kind)
     tasks = list(results.arms[0].by_split) if results.arms else []
     rows = len(kinds) * max(2, len(results.arms)) * 0.13
     tall = max(2.9, 1.1 + 0.36 * len(results.arms))
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return pages.render(
+        "report",
+        {"percent": percent, "points": points, "less": less},
         r=results,
         finding=tied(finding(results)),
         remarks=[tied(remark) for remark in remarks(results)],
@@ -107,7 +102,7 @@ def render(
         and {
             "finding": tied(search.outputs["finding"]),
             "page": f"{search.uri}/search.html",
-            "picture": _source((search.folder / "search.png").read_bytes()),
+            "picture": embedded((search.folder / "search.png").read_bytes()),
         },
         samples=samples(results, folder, config),
         config=flatten(results.config),
@@ -260,8 +255,4 @@ def thumbnail(folder: Path, picture: str, side: int) -> str | None:
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")
-    return _source(buffer.getvalue())
-
-
-def _source(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return embedded(buffer.getvalue())
