@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import or_
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -45,6 +45,9 @@ class Config(BaseModel):
         validate_default=True,
         allow_inf_nan=False,  # JSON has no literal for either
     )
+
+    COMPARED_BY: ClassVar[tuple[str, ...]] = ()
+    """Keys, or sections, that runs are compared by: the parameters of a workflow's MLflow run."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
