@@ -24,6 +24,7 @@ pytest.importorskip("vllm")
 
 from tests.adsc.serving.engine.cases import Reference
 from tests.adsc.serving.engine.chats import CHATS, PLAN, as_prompt, chat
+from tests.documents import ROOT
 
 PATIENCE = 900  # seconds that a slow machine may take to load
 
