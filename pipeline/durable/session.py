@@ -244,8 +244,13 @@ def tracked(
     _print(console, page_address(uri, tracker.page))
     status = "KILLED"
     try:
-        named = {"parent_run_id": tracker.id_for_children, "run_page": tracker.page}
-        yield dataclasses.replace(context, tracking_uri=uri, **named), tracker
+        found = dataclasses.replace(
+            context,
+            tracking_uri=uri,
+            parent_run_id=tracker.id_for_children,
+            run_page=tracker.page,
+        )
+        yield found, tracker
         status = "FINISHED"
     except Exception:
         status = "FAILED"
