@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import reduce
 from operator import or_
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -56,6 +56,9 @@ class Config(BaseModel):
         validate_default=True,
         allow_inf_nan=False,  # JSON has no literal for either
     )
+
+    COMPARED_BY: ClassVar[tuple[str, ...]] = ()
+    """Keys, or sections, that runs are compared by: the parameters of a workflow's MLflow run."""
 
     @field_validator("*", mode="wrap")
     @classmethod

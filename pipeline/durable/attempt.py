@@ -143,6 +143,8 @@ def _attempt(
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(time.monotonic() - clock, 3),
                 run_id=track.run_id,
+                workflow_run=context.run_page,
+                gpus=context.most_workers * context.gpus_per_worker if stage.kind.workers else 0.0,
                 host=socket.gethostname(),
             )
             if store.local("") is None:

@@ -21,7 +21,7 @@ from pipeline.durable.identity import digest, fingerprint
 from pipeline.durable.lease import alive
 from pipeline.durable.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.durable.record import Record, sentence, undone
-from pipeline.durable.session import cancelling, ray_for, tracked
+from pipeline.durable.session import cancelling, log_headline, ray_for, tracked
 from pipeline.durable.stage import Kind, RunContext, Stage
 from pipeline.store import Store, check_for_runs, open_store
 from pipeline.tracking import gauges
@@ -107,16 +107,23 @@ def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
     return prints
 
 
+def finished(store: Store, stages: Sequence[Stage]) -> dict[str, Record]:
+    """The records of the stages that are finished, by name, in topological order."""
+    prints = fingerprints(stages)
+    found = ((s.name, s.finished(store, prints[s.name])) for s in topological_order(stages))
+    return {name: record for name, record in found if record is not None}
+
+
 def state(store: Store, stages: Sequence[Stage]) -> list[State]:
     """What a run would do, in order; takes a few heartbeats if a lease is held."""
     ordered, prints = topological_order(stages), fingerprints(stages)
-    finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
+    done = finished(store, stages)
     leases = {s.name: records.lease_key(s.name, prints[s.name]) for s in ordered}
-    fresh = alive(store, [key for name, key in leases.items() if name not in finished])
+    fresh = alive(store, [key for name, key in leases.items() if name not in done])
     rows, elsewhere = list[State](), set[str]()
     for stage in ordered:
         path = store.uri(records.folder(stage.name, prints[stage.name]))
-        if record := finished.get(stage.name):
+        if record := done.get(stage.name):
             left = stage.kind.complete and undone(record)
             word, path = "incomplete" if left else "cached", record.uri
         elif leases[stage.name] in fresh:
@@ -149,12 +156,12 @@ def run(
     ordered, prints = topological_order(stages), fingerprints(stages)
     store = open_store(context.root)
     if states is None:
-        finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
+        done = finished(store, stages)
     else:
-        finished = {state.name: state.record for state in states if state.record}
-    due = {s.name for s in ordered if s.name in finished and is_due(s, finished[s.name], context)}
-    todo = [stage for stage in ordered if stage.name not in finished or stage.name in due]
-    cached = finished.keys() - due
+        done = {state.name: state.record for state in states if state.record}
+    due = {s.name for s in ordered if s.name in done and is_due(s, done[s.name], context)}
+    todo = [stage for stage in ordered if stage.name not in done or stage.name in due]
+    cached = done.keys() - due
     if todo:
         fresh = [stage.name for stage in todo if stage.name not in due]
         for word, group in (("cached", sorted(cached)), ("to run", fresh)):
@@ -164,9 +171,11 @@ def run(
         check_for_runs(store.root)
         store.check_writable()
         context = replace(context, root=store.root, commit=git_commit())
-        with tracked(context, ordered, console) as context, ray_for(context):
-            finished |= _submit(todo, prints, context, finished, console)
-    result = {stage.name: finished[stage.name] for stage in ordered}
+        with tracked(context, ordered, console) as (context, track):
+            with ray_for(context):
+                done |= _submit(todo, prints, context, done, console)
+            log_headline(track, ordered, done)
+    result = {stage.name: done[stage.name] for stage in ordered}
     took = {n: "cached" if n in cached else f"{it.seconds:.0f} s" for n, it in result.items()}
     console.print(table([(n, took[n], it.uri) for n, it in result.items()]), **PLAIN)
     for name, record in result.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pipeline.redact import flatten
 from pipeline.reporting import figures, pages
 from pipeline.reporting.pages import embedded
 from pipeline.reporting.results import Arm, Interval, Results, Sample
+from pipeline.reporting.timeline import Bar, bars, draw, records_behind
+from pipeline.tracking.address import page_address
 
 ACROSS = 6
 """Tasks, or kinds of questions, in one table side by side."""
@@ -39,7 +42,10 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     (ctx.out / "report.png").write_bytes(figures.summary_png(results, tied(sentence)))
     ctx.progress(1, 2, "page")
     search = ctx.inputs.get("search")
-    (ctx.out / "report.html").write_text(render(results, folder, config, search))
+    stages = bars(records_behind(ctx.inputs["evaluate"].record))
+    run = page_address(ctx.run.tracking_uri or "", ctx.run.run_page)
+    page = render(results, folder, config, search, stages, run)
+    (ctx.out / "report.html").write_text(page)
     for name in ("report.html", "report.png"):
         ctx.track.artifact(ctx.out / name)
     ctx.track.note(sentence)
@@ -52,9 +58,19 @@ def _across(names: list[str]) -> list[list[str]]:
 
 
 def render(
-    results: Results, folder: Path, config: ReportConfig, search: Input | None = None
+    results: Results,
+    folder: Path,
+    config: ReportConfig,
+    search: Input | None = None,
+    stages: Sequence[Bar] = (),
+    run: str = "",
 ) -> str:
-    """The page."""
+    """The page.
+
+    Args:
+        stages: when the stages ran that the results come from.
+        run: address of the workflow's run in MLflow, if a server shows it.
+    """
     kinds = list(results.majority.by_kind)
     tasks = list(results.arms[0].by_split) if results.arms else []
     rows = len(kinds) * max(2, len(results.arms)) * 0.13
@@ -96,7 +112,18 @@ def render(
                 if results.curves
                 else []
             ),
+            *(
+                [
+                    (
+                        figures.svg(lambda axes, _: draw(axes, stages), results, _tall(stages)),
+                        "Stages as bars over time",
+                    )
+                ]
+                if stages
+                else []
+            ),
         ],
+        run=run,
         per_batch=figures.per_batch(results),
         search=search
         and {
@@ -107,6 +134,11 @@ def render(
         samples=samples(results, folder, config),
         config=flatten(results.config),
     )
+
+
+def _tall(stages: Sequence[Bar]) -> float:
+    """Inches of the timeline."""
+    return max(2.9, 0.8 + 0.2 * len(stages))
 
 
 def finding(results: Results) -> str:

@@ -77,6 +77,7 @@ class RayContext:
         self._progress = progress
         self._inputs, self._data_workers = inputs, data_workers
         self._tracker = Tracker(run)
+        self._note = "steps"
         self._one_write = threading.Semaphore()
         self._ask_at = time.monotonic()
         self._answered: set[str] = set()
@@ -94,8 +95,13 @@ class RayContext:
 
     def stream(self, load: Callable[[int], Any], steps: range) -> Iterator[Any]:
         if self._data_workers:
-            return from_ray_data(Anywhere(load, self._inputs), steps, self._data_workers)
-        return from_thread(load, steps)
+            batches = from_ray_data(Anywhere(load, self._inputs), steps, self._data_workers)
+        else:
+            batches = from_thread(load, steps)
+        for step, batch in zip(steps, batches, strict=True):
+            if self.rank == 0:
+                self._progress(step, steps.stop, self._note)
+            yield batch
 
     def report(
         self,
@@ -160,7 +166,8 @@ class RayContext:
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self._tracker.metrics(metrics, step=step)
         gauges.training(self._progress.stage, step, steps, metrics)
-        self._progress(step, steps, f"steps, loss {metrics['loss']:.3f}")
+        self._note = f"steps, loss {metrics['loss']:.3f}"
+        self._progress(step, steps, self._note)
 
     def close(self) -> None:
         """Send pending tracking data if MLflow answers."""
@@ -268,6 +275,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         ),
         torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
     )
+    ctx.progress(0, 0, "starting workers")
     result: Any = trainer.fit()  # typed as the Result of Ray Train v1, which has no return_value
     if isinstance(result.return_value, str):
         raise TrainingRefused(result.return_value)

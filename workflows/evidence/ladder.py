@@ -107,6 +107,7 @@ def _recipe(
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recipe:
     train = dict(more)
+    trained = (*before, plan) if plan else ()
     if steps != SHORT:
         train["steps"] = steps
     if distill:
@@ -115,8 +116,6 @@ def _recipe(
         plans = {name: f"{one};pool=tiles" for name, one in elastic.items()}
         train |= {"plans": plans, "weights": {"dense": 0.5}}
         trained = (plans["667"],)  # one training for all budgets
-    else:
-        trained = (*before, plan) if plan else ()
     return Recipe(
         name=name,
         label=label,

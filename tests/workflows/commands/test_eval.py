@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 import tempfile
 import uuid
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from pipeline.durable.identity import load_body
 from pipeline.durable.stage import Input
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.engine import VARIABLE, engine_python
 from pipeline.evaluation.scoring import RULES
 from pipeline.packaged import resolve
 from pipeline.store import open_store
@@ -94,6 +97,50 @@ def test_the_same_command_again_only_prints(
     printed = capsys.readouterr().out
     assert printed.count("cached") == 5 and "48 questions" in printed
     assert f"{PLAN} " in printed and "report: " in printed
+
+
+def vllm_is_here() -> bool:
+    try:
+        return bool(engine_python())
+    except ValueError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not vllm_is_here(), reason="needs the environment of `make vllm`")
+def test_vllm_answers_what_transformers_answers(
+    small: Small, evaluated: Path, tmp_path: Path
+) -> None:
+    """The same file but for times."""
+    code = main(
+        ["eval", str(small.base), "--tasks", str(small.pictures / "test.json"), "--methods",
+         "dense", f"plan:{PLAN}", "--engine", "vllm", "--root", str(evaluated.parent / "runs"),
+         "--out", str(tmp_path / "out"), *QUICK]
+    )  # fmt: skip
+    assert code == 0
+    plain, served = (
+        pq.read_table(folder / "samples.parquet").drop_columns("seconds").to_pylist()
+        for folder in (evaluated, tmp_path / "out")
+    )
+    assert served == plain
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["arms"][1]["plan"] == PLAN
+
+
+def test_vllm_is_refused_what_it_cannot_run(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    words = ["eval", str(small.base), "--tasks", str(small.pictures / "test.json")]
+    words += ["--engine", "vllm", "--root", str(tmp_path), "--methods"]
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "python"))
+    assert main([*words, "dense"]) == 2
+    assert f"{VARIABLE} names {tmp_path / 'python'}" in capsys.readouterr().err
+    monkeypatch.setenv(VARIABLE, sys.executable)
+    for method, words_said in (
+        ("fastv:22", "vLLM runs pruning plans and dense models only"),
+        ("plan:1:1/2;positions=reindex", "positions=keep"),
+    ):
+        assert main([*words, method]) == 2
+        assert words_said in capsys.readouterr().err
 
 
 def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path) -> None:
