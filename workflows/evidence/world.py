@@ -51,8 +51,12 @@ def claim(config: EvidenceConfig, out: Path) -> None:
         file.write_text(json.dumps(own, indent=1))
     there = json.loads(file.read_text())
     if other := sorted(key for key in own | there if own.get(key) != there.get(key)):
-        told = "; ".join(f"{key} is {there.get(key)} there, {own.get(key)} here" for key in other)
-        raise ValueError(f"{out} holds other data or another base: {told}; take another --out")
+        differences = "; ".join(
+            f"{key} is {there.get(key)} there, {own.get(key)} here" for key in other
+        )
+        raise ValueError(
+            f"{out} holds other data or another base: {differences}; take another --out"
+        )
 
 
 def make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[Any]]) -> None:
