@@ -81,7 +81,7 @@ BUILT_IN = {
     "ray_node_gpus_utilization",
 }
 """Ray's own, that the dashboard draws besides; all but the last are looked for on a real node by
-tests/workflows/test_jobs.py."""
+tests/pipeline/cluster/test_jobs.py."""
 VLLM = {
     "ray_vllm_num_requests_running",
     "ray_vllm_num_requests_waiting",
@@ -90,4 +90,4 @@ VLLM = {
     "ray_vllm_kv_cache_usage_perc",
     "ray_vllm_time_to_first_token_seconds_bucket",
 }
-"""Of what is served; tests/serving/test_ray_serve.py looks for them on a real node."""
+"""Of what is served; tests/adsc/serving/engine/test_ray_serve.py looks for them on a real node."""

@@ -1,0 +1,118 @@
+"""`adsc serve` as a user has it: the command, HTTP with eight clients at once, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.adsc.serving.engine.cases import Reference
+from tests.adsc.serving.engine.chats import CHATS, PLAN, as_prompt, chat
+from tests.documents import ROOT
+
+PATIENCE = 900  # seconds that a slow machine may take to load
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    address: str
+    said: list[str]
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.address}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
+    def wait(self) -> None:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            assert self.process.poll() is None, "".join(self.said)
+            try:
+                urllib.request.urlopen(f"{self.address}/health", timeout=5)
+                return
+            except OSError:
+                time.sleep(1)
+        raise AssertionError("".join(self.said))
+
+
+@pytest.fixture(scope="module")
+def server(exported: Path) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "workflows.commands.entry", "serve", str(exported),
+        "--port", str(port), "--max-model-len", "1024", "--max-num-seqs", "16",
+        "--dtype", "float32", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4}',
+    ]  # fmt: skip
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    said: list[str] = []
+    assert process.stdout is not None
+    stream = process.stdout
+    threading.Thread(target=lambda: said.extend(stream), daemon=True).start()
+    found = Server(process, f"http://127.0.0.1:{port}", said)
+    try:
+        found.wait()
+        yield found
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_eight_clients_at_once(server: Server, reference: Reference) -> None:
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(
+            clients.map(lambda it: server.post("/v1/chat/completions", chat(it, 10)), CHATS)
+        )
+    wanted = reference.answers(PLAN, [as_prompt(it) for it in CHATS], new=10)
+    got = [tuple(answer["choices"][0]["token_ids"]) for answer in answers]
+    assert [answer["usage"]["prompt_tokens"] for answer in answers] == [it.wide for it in wanted]
+    assert got == [it.tokens for it in wanted]
+
+
+def test_it_tells_plan_costs_and_what_the_pool_holds(server: Server) -> None:
+    said = "".join(server.said)
+    assert f"plan {PLAN}, " in said and "% less than dense" in said
+    assert "KV pool: " in said and "run together (dense: " in said
+
+
+def test_what_is_refused_is_the_clients_error(server: Server) -> None:
+    scored = chat(CHATS[0], 1) | {"prompt_logprobs": 1}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.post("/v1/chat/completions", scored)
+    assert caught.value.code == 400
+    assert "leave prompt_logprobs out" in caught.value.read().decode()
+    assert server.post("/v1/chat/completions", chat(CHATS[0], 2))["choices"]
+
+
+def test_ctrl_c_ends_it(server: Server) -> None:
+    """The last test of this server: a terminal sends the signal to the whole group."""
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.process.wait(120) == 0
+    assert "Traceback" not in "".join(server.said[-30:])
