@@ -58,7 +58,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def served(exported: Path) -> Iterator[Served]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(PATIENCE))
     import ray
     from ray import serve
 
