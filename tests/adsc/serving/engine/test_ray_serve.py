@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray reads both when it is imported
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "900")
 pytest.importorskip("vllm")
 pytest.importorskip("ray")
 
@@ -58,8 +60,6 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def served(exported: Path) -> Iterator[Served]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(PATIENCE))
     import ray
     from ray import serve
 
