@@ -1,11 +1,12 @@
 """vLLM dense and under plans, in turns in one process: prefill, throughput, KV blocks, capacity.
 
-    .venv-vllm/bin/python -m benchmarks.serve --json runs/bench/serve.json
+    .venv-vllm/bin/python -m benchmarks.serve --eager --json runs/bench/serve.json
 
 A LLaVA with random weights, 576 vision tokens an image and a decoder of 16 layers; on a GPU pass
 `--width 4096 --layers 32 --dtype bfloat16` for the geometry of LLaVA-1.5-7B. Times are medians over
 turns, and only ratios within one run mean anything. All engines live in this process, one after
-another answers the same requests, so load on the machine meets each alike.
+another answers the same requests, so load on the machine meets each alike. Without `--eager` vLLM
+compiles the dense model and not those with plans.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
 PLANS = ("4:1/2,8:1/2,12:1/2", "1:1/8", "4:1/9,12:0;pool=tiles")
 BASE = Path(__file__).parents[1] / "workflows" / "assets" / "tiny_base"
 TEXT = 40  # text tokens of a request
 IMAGE_TOKEN = 3
 CONCURRENCY = 8
 TIMED = ("prefill", "generate")
-ENGINE_POOL = 400 << 20  # bytes of KV cache: CONCURRENCY requests wait for none
+POOLED = 5  # dense requests whose KV cache the pool of the capacity holds
 
 
 def write_model(folder: Path, width: int, layers: int) -> None:
@@ -103,7 +104,9 @@ def engine(folder: Path, plan: str, options: argparse.Namespace) -> Any:
         seed=0,
         mm_processor_cache_gb=0,
         disable_log_stats=False,
-        kv_cache_memory_bytes=ENGINE_POOL,
+        kv_cache_memory_bytes=(CONCURRENCY + 2) * request_bytes(options),
+        gpu_memory_utilization=0.2,  # free when an engine starts, beside those before it
+        enforce_eager=options.eager,
         hf_overrides={"adsc": PruningPlan.parse(plan).to_dict()},
     )
 
@@ -145,14 +148,20 @@ def timed(engines: dict[str, Any], new: int, turns: int, warm: int) -> dict[str,
     }
 
 
-def capacity(llm: Any, size: int) -> dict[str, float]:
-    """Blocks and bytes that one request holds, and how many run together in a pool of `size` bytes;
-    the engine's own is larger, and its other blocks are taken away."""
+def request_bytes(options: argparse.Namespace) -> int:
+    """Bytes of keys and values of a dense request with 24 new tokens: whole blocks of 32."""
+    size = 4 if options.dtype == "float32" else 2
+    return 2 * options.layers * options.width * size * (576 + TEXT + 24)
+
+
+def capacity(llm: Any, whole: int, size: int) -> dict[str, float]:
+    """Blocks and bytes that one request holds, and how many run together in `size` bytes of the
+    engine's `whole` pool, whose other blocks are taken away."""
     from vllm import SamplingParams
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     config, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
-    block = ENGINE_POOL / config.num_blocks  # bytes
+    block = whole / config.num_blocks  # bytes
     pool.get_new_blocks(pool.get_num_free_blocks() - int(size / block))
     free, plain = pool.get_num_free_blocks(), scheduler.schedule
     seen: list[tuple[int, int]] = []
@@ -176,22 +185,31 @@ def capacity(llm: Any, size: int) -> dict[str, float]:
     }
 
 
-def print_table(result: dict[str, Any], pool: int) -> None:
-    """All as multiples of dense, but for what is counted."""
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each plan: times as multiples of dense, the first two by processor time."""
+    found = []
     for name, held in result["capacity"].items():
         own, dense = ({case: result[case][it] for case in TIMED} for it in (name, "dense"))
         cpu = [dense[case]["cpu_seconds"] / own[case]["cpu_seconds"] for case in TIMED]
-        more = {
+        wall = {
             key: own["generate"][key] / dense["generate"][key]
             for key in ("requests_per_s", "tokens_per_s", "first_token_seconds")
         }
-        print(
-            f"{name}: prefill {cpu[0]:.2f}x, with 32 tokens {cpu[1]:.2f}x (processor time); "
-            f"{more['requests_per_s']:.2f}x requests/s, {more['tokens_per_s']:.2f}x tokens/s, "
-            f"{more['first_token_seconds']:.2f} of the time to first token (wall time); "
-            f"{held['groups']} groups, a request holds {held['blocks']} blocks, {held['mib']:.1f} "
-            f"MiB; {held['together']} run together in {pool} MiB"
+        found.append(
+            {
+                "plan": name,
+                "prefill": round(cpu[0], 2),
+                "with 32 tokens": round(cpu[1], 2),
+                "requests/s": round(wall["requests_per_s"], 2),
+                "tokens/s": round(wall["tokens_per_s"], 2),
+                "time to first token": round(wall["first_token_seconds"], 2),
+                "groups": held["groups"],
+                "blocks of a request": held["blocks"],
+                "MiB of a request": round(held["mib"], 1),
+                f"together in {result['pool_mib']} MiB": held["together"],
+            }
         )
+    return found
 
 
 def main() -> None:
@@ -200,23 +218,31 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pool", type=int, default=200, help="MiB of KV cache for the capacity")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--eager", action="store_true", help="nothing compiled, dense neither")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result: dict[str, Any] = {"plans": ["dense", *options.plans]}
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if options.eager:
+        os.environ["VLLM_CPU_CI_ENV"] = "1"  # the sampler on a CPU
+    texts = {"dense": ""} | {plan: plan for plan in options.plans}
+    held = request_bytes(options)
+    result: dict[str, Any] = {"plans": list(texts), "pool_mib": POOLED * held >> 20}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder, options.width, options.layers)
-        texts = {"dense": ""} | {plan: plan for plan in options.plans}
         engines = {name: engine(folder, plan, options) for name, plan in texts.items()}
         result["prefill"] = timed(engines, 1, options.turns, warm=1)
         result["generate"] = timed(engines, 32, options.turns, warm=0)
-        size = options.pool << 20
-        result["capacity"] = {name: capacity(llm, size) for name, llm in engines.items()}
+        result["capacity"] = {
+            name: capacity(llm, (CONCURRENCY + 2) * held, POOLED * held)
+            for name, llm in engines.items()
+        }
         for llm in engines.values():
             llm.llm_engine.engine_core.shutdown()
-    print_table(result, options.pool)
+    for row in rows(result):
+        print(", ".join(f"{key}: {value}" for key, value in row.items()))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
