@@ -231,8 +231,10 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         TrainingRefused: the config or the data can't be trained with, or the loss diverged.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from pipeline.stages.process_group import ProcessGroup
 
     run = ctx.run
     if config.batch_size < run.most_workers:
@@ -248,7 +250,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     data = ctx.inputs["data"]
     ctx.track.dataset(data.uri, "prepared conversations", data.outputs.get("digest", "")[:12])
     storage_path, name = ctx.train_storage
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         _worker,  # type: ignore[arg-type]  # v2 hands the return value on
         train_loop_config={
             "config": config,
@@ -273,7 +275,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
         ),
-        torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
+        backend_config=ProcessGroup(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
     )
     ctx.progress(0, 0, "starting workers")
     result: Any = trainer.fit()  # typed as the Result of Ray Train v1, which has no return_value

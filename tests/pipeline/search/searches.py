@@ -1,4 +1,4 @@
-"""What tests of the search share: a space, splits-out conversations, a job."""
+"""What tests of the search share: a space, held-out conversations, a job."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from pipeline.store import open_store
 from pipeline.store.local import LocalStore
 from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context
-from tests.pipeline.search.searches import DATA, LLAVA, TRAIN, prepared_splits, job_of, space_of  # noqa: F401
+from tests.pipeline.search.searches import DATA, LLAVA, TRAIN, job_of, prepared_splits, space_of  # noqa: F401
 from tests.small import Small
 from workflows.demo.workflow import demo_paper as demo
 

@@ -17,7 +17,7 @@ from pipeline.search.study import Rung, Study, Trial
 from pipeline.search.trial import segments
 from pipeline.search.tuning import Worker
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
-from tests.pipeline.search.searches import prepared_splits, job_of, space_of  # noqa: F401
+from tests.pipeline.search.searches import job_of, prepared_splits, space_of  # noqa: F401
 from tests.small import Small
 from workflows.commands.search import best_settings
 from workflows.demo.workflow import demo

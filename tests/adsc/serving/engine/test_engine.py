@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -17,6 +19,7 @@ pytest.importorskip("vllm")
 from adsc import PruningPlan
 from tests.adsc.serving.engine.cases import BASE, PLANS, Answer, Prompt, Reference
 from tests.adsc.serving.engine.engines import engine, request
+from tests.documents import ROOT
 
 Wanted = Callable[[str], list[Answer]]
 NAMED = {
@@ -128,6 +131,28 @@ def test_the_scheduler_of_async_engines(
     with engine(checkpoint, as_dict(plan)) as served:
         assert type(served.scheduler).__name__ == "AsyncPlanScheduler"
         assert served.answers(reference, asked) == tokens(wanted(plan))
+
+
+def test_two_workers_share_each_layer(
+    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    """Tensor parallelism; each worker works the steps out by itself."""
+    plan = "2:1/9,6:0;pool=tiles"
+    with engine(checkpoint, as_dict(plan), tensor_parallel_size=2) as served:
+        assert served.answers(reference, asked) == tokens(wanted(plan))
+
+
+def test_the_second_model_runner(checkpoint: Path, wanted: Wanted) -> None:
+    plans = ["2:1/2,4:1/2,6:1/2", "2:1/9,6:0;pool=tiles"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.adsc.serving.engine.run_v2", str(checkpoint), *plans],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for plan, got in zip(plans, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert got == [list(it.tokens[:4]) for it in wanted(plan)[::3]]
 
 
 @pytest.mark.parametrize("plan", ["0:1/2,4:1/4;anchor=first", "2:1/9,6:0;pool=tiles"])

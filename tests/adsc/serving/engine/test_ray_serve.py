@@ -18,11 +18,14 @@ from typing import Any
 import psutil
 import pytest
 
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray reads both when it is imported
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "900")
 pytest.importorskip("vllm")
 pytest.importorskip("ray")
 
 from tests.adsc.serving.engine.cases import Reference
 from tests.adsc.serving.engine.chats import CHATS, PLAN, as_prompt, chat
+from tests.documents import ROOT
 from tests.infra.documents import VLLM, cluster_of, kubernetes_objects
 
 PATIENCE = 900  # seconds that a slow machine may take to load
@@ -57,7 +60,6 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def served(exported: Path) -> Iterator[Served]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
     from ray import serve
 
@@ -68,7 +70,7 @@ def served(exported: Path) -> Iterator[Served]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(ROOT),
     }
     ray.init(
         num_cpus=2,
