@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.worker import TASK, Work, render_chunks
+from pipeline.data.worker import Work, render_chunk
 from pipeline.durable.identity import canonical
 from pipeline.durable.progress import ProgressHandle
 from pipeline.durable.record import Record
@@ -121,7 +121,7 @@ def _render(
 
 
 def _render_one(task: dict[str, Any], work: Work) -> list[pa.Table]:
-    return list(render_chunks(pa.Table.from_pylist([task], schema=TASK), work))
+    return list(render_chunk(task, work))
 
 
 def _train_tower(made: TinyBaseConfig, out: Path, folder: Path) -> None:

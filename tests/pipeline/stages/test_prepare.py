@@ -1,4 +1,4 @@
-"""The prepare stage on real pictures and on broken ones; Ray Data is the real one."""
+"""The prepare stage on real pictures and on broken ones; Ray is the real one."""
 
 import hashlib
 import json
