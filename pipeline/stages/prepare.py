@@ -262,11 +262,12 @@ def _rendered(tasks: list[dict[str, Any]], work: Work) -> Iterator[pa.Table]:
     store."""
     import ray
 
-    remote: Any = ray.remote(
-        num_cpus=TASK_CPUS,
-        num_returns="streaming",
-        _generator_backpressure_num_objects=TABLES_AHEAD,
-    )(render_chunk)
+    options: Any = {
+        "num_cpus": TASK_CPUS,
+        "num_returns": "streaming",
+        "_generator_backpressure_num_objects": TABLES_AHEAD,
+    }
+    remote: Any = ray.remote(**options)(render_chunk)
     shared, left, ahead = ray.put(work), iter(tasks), deque[Any]()
     try:
         while True:
