@@ -4,6 +4,7 @@ No Ray is started for it: a test that needs one asks for `ray_address` besides.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +39,10 @@ class Small(NamedTuple):
 
 def in_this_process(tasks: list[dict[str, Any]], work: Any) -> Iterable[Any]:
     """Chunks to rows, as Ray's workers make them."""
-    import pyarrow as pa
 
-    from pipeline.data.worker import TASK, render_chunks
+    from pipeline.data.worker import render_chunk
 
-    return render_chunks(pa.Table.from_pylist(tasks, schema=TASK), work)
+    return chain.from_iterable(render_chunk(task, work) for task in tasks)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from pipeline.data.config import PrepareConfig
     from pipeline.data.conversations import parse_turns
     from pipeline.data.sources import iter_records
-    from pipeline.data.templates import TEMPLATES
+    from pipeline.data.templates import shipped
     from pipeline.stages.prepare import prepare_data
     from workflows.demo.fashion_grids import compose_fashion
     from workflows.demo.pictures import FashionConfig
@@ -62,7 +62,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         FashionConfig(train_pictures=24, test_pictures=6),
     )
     records = iter_records(root / "pictures" / "train.json")
-    template = TEMPLATES["vicuna_short"]
+    template = shipped("vicuna_short")
     texts = [
         "".join(text for text, _ in template.render(parse_turns(record))) for _, record in records
     ]

@@ -52,7 +52,7 @@ class Options(BaseModel):
 class Replica:
     """One engine; it may take minutes to load."""
 
-    async def __init__(self, options: Options):
+    async def __init__(self, options: Options) -> None:  # type: ignore[misc]  # Serve awaits it
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app

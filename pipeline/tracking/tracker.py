@@ -5,7 +5,7 @@ the store. Every call names its run: there is no active run, so stages that shar
 write into each other's.
 
 The store is the source of truth, so tracking never fails or delays a stage: a call writes
-into a journal (pipeline/tracking/spool.py), and a thread sends that. While the server is away or
+into a journal (pipeline/tracking/spool.py), and a thread sends that. While the server is down or
 hangs it tries again; what is left at the end is sent by the next run (`reconcile`). Run, params,
 metrics, tags, artifacts and the end can be sent twice and are there once. Only `prepare`, which
 runs while the user still looks, raises. Autologging is deliberately left to MLflow itself.
@@ -136,6 +136,12 @@ class Tracker:
         return self._run.run_id
 
     @property
+    def page(self) -> str:
+        """The page of the run below its server's address; empty until the run could be created."""
+        known = self._run.experiment_id and self.run_id
+        return f"experiments/{self._run.experiment_id}/runs/{self.run_id}" if known else ""
+
+    @property
     def id_for_children(self) -> str:
         """The run's id, or a placeholder until it could be created."""
         return self.run_id or f"{TOKEN}{self._handle.token}"
@@ -165,6 +171,10 @@ class Tracker:
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Upload a file, or a folder with all that is in it; it is to stay as it is."""
         self._add("artifact", path=str(Path(path).absolute()), folder=folder)
+
+    def text(self, name: str, text: str) -> None:
+        """Log a text as an artifact of that name."""
+        self._add("text", name=name, text=redact(text))
 
     def dataset(self, uri: str, name: str, digest: str) -> None:
         """Name a data set that this run read: where it is, and which version (36 characters of its

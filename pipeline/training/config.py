@@ -217,7 +217,7 @@ class TrainConfig(MethodConfig):
     """Rows of a micro-batch follow one another in one row without padding; only with attention
     backends that keep them apart."""
     activation_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
-    """Compute activations again on the way back instead of keeping them; saves memory, costs up to
+    """Recompute activations in the backward pass instead of keeping them; saves memory, costs up to
     a third more time."""
     attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
         "sdpa", json_schema_extra=OPERATIONAL

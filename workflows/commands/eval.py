@@ -7,7 +7,6 @@ prints the results.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -108,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
-    context = dataclasses.replace(run_context(options, "eval"), setup=setup_for(options.checkpoint))
+    parameters = {"checkpoint": options.checkpoint, "methods": " ".join(options.methods or ())}
+    context = run_context(options, "eval", parameters, setup_for(options.checkpoint))
     records = graph.run(stages, context, console)
     evaluated, reported = Input(records["evaluate"]), Input(records["report"])
     results = json.loads((evaluated.folder / "results.json").read_text())

@@ -30,6 +30,7 @@ from pipeline.durable.record import Record
 from pipeline.durable.session import ClusterError, free_port
 from pipeline.durable.stage import Input, Stage, StageContext
 from pipeline.store import Store, StoreError, open_store
+from pipeline.tracking.headline import DataSet, Headline
 from tests.pipeline.durable import toy
 
 QUIET = Console(quiet=True)
@@ -105,6 +106,10 @@ def test_a_run_and_the_same_again(any_toys: Toys, tmp_path: Path) -> None:
     assert any_toys.ran() == ONCE
     assert any_toys.run(context) == first
     assert any_toys.ran() == ONCE
+    # What `state` has read is not read again.
+    states = graph.state(any_toys.store, any_toys.stages())
+    elsewhere = toy.context(tmp_path / "nothing")
+    assert graph.run(any_toys.stages(), elsewhere, QUIET, states) == first
     made = first["make"]
     assert [(file.path, file.size) for file in made.files] == [("deep/numbers.txt", 5)]
     assert open_store(made.uri).read("deep/numbers.txt") == b"0 1 2"
@@ -161,13 +166,13 @@ def test_a_waiter_says_who_holds_the_lease(toys: Toys) -> None:
     lease = Lease(toys.store, key, "other", 30)
     assert lease.take()
 
-    def release_when_told() -> None:
+    def release_when_reported() -> None:
         while "held by" not in text.getvalue():
             time.sleep(0.1)
         assert not toys.ran()
         lease.release()
 
-    thread = threading.Thread(target=release_when_told)
+    thread = threading.Thread(target=release_when_reported)
     thread.start()
     graph.run(toys.stages(), toy.context(toys.root), Console(file=text))
     thread.join()
@@ -206,7 +211,7 @@ def test_an_interrupt_gives_the_lease_back(toys: Toys) -> None:
 
 
 def steal(toys: Toys, **changes: Any) -> str:
-    """Take the lease of `make` away: the attempt that lost it."""
+    """Steal the lease of `make`: the attempt that lost it."""
     toys.wait_for("make")
     key = record.lease_key("make", fingerprints(toys.stages(**changes))["make"])
     while True:
@@ -369,7 +374,7 @@ def test_records_carry_no_credentials(any_toys: Toys, tmp_path: Path) -> None:
         fingerprint="0" * 64,
         attempt="a",
         config={"log": "https://ada:lovelace@host/x?token=abc and more"},
-        outputs={"said": f"the key is {os.environ['AWS_SECRET_ACCESS_KEY']}"},
+        outputs={"text": f"the key is {os.environ['AWS_SECRET_ACCESS_KEY']}"},
     )
     record.publish(any_toys.store, made)
     text = (any_toys.store.read(record.record_key("make", "0" * 64)) or b"").decode()
@@ -436,7 +441,7 @@ def test_a_port_in_use() -> None:
     assert free_port(None) > 0
 
 
-def test_an_unwritable_store_is_told_before_anything_runs(toys: Toys, tmp_path: Path) -> None:
+def test_an_unwritable_store_is_reported_before_anything_runs(toys: Toys, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="a part of that path is a file"):
         graph.run(toys.stages(), toy.context(tmp_path / "file" / "runs"), QUIET)
@@ -448,14 +453,33 @@ def test_stages_are_tracked_below_their_workflow(toys: Toys, tmp_path: Path) -> 
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     *_, make = toys.stages()
-    made = toys.run_stages([make], tracking_uri=uri)["make"]
+    make = toy.with_kind(make, headline=count_of)
+    command = "adsc run toy --set make.value=3"
+    given = {"tracking_uri": uri, "parameters": {"value": "3"}, "command": command}
+    made = toys.run_stages([make], **given)["make"]
     client = MlflowClient(uri)
     assert made.run_id
     stage = client.get_run(made.run_id)
     assert stage.data.tags["adsc.record"].endswith("record.json")
     parent = client.get_run(stage.data.tags["mlflow.parentRunId"])
     assert (stage.info.status, parent.info.status) == ("FINISHED", "FINISHED")
-    assert parent.data.params["make.value"] == "3"
+    assert stage.data.params["value"] == "3"
+    assert parent.data.params == {"value": "3", "found": "yes"}
+    assert parent.data.metrics == {"count": 3, "gpu_hours": 0, "seconds/make": made.seconds}
+    (data,) = parent.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("numbers", "12")
+    assert made.workflow_run == f"experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
+    assert parent.data.tags["mlflow.source.name"] == "adsc run toy"
+    assert parent.data.tags["adsc.command"] == command
+    config = json.loads(
+        Path(client.download_artifacts(parent.info.run_id, "config.json")).read_text()
+    )
+    assert config["make"]["value"] == 3
+
+
+def count_of(made: Record) -> Headline:
+    data = DataSet(made.uri, "numbers", "12")
+    return Headline(metrics=made.outputs, params={"found": "yes"}, data=data)
 
 
 @pytest.mark.slow
