@@ -223,6 +223,9 @@ class TrainConfig(MethodConfig):
         "sdpa", json_schema_extra=OPERATIONAL
     )
     """Attention kernel, by transformers' name."""
+    compile: Literal["layers"] | None = Field(None, json_schema_extra=OPERATIONAL)
+    """layers: torch.compile for each decoder layer, whatever the plan of a step; null runs eagerly.
+    Compiled dropout draws other numbers. Not with zero3."""
     checkpoint_every: int = Field(100, gt=0, json_schema_extra=OPERATIONAL)
     """Optimizer steps between checkpoints; at most that many are lost when a process dies."""
     keep_checkpoints: int = Field(2, gt=0, json_schema_extra=OPERATIONAL)
@@ -253,6 +256,12 @@ class TrainConfig(MethodConfig):
         if self.strategy != "zero3" and self.offload.parameters:
             raise ValueError(
                 f"offload.parameters needs strategy zero3, which splits them; it is {self.strategy}"
+            )
+        if self.compile and self.strategy == "zero3":
+            raise ValueError(
+                f"compile = {self.compile} with strategy zero3, which gathers the parameters of a "
+                "layer while it runs and can't be compiled: choose ddp, zero1 or zero2, or set "
+                "compile to null"
             )
         return self
 

@@ -174,7 +174,7 @@ def _prepare(
     trainable: Any = prepare_trainable(model, config.lora, config.tune)
     in_step = config.strategy == "zero3"
     objective = Objective(trainable, config.distill, device, in_step)
-    objective.install(half=config.precision == "bf16")
+    objective.install(half=config.precision == "bf16", compiled=config.compile == "layers")
     groups = [
         [p for n, p in trainable.named_parameters() if p.requires_grad and (".lora_" in n) is lora]
         for lora in (True, False)

@@ -70,8 +70,15 @@ class Objective:
         self.teaching = Stopwatch(device)
         """Time that teachers took."""
 
-    def install(self, *, half: bool) -> None:
-        """Take the place of the model's forward; `half` computes under bf16 autocast."""
+    def install(self, *, half: bool, compiled: bool = False) -> None:
+        """Take the place of the model's forward.
+
+        Args:
+            half: compute under bf16 autocast.
+            compiled: compile each decoder layer.
+        """
+        if compiled:
+            adsc.compile_layers(self._model)
         forward: Any = self.__call__
         if half:
             # Inside the module, where DeepSpeed leaves it alone.
@@ -79,7 +86,8 @@ class Objective:
         self._model.forward = forward
 
     def remove(self) -> None:
-        """Give the model its own forward back."""
+        """Give the model and its layers their own forward back."""
+        adsc.uncompile_layers(self._model)
         vars(self._model).pop("forward", None)
 
     def __call__(
