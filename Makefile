@@ -85,7 +85,7 @@ endif
 
 # Greedy tokens against transformers, plan by plan.
 test-vllm: vllm ## the serving tests, half an hour
-	$(VLLM)/bin/pytest --confcutdir tests/serving -m '' tests/serving
+	$(VLLM)/bin/pytest --confcutdir tests/adsc/serving/engine -m '' tests/adsc/serving/engine
 
 # Ratios on this machine, a few minutes each; docs/performance.md says how to read them.
 bench: export RAY_AUTH_MODE ?= disabled

@@ -27,7 +27,7 @@ BUCKET = "lab"
 
 
 LONGEST = ("workflows", "pipeline")
-"""Folders of tests, the longest files first; the others follow."""
+"""Folders of `tests`, the longest files first; the others follow."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _rank(path: Path) -> int:
-    return LONGEST.index(path.parent.name) if path.parent.name in LONGEST else len(LONGEST)
+    tests = Path(__file__).parent
+    folder = path.relative_to(tests).parts[0] if path.is_relative_to(tests) else ""
+    return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")

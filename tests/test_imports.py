@@ -1,5 +1,5 @@
 """Imports go one way: adsc <- pipeline <- workflows, and never in a circle; a few packages are
-imported in one file.
+imported in one file; tests mirror the tree.
 """
 
 import ast
@@ -148,6 +148,16 @@ def other_tests(path: Path) -> Iterator[str]:
 def test_no_test_imports_another() -> None:
     files = sorted((ROOT / "tests").rglob("*.py"))
     assert not {path: found for path in files if (found := list(other_tests(path)))}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tests_mirror_the_tree(package: str) -> None:
+    """A folder of tests has the name of the folder that it tests; none holds too many."""
+    tests = ROOT / "tests"
+    folders = {path.parent for path in (tests / package).rglob("test_*.py")}
+    assert folders
+    assert not {path for path in folders if not (ROOT / path.relative_to(tests)).is_dir()}
+    assert not {path for path in folders if len(list(path.glob("test_*.py"))) > 14}
 
 
 def test_these_tests_see_what_they_refuse(tmp_path: Path) -> None:

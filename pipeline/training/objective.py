@@ -10,11 +10,11 @@ supervised positions. Logits exist a chunk of positions at a time and are made a
 back. The objective takes the place of a model's own `forward`, so that DDP, DeepSpeed and autocast
 find in one call all that belongs to a step.
 
-Legend: N supervised positions, D width, V vocabulary.
+Legend: L labels, N those that the student predicts, D width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -96,6 +96,7 @@ class Objective:
         labels: Tensor,
         supervised: int,
         plan: PruningPlan | Method,
+        taught: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """The losses of a micro-batch, as a mapping, which DDP and DeepSpeed look into.
@@ -104,30 +105,42 @@ class Objective:
             labels: (B, S).
             supervised: supervised tokens of the global batch.
             plan: of this step.
+            taught: (L, D) what `teach` of a dense teacher found for these inputs; None runs the
+                teacher.
             inputs: the model's other inputs.
         """
         given = inputs | {"labels": labels, "use_cache": False}
         distill = self._distill if plan.stages else None
-        taught = None
-        if distill is not None:
-            running = adsc.running(self._model, self._teacher)
-            with self.teaching, self._as_teacher(self._model), running:
-                taught = hidden_states(self._model, given)
+        goals, known = taught, None
+        if distill is not None and goals is None:
+            goals, known = self.teach(given)
         with adsc.running(self._model, plan):
             made = hidden_states(self._model, given)
         before = made.before(labels.shape[1])
-        wanted = (labels != IGNORED) & (before >= 0)
+        supervises = labels != IGNORED
+        wanted = supervises & (before >= 0)
         states, targets = made.at(before[wanted]), labels[wanted]
-        goals = known = None
-        if taught is not None:
-            numbers = taught.before(labels.shape[1])[wanted]
-            # A teacher that has no position before a label says nothing of it.
-            goals, known = taught.at(numbers.clamp(min=0)), numbers >= 0
-        del taught
+        found = wanted[supervises]
+        goals = goals[found] if distill is not None and goals is not None else None
+        known = known[found] if known is not None else None
         sums = self._sums(states, targets, goals, known) / supervised
         weight = distill.weight if distill is not None else 0.0
         loss = sums[0] + weight * sums[1] if distill is not None else sums[0]
         return Losses(loss, sums[0].detach(), sums[1].detach())._asdict()
+
+    def teach(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The teacher's states (L, D) before each of the L labels, row by row, and (L,) where there
+        are such: a teacher that dropped what stands before a label says nothing of it.
+
+        Args:
+            given: a model's inputs with `labels`.
+        """
+        running = adsc.running(self._model, self._teacher)
+        with self.teaching, self._as_teacher(self._model), running:
+            made = hidden_states(self._model, given)
+        labels = given["labels"]
+        numbers = made.before(labels.shape[1])[labels != IGNORED]
+        return made.at(numbers.clamp(min=0)), numbers >= 0
 
     def _sums(
         self, states: Tensor, targets: Tensor, goals: Tensor | None, known: Tensor | None
@@ -159,18 +172,19 @@ class Objective:
             states: (N, D) the student's.
             targets: (N,) tokens.
             goals: (N, D) the teacher's states.
-            known: (N,) where there are such.
+            known: (N,) where there are such; None: everywhere.
         """
         logits = self._head(states).float()
         entropy = cross_entropy(logits, targets, reduction="sum")
-        if goals is None or known is None or self._distill is None:
+        if goals is None or self._distill is None:
             return torch.stack([entropy, torch.zeros_like(entropy)])
         heat = self._distill.temperature
         output = base_model(self._model).lm_head
         with self._as_teacher(output):
             goal = log_softmax(self._head(goals).float() / heat, dim=-1)
         each = kl_div(log_softmax(logits / heat, dim=-1), goal, reduction="none", log_target=True)
-        return torch.stack([entropy, heat**2 * (each.sum(-1) * known).sum()])
+        rows = each.sum(-1) if known is None else each.sum(-1) * known
+        return torch.stack([entropy, heat**2 * rows.sum()])
 
     @contextmanager
     def _as_teacher(self, module: nn.Module) -> Iterator[None]:

@@ -100,7 +100,7 @@ def test_a_run_from_a_folder_that_shadows_packages(shadows: Path, tmp_path: Path
     job = {"root": str(tmp_path / "store"), "log": str(tmp_path / "log")}
     driver = (
         "import sys; from workflows.commands import terminal\n"
-        "from tests.pipeline import drive\n"
+        "from tests.pipeline.durable import drive\n"
         "import json; drive.main(json.loads(sys.argv[1]))"
     )
     script = tmp_path / "bin" / "driver.py"

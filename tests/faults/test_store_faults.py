@@ -17,7 +17,7 @@ from pipeline.durable.failure import RunFailed
 from pipeline.durable.stage import Kind, StageContext
 from tests.faults.proxy import WRITES, Proxy
 from tests.faults.training import Disturbed, results
-from tests.pipeline import toy
+from tests.pipeline.durable import toy
 from tests.small import Small
 
 pytestmark = pytest.mark.slow

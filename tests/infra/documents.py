@@ -74,4 +74,4 @@ BUILT_IN = {
     "ray_node_gpus_utilization",
 }
 """Ray's own, that the dashboard draws besides; all but the last are looked for on a real node by
-tests/workflows/test_jobs.py."""
+tests/pipeline/cluster/test_jobs.py."""

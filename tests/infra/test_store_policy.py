@@ -24,7 +24,7 @@ from pipeline.publishing.manifest import verify_folder, write_manifest
 from pipeline.publishing.publish import publish, pull
 from pipeline.store import StoreError, open_store
 from tests.infra.documents import INFRA
-from tests.workflows.ray_cluster import free_ports
+from tests.pipeline.cluster.ray_cluster import free_ports
 
 BUCKET = "least"
 POLICY = json.loads((INFRA / "aws" / "store-policy.json").read_text().replace("${bucket}", BUCKET))

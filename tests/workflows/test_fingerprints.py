@@ -19,7 +19,7 @@ from pipeline.durable.identity import load_body
 from pipeline.durable.stage import Kind, Stage
 from pipeline.durable.workflow import Workflow
 from pipeline.evaluation.benchmarks import BenchmarksConfig
-from tests.benchmark_files import WRITERS
+from tests.pipeline.evaluation.benchmark_files import WRITERS
 from workflows.demo.workflow import demo_paper as demo
 from workflows.evaluation import evaluation_stages
 from workflows.evidence.workflow import evidence

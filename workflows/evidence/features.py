@@ -1,5 +1,5 @@
-"""Pictures that are held once, and features that a frozen tower and projector have made of them
-once, for all trainings and questions: there are few pictures, and every arm sees the same ones.
+"""What all arms share is computed once: pictures, what a frozen tower and projector make of them,
+and what the dense base, which teaches the distilled arms, makes of the training batches.
 
 What is remembered is what the model itself computed, in batches of another size: equal up to the
 order of float additions (tests/workflows/test_evidence_features.py has the bound). Methods that
@@ -15,10 +15,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adsc.families.family import SIZE
+from pipeline.training.config import DistillSettings
+from pipeline.training.objective import Objective
 
 LOOKING = ("visionzip", "downsample")
 """Peers that read the tower's attention, or change what it sees."""
 BATCH = 32
+TAUGHT = "taught"
+"""The objective's argument that holds a teacher's states."""
 
 
 def key_of(picture: Tensor) -> bytes:
@@ -62,6 +66,15 @@ def remember(model: Any, pictures: Mapping[bytes, Tensor]) -> dict[bytes, Tensor
         made = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         found |= zip(chosen, (one.clone() for one in made), strict=True)
     return found
+
+
+def teach_ahead(
+    model: Any, micro: Mapping[str, Any], pictures: Mapping[bytes, Tensor]
+) -> dict[str, Any]:
+    """A packed micro-batch with the states that the dense model teaches there (Objective.teach)."""
+    objective = Objective(model, DistillSettings(), model.device, in_step=False)
+    states, _ = objective.teach(unpack(micro, pictures) | {"use_cache": False})
+    return {**micro, TAUGHT: states}
 
 
 def install(model: Any, features: Mapping[bytes, Tensor]) -> None:

@@ -66,16 +66,16 @@ CANDIDATES: dict[str, dict[str, str]] = {
         "d": "0:1/4,2:1/2,5:0",
         "e": "0:3/8,1:1/4,6:0",
         "f": "0:1/4,1:1/2,6:0",
+        "g": "0:1/4,4:0",
+        "h": "0:1/4,3:1/2,5:0",
+        "i": "0:1/4,2:1/2,6:0",
+        "j": "0:1/2,1:1/2,3:0",
     },
 }
 """Plans with an exit, or two drops, that meet the budgets."""
 TOP_PEERS = ("divprune", "pyramiddrop")
 KEPT = ("divprune", "pyramiddrop", "visionzip", "pool", "tome", "downsample")
 """Peers that renumber positions as published; here they keep them, which is better for all."""
-ELASTIC = {
-    "plans": {name: f"{plan};pool=tiles" for name, plan in TILES.items()},
-    "weights": {"dense": 0.5},
-}
 
 
 def ladder_recipes() -> Iterator[Recipe]:
@@ -85,7 +85,11 @@ def ladder_recipes() -> Iterator[Recipe]:
         yield from _peers(budget)
         yield from _published(budget)
         yield from _candidates(budget)
-    yield _recipe("elastic_dense", "elastic, asked dense", "667", tier=1, steps=LONG, elastic=True)
+    yield _recipe("elastic_dense", "elastic, asked dense", "667", tier=1, steps=LONG, elastic=TILES)
+    yield _recipe(
+        "elastic_exit_distill_dense", "elastic with exits, distilled, asked dense", "667",
+        tier=1, steps=LONG, elastic=EXITS, distill=True,
+    )  # fmt: skip
 
 
 def _recipe(
@@ -99,7 +103,7 @@ def _recipe(
     steps: int = SHORT,
     distill: bool = False,
     before: Sequence[str] = (),
-    elastic: bool = False,
+    elastic: Mapping[str, str] = MappingProxyType({}),
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recipe:
     train = dict(more)
@@ -108,10 +112,11 @@ def _recipe(
     if distill:
         train["distill"] = DISTILL
     if elastic:
-        train |= ELASTIC
-    trained = (*before, plan) if plan else ()
-    if elastic:  # one training for all budgets
-        trained = (str(ELASTIC["plans"]["667"]),)  # type: ignore[index]
+        plans = {name: f"{one};pool=tiles" for name, one in elastic.items()}
+        train |= {"plans": plans, "weights": {"dense": 0.5}}
+        trained = (plans["667"],)  # one training for all budgets
+    else:
+        trained = (*before, plan) if plan else ()
     return Recipe(
         name=name,
         label=label,
@@ -158,11 +163,11 @@ def _steps(budget: str) -> Iterator[Recipe]:
     )  # fmt: skip
     yield _recipe("tiles_early", "tiles before the decoder", budget, f"{early};pool=tiles", tier=2)
     yield _recipe(
-        "elastic", "elastic", budget, tiles, tier=1, steps=LONG, elastic=True,
+        "elastic", "elastic", budget, tiles, tier=1, steps=LONG, elastic=TILES,
     )  # fmt: skip
     yield _recipe(
-        "elastic_distill", "elastic, distilled", budget, tiles, tier=2, steps=LONG, elastic=True,
-        distill=True,
+        "elastic_exit_distill", "elastic with exits, distilled", budget, left,
+        tier=1, steps=LONG, elastic=EXITS, distill=True,
     )  # fmt: skip
 
 

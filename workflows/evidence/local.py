@@ -33,7 +33,7 @@ from pipeline.evaluation.generation import (
 )
 from pipeline.evaluation.methods import build_method
 from pipeline.training.batches import StepBatch, StepLoader
-from pipeline.training.config import TrainConfig
+from pipeline.training.config import DENSE, TrainConfig
 from pipeline.training.feed import from_processes
 from pipeline.training.loop import Sources, train
 from pipeline.training.torchrun import FolderContext
@@ -41,7 +41,15 @@ from workflows.evidence.config import (
     EvidenceConfig,
     trainings,
 )
-from workflows.evidence.features import LOOKING, install, pack, remember, unpack
+from workflows.evidence.features import (
+    LOOKING,
+    TAUGHT,
+    install,
+    pack,
+    remember,
+    teach_ahead,
+    unpack,
+)
 from workflows.evidence.questions import Asking, load_asking, score
 from workflows.evidence.tables import write_ladder, write_results
 from workflows.evidence.tasks import (
@@ -159,13 +167,29 @@ def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], proces
         split: load_asking(out / "prepared", split, processor, config.evaluate.batch_size, pictures)
         for split in {task.arm.split for task in tasks}
     }
-    features = remember(load_model(base, None), pictures) if _is_frozen(config, base) else {}
+    features: dict[bytes, torch.Tensor] = {}
+    if _is_frozen(config, base):
+        model = load_model(base, None)
+        features = remember(model, pictures)
+        install(model, features)
+        for stage in stages:
+            stream = streams[_stream_of(stage)]
+            if _taught_by_base(stage):
+                for at in range(stage.steps or 0):
+                    if TAUGHT not in stream[at].micro[0]:
+                        micro = [teach_ahead(model, one, pictures) for one in stream[at].micro]
+                        stream[at] = replace(stream[at], micro=micro)
+        log.info("the teacher has been asked")
     return World(out, config, streams, asked, pictures, features)
 
 
 def _stream_of(stage: TrainConfig) -> tuple[int, int]:
     """What its batches follow from: the seed, and where rows are sorted by length its steps."""
     return stage.seed, (stage.steps or 0) if stage.group_by_length else 0
+
+
+def _taught_by_base(stage: TrainConfig) -> bool:
+    return stage.distill is not None and stage.distill.teacher == DENSE
 
 
 def _is_frozen(config: EvidenceConfig, base: Path) -> bool:
@@ -186,13 +210,13 @@ class SharedBatches(FolderContext):
     def stream(self, load: Callable[[int], StepBatch], steps: range) -> Iterator[StepBatch]:
         assert _WORLD is not None and isinstance(load, StepLoader)
         world, batches = _WORLD, _WORLD.streams[_stream_of(load.config)]
-        return (
-            replace(
-                batches[step],
-                micro=[unpack(one, world.pictures) for one in batches[step].micro],
-            )
-            for step in steps
-        )
+        taught = _taught_by_base(load.config)
+        for step in steps:
+            micro = [unpack(one, world.pictures) for one in batches[step].micro]
+            if not taught:
+                for one in micro:
+                    one.pop(TAUGHT, None)
+            yield replace(batches[step], micro=micro)
 
 
 def _run_job(job: Sequence[Task], deadline: float) -> str:

@@ -1,0 +1,198 @@
+"""vLLM with the plugin against transformers with `adsc.attach`: the same greedy tokens, whatever
+the plan, the chunks and the company; and blocks for kept tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from adsc import PruningPlan
+from tests.adsc.serving.engine.cases import BASE, PLANS, Answer, Prompt, Reference
+from tests.adsc.serving.engine.engines import engine, request
+
+Wanted = Callable[[str], list[Answer]]
+BLOCK = 32
+IMAGE = 64
+
+
+def as_dict(plan: str) -> dict[str, Any]:
+    return PruningPlan.parse(plan).to_dict()
+
+
+def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
+    return [answer.tokens for answer in answers]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_dozen_requests_at_once(
+    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    with engine(checkpoint, as_dict(plan)) as served:
+        got = served.answers(reference, asked)
+        assert max(served.requests) >= 20
+        assert served.in_use == 0
+    assert got == tokens(wanted(plan))
+    assert len(set(got)) == len(asked)
+
+
+@pytest.mark.parametrize("plan", ["2:1/4,4:1/4", "1:1/4,6:0;pool=tiles"])
+def test_the_trained_base(plan: str, asked: list[Prompt]) -> None:
+    """Its tensors have the names that transformers 5.23 writes, which vLLM alone can't place."""
+    trained = Reference(BASE)
+    with engine(BASE, as_dict(plan)) as served:
+        assert served.answers(trained, asked) == tokens(trained.answers(plan, asked))
+
+
+def test_without_a_plan_it_is_vllm(
+    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    with engine(checkpoint) as served:
+        assert type(served.scheduler).__module__.startswith("vllm.")
+        assert served.answers(reference, asked) == tokens(wanted(""))
+
+
+def test_another_plan_answers_otherwise(
+    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    with engine(checkpoint, as_dict("1:1/8;anchor=first")) as served:
+        got = served.answers(reference, asked)
+    same = [one == other for one, other in zip(got, tokens(wanted("1:1/4")), strict=True)]
+    assert [it for it, prompt in zip(same, asked, strict=True) if not prompt.pictures] == [True] * 5
+    assert sum(same) <= 7  # with pictures an answer agrees by chance at most
+
+
+@pytest.mark.parametrize("plan", ["2:1/2,4:1/2,6:1/2", "2:1/4,6:0"])
+def test_chunks_of_one_token(
+    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    few = [number for number, answer in enumerate(wanted(plan)) if answer.wide < 170]
+    with engine(checkpoint, as_dict(plan), long_prefill_token_threshold=1) as served:
+        got = served.answers(reference, [asked[number] for number in few])
+        assert max(served.tokens) <= len(few)
+    assert len(few) >= 10
+    assert got == [wanted(plan)[number].tokens for number in few]
+
+
+@pytest.mark.parametrize("plan", ["2:1/2,4:1/2,6:1/2", "2:1/9,6:0;pool=tiles"])
+def test_short_steps(
+    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    """Steps hold an image and 31 tokens, the least with which means can be served."""
+    with engine(checkpoint, as_dict(plan), max_num_batched_tokens=IMAGE + 31) as served:
+        got = served.answers(reference, asked)
+        assert max(served.tokens) <= IMAGE + 31
+        assert len(served.tokens) > 40
+    assert got == tokens(wanted(plan))
+
+
+@pytest.mark.parametrize("plan", ["2:1/2,4:1/2,6:1/2", "1:1/4;pool=tiles"])
+def test_preemption(plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt]) -> None:
+    """A pool in which requests that begin together cannot end together."""
+    few = asked[:4]  # 70 to 80 tokens, which become 140
+    groups = {"2:1/2,4:1/2,6:1/2": 4, "1:1/4;pool=tiles": 8}[plan]
+    with engine(checkpoint, as_dict(plan), num_gpu_blocks_override=33 * groups) as served:
+        assert len(served.scheduler.kv_cache_config.kv_cache_groups) == groups
+        got = served.answers(reference, few * 8, new=64)
+        assert served.metric("num_preemptions") > 0
+        assert served.in_use == 0
+    assert got == tokens(reference.answers(plan, few, new=64)) * 8
+
+
+def test_the_scheduler_of_async_engines(
+    checkpoint: Path,
+    reference: Reference,
+    asked: list[Prompt],
+    wanted: Wanted,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM switches async scheduling off on a CPU, so its scheduler runs here without steps in
+    flight."""
+    from adsc.serving.engine import scheduler
+
+    monkeypatch.setattr(scheduler, "make_scheduler", scheduler.AsyncPlanScheduler)
+    plan = "2:1/4,4:1/4;pool=tiles"
+    with engine(checkpoint, as_dict(plan)) as served:
+        assert type(served.scheduler).__name__ == "AsyncPlanScheduler"
+        assert served.answers(reference, asked) == tokens(wanted(plan))
+
+
+@pytest.mark.parametrize("plan", ["0:1/2,4:1/4;anchor=first", "2:1/9,6:0;pool=tiles"])
+def test_prefix_caching_ends_at_the_first_image(
+    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    """The same prompts again find their text before the first image, and all of a text."""
+    with engine(checkpoint, as_dict(plan), enable_prefix_caching=True) as served:
+        first = served.answers(reference, asked)
+        before = served.metric("prefix_cache_hits")
+        again = served.answers(reference, asked)
+        hits = served.metric("prefix_cache_hits") - before
+        assert served.in_use == 0
+    assert first == again == tokens(wanted(plan))
+    heads = []
+    for prompt, answer in zip(asked, wanted(plan), strict=True):
+        ids = reference.ids(prompt)
+        text = ids.index(3) if prompt.pictures else answer.wide - 1
+        heads.append(text // BLOCK * BLOCK)
+    assert hits == sum(heads) > 0
+
+
+@pytest.mark.parametrize("plan", ["1:1/4;pool=tiles", "4:0", "2:1/2,4:1/2,6:1/2"])
+def test_blocks_hold_kept_tokens_alone(
+    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt]
+) -> None:
+    """One request after another, for the blocks that each holds at the end."""
+    parsed = PruningPlan.parse(plan)
+    left = [IMAGE, *parsed.tokens_after_drops(IMAGE)]
+    with engine(checkpoint, as_dict(plan)) as served:
+        groups = served.scheduler.kv_cache_config.kv_cache_groups
+        parts = [group.kv_cache_spec.part for group in groups]
+        for prompt in asked[::4]:
+            served.blocks.clear()
+            served.answers(reference, [prompt], new=2)
+            text = len(reference.ids(prompt)) - len(prompt.pictures) + 1
+            held = [text + left[part] * len(prompt.pictures) for part in parts]
+            assert max(served.blocks) == sum(ceil(count / BLOCK) for count in held)
+
+
+def test_refused_requests_do_no_harm(
+    checkpoint: Path, reference: Reference, asked: list[Prompt]
+) -> None:
+    from vllm import SamplingParams
+
+    with engine(checkpoint, as_dict("2:1/2;anchor=first")) as served:
+        scored = SamplingParams(max_tokens=1, prompt_logprobs=1)
+        with pytest.raises(ValueError, match="prompt_logprobs"):
+            served.llm.generate([request(reference, asked[0])], scored, use_tqdm=False)
+        text = served.llm.generate([request(reference, asked[8])], scored, use_tqdm=False)
+        assert text[0].prompt_logprobs
+        with pytest.raises(ValueError, match="ends in an image"):
+            served.answers(reference, [Prompt("what is <image>", (0,))])
+        assert served.answers(reference, asked[:2])
+        assert served.in_use == 0
+
+
+def test_a_name_chooses_a_plan(
+    tmp_path: Path, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    """A checkpoint with several plans is served by the name of one."""
+    import json
+    import shutil
+
+    folder = tmp_path / "elastic"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    plans = {"16": "1:1/4", "tiles": "1:1/4;pool=tiles"}
+    config["adsc"] = as_dict(plans["16"])
+    config["adsc_plans"] = {name: as_dict(plan) for name, plan in plans.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in (None, "tiles"):
+        with engine(folder, name) as served:
+            assert served.answers(reference, asked) == tokens(wanted(plans[name or "16"]))
+    with pytest.raises(ValueError, match="did you mean tiles"), engine(folder, "tile"):
+        pass
