@@ -10,11 +10,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from adsc.attachment.compiled import LIMIT
-from pipeline.config import ConfigError, edit
 from pipeline.evaluation.methods import PeerConfig
 from pipeline.training.config import DistillSettings, TrainConfig
 from pipeline.training.loop import train
-from tests.pipeline.training_runs import CONFIG, Plain, sources, trained, worst_difference
+from tests.pipeline.training.training_runs import CONFIG, Plain, sources, trained, worst_difference
 from tests.small import Small
 
 PLANS = {"a": "1:1/4,3:0;pool=tiles", "b": "1:1/2,2:1/4", "c": "2:1/4"}
@@ -48,8 +47,3 @@ def test_compiled_layers_train_the_same(small: Small, tmp_path: Path, name: str)
     assert 0 < counters["stats"]["unique_graphs"] <= LIMIT
     assert not counters["graph_break"]
     assert worst_difference(trained(tmp_path / "compiled"), trained(tmp_path / "eager")) == 0
-
-
-def test_zero3_cannot_be_compiled() -> None:
-    with pytest.raises(ConfigError, match=r"compile = layers with strategy zero3.*choose ddp"):
-        edit(CONFIG, {"compile": "layers", "strategy": "zero3"})
