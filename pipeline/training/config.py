@@ -231,7 +231,7 @@ class TrainConfig(MethodConfig):
     """Attention kernel, by transformers' name. Where flash attention can't run (its package, a GPU
     or bf16 is missing), the next older one or sdpa does, with a warning."""
     kernels: Literal["liger"] | None = Field(None, json_schema_extra=OPERATIONAL)
-    """liger: its fused RMSNorm, SwiGLU and rotary embedding (the package liger-kernel, a GPU); null:
+    """liger: its fused RMSNorm, SwiGLU and rotary embedding (package liger-kernel, on a GPU); null:
     torch's. Not with `compile`, which fuses the same."""
     compile: Literal["layers"] | None = Field(None, json_schema_extra=OPERATIONAL)
     """layers: torch.compile for each decoder layer, whatever the plan of a step; null runs eagerly.
