@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.measure import Case, Row, report, speedup, take_turns
 from benchmarks.models import build, llava_config, parsed, parser, plans, prompts, twin
+from pipeline.training.config import Checkpointing
+from pipeline.training.memory import checkpoint_activations
 from pipeline.training.throughput import peak_flops
 
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -117,19 +119,29 @@ def with_adapters(model: nn.Module, rank: int) -> Any:
     return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
 
 
-def peak_bytes(run: Training, device: torch.device) -> int | None:
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
     """The most that the CUDA allocator held during a step; None elsewhere."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    run.step()
+    step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
 
 
-def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list[Row]:
-    """A row for each plan; `options` as `main` reads them."""
+def measure(
+    options: argparse.Namespace,
+    *,
+    checkpointing: Checkpointing = False,
+    change: Callable[[nn.Module], Any] | None = None,
+) -> list[Row]:
+    """A row for each plan; `options` as `main` reads them.
+
+    Args:
+        checkpointing: false, true or `selective`.
+        change: what is done to each model before it is timed.
+    """
     config = llava_config(options.geometry)
     model = with_adapters(build(config, options.device, options.dtype), options.rank)
     chosen = plans(config)
@@ -143,7 +155,9 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
     }
     if checkpointing:
         for one in models.values():
-            one.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(one, checkpointing)
+    for one in models.values() if change else ():
+        change(one)
     inputs = prompts(config, options.batch, *size)
     runs = {name: Training(one, inputs, optimizer) for name, one in models.items()}
     cases = [Case(name=name, call=run.step) for name, run in runs.items()]
@@ -154,7 +168,7 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
     for name, run in runs.items():
         seconds = statistics.median(times[name])
         ratio, bound = speedup(times, name), flops["dense"] / flops[name]
-        memory = peak_bytes(run, options.device)
+        memory = peak_bytes(run.step, options.device)
         rows.append(
             {"case": name, "plan": str(chosen.get(name, ""))}
             | ratio

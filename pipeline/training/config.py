@@ -69,6 +69,7 @@ def _expression(text: str) -> str:
     return text
 
 
+Checkpointing = bool | Literal["selective"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Expression = Annotated[str, AfterValidator(_expression)]
 
@@ -216,9 +217,7 @@ class TrainConfig(MethodConfig):
     packing: bool = Field(False, json_schema_extra=OPERATIONAL)
     """Rows of a micro-batch follow one another in one row without padding; only with attention
     backends that keep them apart."""
-    activation_checkpointing: bool | Literal["selective"] = Field(
-        False, json_schema_extra=OPERATIONAL
-    )
+    activation_checkpointing: Checkpointing = Field(False, json_schema_extra=OPERATIONAL)
     """Compute activations again on the way back instead of keeping them; saves memory, costs up to
     a third more time. selective keeps the results of attention and of large matrix products, and
     computes again what is cheap: a third of the memory at hardly any time."""

@@ -15,14 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForImageTextToText
 
 import adsc
@@ -32,7 +30,7 @@ from pipeline.training.adapters import prepare_trainable, read_trained, trained_
 from pipeline.training.batches import StepBatch, StepLoader, check_packing
 from pipeline.training.checkpoints import Snapshot, read_moments, read_state
 from pipeline.training.config import MOMENTS, TrainConfig
-from pipeline.training.memory import fitted_here, worth_keeping
+from pipeline.training.memory import checkpoint_activations, fitted_here
 from pipeline.training.movement import check_moved, checksums
 from pipeline.training.objective import Losses, Objective
 from pipeline.training.plans import StepPlans
@@ -176,14 +174,7 @@ def _prepare(
     adsc.attach(model, plans.target)
     if config.kernels == "liger":
         use_liger(model)
-    if config.activation_checkpointing:
-        # transformers before 5.23 knows the old name only.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
-        how: dict[str, Any] = {"use_reentrant": False}
-        if config.activation_checkpointing == "selective":
-            how["context_fn"] = partial(create_selective_checkpoint_contexts, worth_keeping)
-        enable(how)
+    checkpoint_activations(model, config.activation_checkpointing)
     # Here, so that the adapter's initial values don't depend on how the base was loaded.
     torch.manual_seed(config.seed)
     trainable: Any = prepare_trainable(model, config.lora, config.tune)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import adsc
@@ -26,7 +27,7 @@ from adsc.method import Method
 from adsc.plan import PruningPlan
 from pipeline.training.adapters import prepare_trainable
 from pipeline.training.batches import RowShape
-from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.config import Checkpointing, LoraSettings, TrainConfig
 from pipeline.training.objective import CHUNK
 from pipeline.training.plans import StepPlans
 from pipeline.training.throughput import PEAKS, TrainingCost, peak_flops
@@ -38,7 +39,7 @@ USABLE = 0.92
 LAUNCHES = 0.14 / 32
 """Seconds that the host takes to launch the kernels of one decoder layer with adapters, forward and
 backward: a floor of a micro-batch's time (docs/performance.md: 140 ms of 32 layers on an H100)."""
-CHECKPOINTING: tuple[bool | Literal["selective"], ...] = (False, "selective", True)
+CHECKPOINTING: tuple[Checkpointing, ...] = (False, "selective", True)
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default: 1, _ATEN.addmm.default: 2}
 """Matrix products, and the place of their weight."""
@@ -68,6 +69,18 @@ def worth_keeping(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
         if 4 * terms >= columns:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_activations(model: Any, how: Checkpointing) -> None:
+    """Have a transformers model compute the activations of its layers again, if so."""
+    if not how:
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, worth_keeping)
+    # transformers before 5.23 knows the old name only.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(settings)
 
 
 def memory_bytes(
