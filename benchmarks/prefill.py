@@ -44,7 +44,6 @@ def measure(
     budgets: bool = True,
     overhead: bool = True,
     change: Callable[[nn.Module], Any] | None = None,
-    call: Callable[[Any, dict[str, torch.Tensor]], Any] = prefill,
 ) -> list[Row]:
     """A row for each plan; `options` as `main` reads them.
 
@@ -52,7 +51,6 @@ def measure(
         budgets: whether plans are measured.
         overhead: whether what drops nothing is.
         change: what is done to each model before it is timed.
-        call: what is timed of a model and its inputs.
     """
     config = llava_config(options.geometry)
     model = build(config, options.device, options.dtype)
@@ -63,7 +61,7 @@ def measure(
     for one in models.values() if change else ():
         change(one)
     cases = [
-        Case(name=name, call=lambda one=one: call(one, inputs)) for name, one in models.items()
+        Case(name=name, call=lambda one=one: prefill(one, inputs)) for name, one in models.items()
     ]
     times = take_turns(cases, options.rounds, options.device)
 

@@ -10,6 +10,7 @@ they run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -86,8 +87,16 @@ class Step:
 
 def _seconds(step: Callable[[], Any], options: argparse.Namespace) -> float:
     """Median of the timed rounds; the first, which compiles, is not counted."""
-    (times,) = take_turns([Case(name="", call=step)], options.rounds, options.device).values()
+    with _compiler(options.device):
+        (times,) = take_turns([Case(name="", call=step)], options.rounds, options.device).values()
     return statistics.median(times)
+
+
+def _compiler(device: torch.device) -> Any:
+    """Without a GPU graphs are traced and run as they are."""
+    if device.type == "cuda":
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("default", force_backend="eager")
 
 
 def _hardware(device: torch.device) -> Hardware:
@@ -188,17 +197,11 @@ def _gradients(run: train.Training) -> Tensor:
     return torch.cat(found)
 
 
-def _compile(options: argparse.Namespace) -> Change:
-    # Without a GPU graphs are traced and run as they are.
-    backend = {"backend": "eager"} if options.device.type == "cpu" else {}
-    return lambda model: adsc.compile_layers(model, **backend)
-
-
 def compiled_rows(options: argparse.Namespace) -> list[Row]:
     """Compiled layers: equal to eager ones, and LoRA steps as `train.measure` has them."""
-    change = _compile(options)
-    checks = _agrees("compiled layers = eager", change, options)
-    return [*checks, *train.measure(options, change=change)]
+    with _compiler(options.device):
+        checks = _agrees("compiled layers = eager", adsc.compile_layers, options)
+        return [*checks, *train.measure(options, change=adsc.compile_layers)]
 
 
 def liger_rows(options: argparse.Namespace) -> list[Row]:
@@ -213,10 +216,9 @@ def liger_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def compiled_prefill_rows(options: argparse.Namespace) -> list[Row]:
-    """Prefill without a cache through compiled layers, as `prefill.measure` has it."""
-    return prefill.measure(
-        options, overhead=False, change=_compile(options), call=capture.last_logits
-    )
+    """Prefill into a cache through compiled layers, as `prefill.measure` has it."""
+    with _compiler(options.device):
+        return prefill.measure(options, overhead=False, change=adsc.compile_layers)
 
 
 def waiting_rows(options: argparse.Namespace) -> list[Row]:

@@ -2,9 +2,8 @@
 
 torch.compile gets each layer's `forward` and nothing around it: what a plan drops is cut by the
 layer's hooks before, in eager mode, so every plan, pooled or not, is to the compiler a sequence of
-another length, and length and rows are symbols to it. Layers share their graphs. Nothing here
-chooses a backend, and generation stays as it is: a call with a KV cache runs eagerly, since the
-cache's slot is a constant that would make a graph for each layer.
+another length, and length and rows are symbols to it. Layers share their graphs; of a KV cache each
+gets its own part alone, since a layer's number is a constant that would make a graph for each.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adsc.attachment.attach import base_model
@@ -37,31 +37,58 @@ class CompiledForward:
     with every backend; the compiler's own treatment keeps that promise with its default alone.
 
     Args:
+        number: of the layer.
         eager: the layer's own forward.
         compiled: the same without checkpointing, a function of the layer and its arguments.
         checkpoints: whether `eager` checkpoints itself.
     """
 
-    def __init__(self, eager: MethodType, compiled: Callable[..., Any], checkpoints: bool) -> None:
+    def __init__(
+        self, number: int, eager: MethodType, compiled: Callable[..., Any], checkpoints: bool
+    ) -> None:
         functools.update_wrapper(self, eager)
-        self._eager, self._compiled, self._checkpoints = eager, compiled, checkpoints
+        self._number, self._checkpoints = number, checkpoints
+        self._eager, self._compiled = eager, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self._eager.__self__
-        if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions"):
             return self._eager(*args, **kwargs)
+        if (cache := kwargs.get("past_key_values")) is not None:
+            if not _grows(cache, self._number):
+                return self._eager(*args, **kwargs)
+            kwargs = kwargs | {"past_key_values": CachePart(cache.layers[self._number])}
         run = functools.partial(self._compiled, layer, **kwargs)
         if self._checkpoints and layer.gradient_checkpointing and layer.training:
             return layer._gradient_checkpointing_func(run, *args)
         return run(*args)
 
 
+class CachePart:
+    """One layer's keys and values, in the place of the whole cache."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        self.layer = layer
+
+    def update(self, keys: Tensor, values: Tensor, _: int, *more: Any) -> tuple[Tensor, Tensor]:
+        return self.layer.update(keys, values, *more)
+
+
+def _grows(cache: Any, number: int) -> bool:
+    """Whether a layer's part of a cache is a plain one, which grows; static and quantized caches,
+    sliding windows and what is offloaded do more than the part can tell."""
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+        return False
+    return number < len(cache.layers) and type(cache.layers[number]) is DynamicLayer
+
+
 def compile_layers(model: M, **options: Any) -> M:
-    """Compile each decoder layer of a model by itself, in place, for calls without a KV cache:
-    training, scoring. Before or after `attach`, and also with adapters.
+    """Compile each decoder layer of a model by itself, in place, before or after `attach`, and also
+    with adapters.
 
     The first calls compile, at most `LIMIT` graphs whatever plans and lengths follow; what would
-    need another one runs eagerly, and torch says so.
+    need another one runs eagerly, and torch says so. So do caches other than the default one, and
+    layers with a sliding window that have one.
 
     Args:
         model: as `attach` takes it.
@@ -87,7 +114,7 @@ def compile_layers(model: M, **options: Any) -> M:
             )
         forward, checkpoints = type(layer).forward, _forward_checkpoints(layer)
         own = compiled(forward.__wrapped__ if checkpoints else forward)
-        layer.forward = CompiledForward(layer.forward, own, checkpoints)
+        layer.forward = CompiledForward(number, layer.forward, own, checkpoints)
     return model
 
 

@@ -94,7 +94,7 @@ class Ddp:
     def prepare(self, model: nn.Module, groups: list[dict[str, Any]]) -> None:
         self._own = model.to(self.device)
         self.model = DistributedDataParallel(self._own) if self.world_size > 1 else self._own
-        self.optimizer = _adamw(self.config, groups, self.fused)
+        self.optimizer = _adamw(self.config, groups, fused=self.fused)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

@@ -63,8 +63,11 @@ def test_what_is_generated_and_handed_out_is_that_of_eager_layers():
     inputs = batch(MIXED)
     plain = attached(implementation="eager")
     model = adsc.compile_layers(copy.deepcopy(plain), backend="eager")
-    wanted = plain.generate(**inputs, max_new_tokens=3, **GREEDY)
-    assert model.generate(**inputs, max_new_tokens=3, **GREEDY).tolist() == wanted.tolist()
+    counters.clear()
+    for more in ({}, {"cache_implementation": "static"}):
+        wanted = plain.generate(**inputs, max_new_tokens=4, **more, **GREEDY)
+        assert model.generate(**inputs, max_new_tokens=4, **more, **GREEDY).equal(wanted)
+    assert 0 < counters["stats"]["unique_graphs"] <= LIMIT / 2
     how = {"use_cache": False, "output_attentions": True, "output_hidden_states": True}
     model(**inputs, use_cache=False)  # compiled before attentions are wanted
     got, wanted = model(**inputs, **how), plain(**inputs, **how)
