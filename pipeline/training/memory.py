@@ -195,8 +195,16 @@ def fitted(
     """
     if config.memory != "auto":
         return config
-    each = plans.shares()
     full = adsc.estimate_cost(model, "", text_tokens).per_layer[0].tokens
+
+    def needed(tried: TrainConfig, plan: PruningPlan | Method) -> float:
+        return sum(memory_bytes(trainable, model, tried, plan, workers, text_tokens).values())
+
+    each = plans.shares()
+    one_row = config.model_copy(update={"micro_tokens": full})
+    heaviest = max((plan for plan, _ in each), key=partial(needed, one_row))
+    room = USABLE * hardware.memory_gib * 2**30
+    row = [RowShape(text_tokens, full - text_tokens, 1)]
     most = math.ceil(config.batch_size / workers)
     found = []
     for checkpointing in CHECKPOINTING:
@@ -206,11 +214,10 @@ def fitted(
         cost = TrainingCost(
             trainable, model, plans.target, checkpointing=again, distill=config.distill
         )
-        row = [RowShape(text_tokens, full - text_tokens, 1)]
         flops = sum(share * cost.under(plan).step(row).hardware for plan, share in each)
-        # Fewer rows that make as many micro-batches need less memory.
+        launching = LAUNCHES * cost.num_layers * (4 / 3 if checkpointing else 1)
         for count in sorted({math.ceil(most / rows) for rows in range(1, most + 1)}):
-            rows = math.ceil(most / count)
+            rows = math.ceil(most / count)  # the fewest that make as many micro-batches
             tried = config.model_copy(
                 update={
                     "accumulate": 1,
@@ -218,14 +225,9 @@ def fitted(
                     "activation_checkpointing": checkpointing,
                 }
             )
-            needed = max(
-                sum(memory_bytes(trainable, model, tried, plan, workers, text_tokens).values())
-                for plan, _ in each
-            )
-            launching = LAUNCHES * cost.num_layers * (4 / 3 if checkpointing else 1)
+            memory = needed(tried, heaviest)
             seconds = count * max(rows * flops / (0.4 * hardware.peak_flops), launching)
-            fits = needed <= USABLE * hardware.memory_gib * 2**30
-            found.append(((not fits, seconds if fits else needed, needed), tried))
+            found.append(((memory > room, seconds if memory <= room else memory, memory), tried))
     return min(found, key=lambda one: one[0])[1]
 
 
