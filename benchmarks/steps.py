@@ -39,7 +39,7 @@ from pipeline.training.plans import StepPlans
 from pipeline.training.throughput import PEAKS, TrainingCost, peak_flops
 
 Change = Callable[[nn.Module], Any]
-MILD = "2:1/2"
+MILD = "4:1/2"
 """The milder teacher."""
 
 
@@ -118,7 +118,10 @@ def filled_rows(options: argparse.Namespace) -> list[Row]:
         empty = prepare_trainable(twin(model), config.lora, config.tune)
         about = (StepPlans(config, empty, 1), hardware, 1, options.text)
         config = fitted(config, empty, geometry, *about)
-        target, shape = about[0].target, [RowShape(options.text, full - options.text, 1)]
+        target, shape = (
+            about[0].target,
+            [RowShape(options.text, full - options.text, 1, options.text)],
+        )
         wanted = memory_bytes(empty, geometry, config, target, 1, options.text)
         flops = TrainingCost(empty, geometry, target).step(shape).model
         del empty
@@ -154,7 +157,7 @@ def distilling_rows(options: argparse.Namespace) -> list[Row]:
             config = _config(options, plan=str(plan), distill=distill, compile="layers")
             step = Step(model, config, inputs)
             cost = TrainingCost(step.model, geometry, step.plans.target, distill=config.distill)
-            flops = cost.step([RowShape(options.text, full, 1)]).hardware
+            flops = cost.step([RowShape(options.text, full, 1, options.text)]).hardware
             seconds = _seconds(step, options)
             base = base or (seconds, flops)
             if teacher:

@@ -57,7 +57,7 @@ def waits_of_a_step(small: Small, folder: Path, **changes: Any) -> Counter[str]:
     return found[1] - found[0]
 
 
-def test_a_step_waits_once_and_for_each_micro_batch_as_often_as_the_model(
+def test_the_loop_waits_once_a_step_and_a_plan_three_times_a_call(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU; else AdamW reads the count of each parameter, which is on the host there.
@@ -66,10 +66,10 @@ def test_a_step_waits_once_and_for_each_micro_batch_as_often_as_the_model(
     more = waits_of_a_step(small, tmp_path, plan="", accumulate=2)
     one = waits_of_a_step(small, tmp_path, plan="1:1/2")
     three = waits_of_a_step(small, tmp_path, plan="1:1/2,2:1/4,3:0")
-    model = more - dense  # what transformers' own forward does
-    assert dense - model == {"tolist": 1}
+    # The rest of a dense step's are transformers' own, which looks for padding and counts images.
+    assert dense["tolist"] == more["tolist"] == 1
     assert one == three
-    assert (one - dense).total() <= 4  # once a call, to place the drops; never by layer
+    assert (one - dense).total() == 3
 
 
 def test_fused_adamw_is_adamw_and_their_states_are_exchangeable() -> None:
