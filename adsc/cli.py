@@ -35,6 +35,7 @@ PLAN_EXAMPLES = """examples:
   adsc plan --model llava-1.5-7b --average 128 --pool tiles
   adsc plan --model llava-1.5-7b --average 128 --pool tiles --exit 24
   adsc plan --model ./my-checkpoint --average 64 --keep 1/3 --limit 5 --json
+  adsc plan --model llava-1.5-7b --draw "4:1/9,24:0;pool=tiles" --image photo.jpg --out plan.png
 """
 
 
@@ -84,9 +85,16 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `plan`."""
     parser.add_argument("--model", required=True, metavar="MODEL", help=_MODEL_HELP)
-    parser.add_argument(
-        "--average", required=True, type=float, help="vision tokens per layer and image"
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--average", type=float, help="vision tokens per layer and image")
+    wanted.add_argument(
+        "--draw", metavar="PLAN", help="draw the tokens that this plan leaves, on --image"
     )
+    parser.add_argument("--image", metavar="FILE", type=Path, help="the picture for --draw")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("plan.png"),
+        help="the drawing (plan.png)",
+    )  # fmt: skip
     parser.add_argument(
         "--drops", type=int, help="number of drops, not counting an exit (3; with --pool: 1)"
     )
@@ -247,11 +255,13 @@ def run_cost(arguments: argparse.Namespace) -> int:
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    """Print placements that meet the budget.
+    """Print placements that meet the budget, or draw a given plan.
 
     Raises:
-        CostError, PlanError: what can't be counted or met, in a sentence.
+        CostError, PlanError: what can't be counted, met or drawn, in a sentence.
     """
+    if arguments.draw is not None:
+        return _draw(arguments)
     config, workload = read_config(arguments.model), _workload(arguments)
     layers = config.get_text_config().num_hidden_layers
     image = ImageInput(size=arguments.image_size, images_in_row=arguments.num_images)
@@ -305,6 +315,32 @@ def run_plan(arguments: argparse.Namespace) -> int:
     lines = [("plan", "average", "FLOPs", "KV cache")]
     lines += [(plan, f"{mean:.2f}", _change(f), _change(kv)) for plan, mean, f, kv in found]
     _print_table(lines, left=1)
+    return 0
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    from PIL import Image, UnidentifiedImageError
+
+    from adsc.drawing import draw_plan
+
+    if arguments.image is None:
+        raise PlanError("--draw needs a picture to draw on: add --image FILE")
+    config = read_config(arguments.model)
+    plan = find_plan(arguments.draw, config)
+    if not isinstance(plan, PruningPlan):
+        raise PlanError(f"{arguments.draw} chooses tokens by content; --draw takes plans only")
+    plan.check_layers(config.get_text_config().num_hidden_layers)
+    try:
+        with Image.open(arguments.image) as picture:
+            size = arguments.image_size or (picture.height, picture.width)
+            lattice = image_cost(config, ImageInput(size=size)).lattice
+            sheet = draw_plan(picture, plan, lattice)
+        sheet.save(arguments.out)
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        if isinstance(error, PlanError | CostError):
+            raise
+        raise PlanError(f"{arguments.image} can't be drawn to {arguments.out}: {error}") from error
+    print(arguments.out)
     return 0
 
 

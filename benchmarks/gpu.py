@@ -18,6 +18,7 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import agreement, capture, decode, pooling, prefill, steps, train
+from benchmarks import agreement, capture, decode, pooling, prefill, serve, steps, train
 from benchmarks.agreement import failed
 from benchmarks.measure import Row, report, synchronize, table, tables
 from benchmarks.models import DTYPES
+from pipeline.evaluation.engine import engine_python
 from pipeline.training.throughput import peak_flops
 
 LIMIT = 600  # seconds of a part
@@ -100,6 +102,22 @@ def _caches(kind: str) -> Callable[[argparse.Namespace], list[Row]]:
             return agreement.cache_checks(options.device, kind)
 
     return checks
+
+
+def served(options: argparse.Namespace) -> list[Row]:
+    """vLLM with plans against dense vLLM, in its own environment; one row where it is missing."""
+    try:
+        python = engine_python()
+    except ValueError as error:
+        return [{"what": "vLLM", "result": f"not run: {error}"}]
+    words = [python, "-m", "benchmarks.serve", "--turns", str(options.rounds)]
+    if options.geometry != "tiny":
+        words += ["--width", "4096", "--layers", "32", "--dtype", "bfloat16"]
+        words += ["--plans", "8:1/2,16:1/2,24:1/2", "16:1/4", "8:1/9,24:0;pool=tiles"]
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "serve.json"
+        subprocess.run([*words, "--json", str(file)], check=True)
+        return serve.rows(json.loads(file.read_text()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +251,7 @@ PARTS = {
     "step-waits": Part(
         run=steps.waiting_rows, about="how often the host waits in a step", settings={"rank": 4}
     ),
+    "serve": Part(run=served, about="vLLM with plans against dense", settings={"rounds": 5}),
 }
 
 

@@ -1,11 +1,12 @@
 """vLLM dense and under plans, in turns in one process: prefill, throughput, KV blocks, capacity.
 
-    .venv-vllm/bin/python -m benchmarks.serve --json runs/bench/serve.json
+    .venv-vllm/bin/python -m benchmarks.serve --eager --json runs/bench/serve.json
 
 A LLaVA with random weights, 576 vision tokens an image and a decoder of 16 layers; on a GPU pass
 `--width 4096 --layers 32 --dtype bfloat16` for the geometry of LLaVA-1.5-7B. Times are medians over
 turns, and only ratios within one run mean anything. All engines live in this process, one after
-another answers the same requests, so load on the machine meets each alike.
+another answers the same requests, so load on the machine meets each alike. Without `--eager` vLLM
+compiles the dense model and not those with plans.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
 PLANS = ("4:1/2,8:1/2,12:1/2", "1:1/8", "4:1/9,12:0;pool=tiles")
 BASE = Path(__file__).parents[1] / "workflows" / "assets" / "tiny_base"
 TEXT = 40  # text tokens of a request
 IMAGE_TOKEN = 3
+CONCURRENCY = 8
+TIMED = ("prefill", "generate")
+POOLED = 5  # dense requests whose KV cache the pool of the capacity holds
 
 
 def write_model(folder: Path, width: int, layers: int) -> None:
@@ -82,7 +86,7 @@ def write_model(folder: Path, width: int, layers: int) -> None:
     LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
-def engine(folder: Path, plan: str, options: argparse.Namespace, **settings: Any) -> Any:
+def engine(folder: Path, plan: str, options: argparse.Namespace) -> Any:
     from vllm import LLM
 
     from adsc import PruningPlan
@@ -99,8 +103,11 @@ def engine(folder: Path, plan: str, options: argparse.Namespace, **settings: Any
         block_size=32,
         seed=0,
         mm_processor_cache_gb=0,
+        disable_log_stats=False,
+        kv_cache_memory_bytes=(CONCURRENCY + 2) * request_bytes(options),
+        gpu_memory_utilization=0.2,  # free when an engine starts, beside those before it
+        enforce_eager=options.eager,
         hf_overrides={"adsc": PruningPlan.parse(plan).to_dict()},
-        **settings,
     )
 
 
@@ -113,39 +120,55 @@ def requests(count: int) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": ids, "multi_modal_data": {"image": it}} for it in pictures]
 
 
-def timed(engines: dict[str, Any], count: int, new: int, turns: int) -> dict[str, dict[str, float]]:
-    """Medians of processor and wall seconds of `count` requests at once; one turn warms up."""
+def timed(engines: dict[str, Any], new: int, turns: int, warm: int) -> dict[str, dict[str, float]]:
+    """Medians over turns of CONCURRENCY requests at once; the first `warm` turns don't count."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    found: dict[str, list[tuple[float, float]]] = {plan: [] for plan in engines}
-    for turn in range(turns + 1):
+    found: dict[str, list[dict[str, float]]] = {plan: [] for plan in engines}
+    for turn in range(turns + warm):
         for plan, llm in engines.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            llm.generate(requests(count), sampling, use_tqdm=False)
-            if turn:
-                found[plan].append((time.process_time() - cpu, time.perf_counter() - wall))
+            outputs = llm.generate(requests(CONCURRENCY), sampling, use_tqdm=False)
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            first = statistics.median(it.metrics.first_token_latency for it in outputs)
+            if turn >= warm:
+                found[plan].append(
+                    {
+                        "cpu_seconds": cpu,
+                        "wall_seconds": wall,
+                        "first_token_seconds": first,
+                        "requests_per_s": CONCURRENCY / wall,
+                        "tokens_per_s": CONCURRENCY * new / wall,
+                    }
+                )
     return {
-        plan: {
-            "cpu_seconds": statistics.median(cpu for cpu, _ in them),
-            "wall_seconds": statistics.median(wall for _, wall in them),
-        }
+        plan: {name: statistics.median(it[name] for it in them) for name in them[0]}
         for plan, them in found.items()
     }
 
 
-def capacity(llm: Any, size: int) -> dict[str, float]:
-    """Blocks and bytes that one request holds, and how many run together in the pool."""
+def request_bytes(options: argparse.Namespace) -> int:
+    """Bytes of keys and values of a dense request with 24 new tokens: whole blocks of 32."""
+    size = 4 if options.dtype == "float32" else 2
+    return 2 * options.layers * options.width * size * (576 + TEXT + 24)
+
+
+def capacity(llm: Any, whole: int, size: int) -> dict[str, float]:
+    """Blocks and bytes that one request holds, and how many run together in `size` bytes of the
+    engine's `whole` pool, whose other blocks are taken away."""
     from vllm import SamplingParams
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    pool, plain = scheduler.kv_cache_manager.block_pool, scheduler.schedule
+    config, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
+    block = whole / config.num_blocks  # bytes
+    pool.get_new_blocks(pool.get_num_free_blocks() - int(size / block))
+    free, plain = pool.get_num_free_blocks(), scheduler.schedule
     seen: list[tuple[int, int]] = []
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
         output = plain(*args, **kwargs)
-        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        seen.append((len(scheduler.running), used))
+        seen.append((len(scheduler.running), free - pool.get_num_free_blocks()))
         return output
 
     scheduler.schedule = schedule
@@ -153,54 +176,73 @@ def capacity(llm: Any, size: int) -> dict[str, float]:
     llm.generate(requests(1), sampling, use_tqdm=False)
     blocks = max(used for _, used in seen)
     seen.clear()
-    llm.generate(requests(28), sampling, use_tqdm=False)
-    config = scheduler.kv_cache_config
+    llm.generate(requests(24), sampling, use_tqdm=False)
     return {
         "groups": len(config.kv_cache_groups),
         "blocks": blocks,
-        "mib": blocks * size / config.num_blocks / 2**20,
+        "mib": blocks * block / 2**20,
         "together": max(running for running, _ in seen),
     }
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each plan: times as multiples of dense, the first two by processor time."""
+    found = []
+    for name, held in result["capacity"].items():
+        own, dense = ({case: result[case][it] for case in TIMED} for it in (name, "dense"))
+        cpu = [dense[case]["cpu_seconds"] / own[case]["cpu_seconds"] for case in TIMED]
+        wall = {
+            key: own["generate"][key] / dense["generate"][key]
+            for key in ("requests_per_s", "tokens_per_s", "first_token_seconds")
+        }
+        found.append(
+            {
+                "plan": name,
+                "prefill": round(cpu[0], 2),
+                "with 32 tokens": round(cpu[1], 2),
+                "requests/s": round(wall["requests_per_s"], 2),
+                "tokens/s": round(wall["tokens_per_s"], 2),
+                "time to first token": round(wall["first_token_seconds"], 2),
+                "groups": held["groups"],
+                "blocks of a request": held["blocks"],
+                "MiB of a request": round(held["mib"], 1),
+                f"together in {result['pool_mib']} MiB": held["together"],
+            }
+        )
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plans", nargs="*", default=PLANS)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pool", type=int, default=200, help="MiB of KV cache for the capacity")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--eager", action="store_true", help="nothing compiled, dense neither")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result: dict[str, Any] = {"plans": ["dense", *options.plans]}
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if options.eager:
+        os.environ["VLLM_CPU_CI_ENV"] = "1"  # the sampler on a CPU
+    texts = {"dense": ""} | {plan: plan for plan in options.plans}
+    held = request_bytes(options)
+    result: dict[str, Any] = {"plans": list(texts), "pool_mib": POOLED * held >> 20}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder, options.width, options.layers)
-        texts = {"dense": ""} | {plan: plan for plan in options.plans}
         engines = {name: engine(folder, plan, options) for name, plan in texts.items()}
-        result["prefill"] = timed(engines, 8, 1, options.turns)
-        result["generate"] = timed(engines, 8, 32, options.turns)
+        result["prefill"] = timed(engines, 1, options.turns, warm=1)
+        result["generate"] = timed(engines, 32, options.turns, warm=0)
+        result["capacity"] = {
+            name: capacity(llm, (CONCURRENCY + 2) * held, POOLED * held)
+            for name, llm in engines.items()
+        }
         for llm in engines.values():
             llm.llm_engine.engine_core.shutdown()
-        engines.clear()
-        size = options.pool << 20
-        result["capacity"] = {}
-        for name, plan in texts.items():
-            llm = engine(folder, plan, options, kv_cache_memory_bytes=size)
-            result["capacity"][name] = capacity(llm, size)
-            llm.llm_engine.engine_core.shutdown()
-    for name in texts:
-        ratios = [
-            result[case]["dense"]["cpu_seconds"] / result[case][name]["cpu_seconds"]
-            for case in ("prefill", "generate")
-        ]
-        figures = result["capacity"][name]
-        print(
-            f"{name}: prefill {ratios[0]:.2f}x, with 32 tokens {ratios[1]:.2f}x; "
-            f"{figures['groups']} groups, a request holds {figures['mib']:.1f} MiB, "
-            f"{figures['together']} together in {options.pool} MiB"
-        )
+    for row in rows(result):
+        print(", ".join(f"{key}: {value}" for key, value in row.items()))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

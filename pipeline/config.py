@@ -10,12 +10,19 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import reduce
 from operator import or_
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from pipeline.values import ValueSyntaxError, read_value
@@ -35,6 +42,10 @@ class ConfigError(ValueError):
     """An invalid config: all problems at once, each with the way out."""
 
 
+class _Typed(str):
+    """A value as a user typed it."""
+
+
 class Config(BaseModel):
     """Base of all config sections. Every field has a docstring: unit, range, effect."""
 
@@ -45,6 +56,26 @@ class Config(BaseModel):
         validate_default=True,
         allow_inf_nan=False,  # JSON has no literal for either
     )
+
+    COMPARED_BY: ClassVar[tuple[str, ...]] = ()
+    """Keys, or sections, that runs are compared by: the parameters of a workflow's MLflow run."""
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _read(cls, given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Read what a user typed; a string field takes "123", "true" and "null" literally."""
+        value = read_value(given) if isinstance(given, _Typed) else given
+        try:
+            found = validate(value)
+        except ValidationError:
+            if value is given:
+                raise
+            with suppress(ValidationError):
+                return validate(str(given))
+            raise
+        if not _booleans_kept(value, found):  # pydantic would make numbers of them
+            raise ValueError("true and false are not numbers")
+        return found
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -61,12 +92,20 @@ def edit(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
         ConfigError: every unknown key with the nearest valid name, and every bad value with what
             is allowed.
     """
+    replaced = {key: value for key, value in changes.items() if _below(key, changes)}
+    if replaced:  # whole sections, of which single keys are changed as well
+        config = edit(config, replaced)
+    changes = {key: value for key, value in changes.items() if key not in replaced}
     problems: list[str] = []
-    edited = _edit(config, dict(changes), (), problems, tuple(keys(config)))
+    edited = _edit(config, changes, (), problems, tuple(keys(config)))
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"config has {count}:\n" + "\n".join(f"  {line}" for line in problems))
     return edited  # type: ignore[no-any-return]
+
+
+def _below(key: str, changes: Mapping[str, Any]) -> bool:
+    return any(other.startswith(f"{key}.") for other in changes)
 
 
 def keys(config: Config, prefix: str = "") -> Iterator[str]:
@@ -94,58 +133,48 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 def _edit(
     node: Any,
-    changes: dict[str, Any],
+    changes: Mapping[str, Any],
     path: tuple[str, ...],
     problems: list[str],
     valid: tuple[str, ...],
 ) -> Any:
-    """Apply changes below one node: a section, or a list or mapping that may hold sections."""
-    here, below = _split(changes)
-    known = dict(_fields(node))
-    problems_before = len(problems)
-    for name in list(here) + [name for name in below if name not in here]:
-        if name not in known:
-            full = [
-                ".".join((*path, name, rest)).rstrip(".") for rest in below.get(name, {"": None})
-            ]
-            problems.extend(_unknown(key, valid) for key in full)
-            continue
-        value = known[name]
-        key = ".".join((*path, name))
-        if name in here:
-            value = _value(node, name, here[name], key, problems)
-        if name in below:
-            if not isinstance(value, Config) and not _items(value):
-                problems.append(f"{key} is {value!r}: it has no keys to set below it")
-                continue
-            value = _edit(value, below[name], (*path, name), problems, valid)
-        known[name] = value
-    if not isinstance(node, Config):
-        return known if isinstance(node, Mapping) else type(node)(known.values())
-    if len(problems) > problems_before:
-        return node
-    try:
-        edited = type(node).model_validate(known)
-    except ValidationError as error:
-        problems.extend(_explain(error, ".".join(path), type(node).model_fields))
-        return node
-    for name in known:
-        if not _booleans_kept(known[name], getattr(edited, name)):
-            key = ".".join((*path, name))
-            problems.append(_not_a_number(key, known[name], type(node).model_fields[name]))
-    return edited
-
-
-def _split(changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    here: dict[str, Any] = {}
+    """Merge changes into one node: a section, which is then validated, or a list or mapping that
+    may hold sections."""
     below: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         name, dot, rest = key.partition(".")
-        if dot:
-            below.setdefault(name, {})[rest] = value
+        below.setdefault(name, {})[rest if dot else ""] = value
+    known = dict(_fields(node))
+    problems_before = len(problems)
+    for name, inner in below.items():
+        key = ".".join((*path, name))
+        if name not in known:
+            problems += [_unknown(f"{key}.{rest}".rstrip("."), valid) for rest in inner]
+        elif "" in inner:
+            try:
+                known[name] = _typed(inner[""], isinstance(node, Config))
+            except ValueSyntaxError as error:
+                problems.append(f"{key} = {inner['']!r}: {error}")
+        elif isinstance(known[name], Config) or _items(known[name]):
+            known[name] = _edit(known[name], inner, (*path, name), problems, valid)
         else:
-            here[name] = value
-    return here, below
+            problems.append(f"{key} is {known[name]!r}: it has no keys to set below it")
+    if not isinstance(node, Config):
+        return known if isinstance(node, Mapping) else type(node)(known.values())
+    try:
+        # By its own class: its field may take several.
+        return type(node).model_validate(known)
+    except ValidationError as error:
+        whole = len(problems) == problems_before
+        problems += _explain(error, path, type(node).model_fields, whole)
+        return node
+
+
+def _typed(value: Any, in_section: bool) -> Any:
+    """Text for a section's own field, which reads it; the value of any other text."""
+    if not isinstance(value, str):
+        return value
+    return _Typed(value) if in_section else read_value(value)
 
 
 def _fields(node: Any) -> list[tuple[str, Any]]:
@@ -164,48 +193,6 @@ def _unknown(key: str, valid: tuple[str, ...]) -> str:
     return f"{key} is unknown; {hint}"
 
 
-def _value(node: Any, name: str, raw: Any, key: str, problems: list[str]) -> Any:
-    """One value, checked on its own so that all bad values are reported together."""
-    if not isinstance(node, Config):
-        return _parse(raw, key, problems)  # an item: checked with its section
-    field = type(node).model_fields[name]
-    annotation: Any = Annotated[(field.annotation, *field.metadata, None)]
-    adapter = _adapter(annotation)
-    parsed = _parse(raw, key, problems)
-    try:
-        value = adapter.validate_python(parsed)
-    except ValidationError as error:
-        try:
-            # A string field takes "123", "true" and "null" literally.
-            return adapter.validate_python(raw)
-        except ValidationError:
-            problems.extend(_explain(error, key, {"": field}))
-            return getattr(node, name)
-    if not _booleans_kept(parsed, value):
-        problems.append(_not_a_number(key, parsed, field))
-        return getattr(node, name)
-    return value
-
-
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    try:
-        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
-    except PydanticUserError:  # a section has its own model config
-        return TypeAdapter(annotation)
-
-
-def _parse(raw: Any, key: str, problems: list[str]) -> Any:
-    try:
-        return read_value(raw) if isinstance(raw, str) else raw
-    except ValueSyntaxError as error:
-        problems.append(f"{key} = {raw!r} {error}")
-        return raw
-
-
-def _not_a_number(key: str, value: Any, field: FieldInfo) -> str:
-    return f"{key} = {value!r}: true and false are not numbers ({allowed(field)})"
-
-
 def _booleans_kept(given: Any, validated: Any) -> bool:
     """Whether no true or false of a value became a number, which pydantic would allow."""
     if isinstance(given, bool):
@@ -214,23 +201,22 @@ def _booleans_kept(given: Any, validated: Any) -> bool:
     return all(_booleans_kept(before[name], after[name]) for name in before.keys() & after.keys())
 
 
-def _explain(error: ValidationError, prefix: str, fields: Mapping[str, FieldInfo]) -> list[str]:
-    lines = []
+def _explain(
+    error: ValidationError, path: tuple[str, ...], fields: Mapping[str, FieldInfo], whole: bool
+) -> Iterator[str]:
+    """The problems of one section; those between its fields only if it is `whole`: if nothing
+    below it was wrong."""
     for problem in error.errors(include_url=False):
         location = [str(part) for part in problem["loc"]]
-        field = fields.get("") or (fields.get(location[0]) if location else None)
-        key = ".".join(part for part in (prefix, *location) if part) or "the config"
+        key = ".".join((*path, *location)) or "the config"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{key} is unknown")
-        elif (location and "" not in fields and field is None) or (
-            not location and "" not in fields
-        ):
-            lines.append(f"{key}: {message}")
-        else:
-            hint = f" ({allowed(field)})" if field is not None else ""
-            lines.append(f"{key} = {problem['input']!r}: {message}{hint}")
-    return lines
+            yield f"{key} is unknown"
+        elif location:
+            hint = allowed(fields[location[0]])
+            yield f"{key} = {problem['input']!r}: {message} ({hint})"
+        elif whole:
+            yield f"{key}: {message}"
 
 
 def allowed(field: FieldInfo) -> str:

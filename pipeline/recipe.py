@@ -5,7 +5,7 @@ that is the same for the small demo and for a 7B model. Nothing here runs anythi
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -61,6 +61,20 @@ class ComparedConfig(Config):
 
 class CompressConfig(Config):
     """Everything that decides what a compression computes."""
+
+    COMPARED_BY: ClassVar[tuple[str, ...]] = (
+        "plan",
+        "base.source",
+        "curriculum.order",
+        "curriculum.stages",
+        "train.steps",
+        "train.epochs",
+        "train.batch_size",
+        "train.learning_rate",
+        "train.lora.rank",
+        "train.distill.weight",
+        "train.seed",
+    )
 
     plan: Plan
     """The target plan, such as `2:1/4,5:1/4`; `search` is the one that the search stage finds."""

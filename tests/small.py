@@ -50,7 +50,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from pipeline.data.config import PrepareConfig
     from pipeline.data.conversations import parse_turns
     from pipeline.data.sources import iter_records
-    from pipeline.data.templates import TEMPLATES
+    from pipeline.data.templates import shipped
     from pipeline.stages.prepare import prepare_data
     from workflows.demo.fashion_grids import compose_fashion
     from workflows.demo.pictures import FashionConfig
@@ -62,7 +62,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         FashionConfig(train_pictures=24, test_pictures=6),
     )
     records = iter_records(root / "pictures" / "train.json")
-    template = TEMPLATES["vicuna_short"]
+    template = shipped("vicuna_short")
     texts = [
         "".join(text for text, _ in template.render(parse_turns(record))) for _, record in records
     ]

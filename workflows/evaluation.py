@@ -19,6 +19,7 @@ from transformers.utils.hub import extract_commit_hash
 import adsc
 from adsc.method import Method
 from adsc.named import DENSE, names_in, plan_named
+from adsc.serving.settings import FIELD, served_plan
 from adsc.weight_files import original_layout, original_name
 from pipeline.data.config import PrepareConfig
 from pipeline.data.mixture import Source
@@ -84,6 +85,8 @@ def evaluation_stages(
         raise ValueError(f"can't evaluate {checkpoint}: {other}")
     sources, splits, benchmarks = _data(data, tasks, limit)
     arms = _arms(methods, checkpoint)
+    if settings.get("engine") == "vllm":
+        _check_served(arms, _read_config(checkpoint))
     config = EvaluateConfig(
         title=f"Evaluation of {_short(checkpoint)}",
         task=", ".join(splits),
@@ -347,6 +350,16 @@ def _check_fit(methods: Iterable[MethodConfig], config: dict[str, Any]) -> None:
             adsc.attach(model, build_method(method, model))
     except adsc.UnsupportedModel as error:
         raise ValueError(str(error)) from error
+
+
+def _check_served(arms: Iterable[ArmConfig], config: dict[str, Any] | None) -> None:
+    """Raise ValueError for a plan that vLLM can't serve with this checkpoint."""
+    if config is None:
+        return
+    known = AutoConfig.for_model(**config)
+    for arm in arms:
+        setattr(known, FIELD, str(arm.plan) or DENSE)
+        served_plan(known)
 
 
 def _read_config(checkpoint: str) -> dict[str, Any] | None:

@@ -66,8 +66,9 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def fetched(options: argparse.Namespace) -> str:
-    """A folder of this machine, verified where it has a manifest; or a hub id, as it was given."""
+def fetched(options: Any) -> str:
+    """The options' checkpoint: a folder of this machine, verified where it has a manifest; or a hub
+    id, as it was given."""
     given: str = options.checkpoint
     if given.startswith("models:/"):
         if importlib.util.find_spec("mlflow") is None:
@@ -140,26 +141,42 @@ def described(place: str, plan: str | None) -> list[str]:
     cost = estimate_cost(config, served.plan, text_tokens=TEXT)
     dense = estimate_cost(config, None, text_tokens=TEXT)
     less = cost.versus(dense)
+    choices = ", ".join(served.choices)
     return [
         f"{place}: plan {served.text}, {cost.average_vision_tokens:.1f} of {served.image.tokens} "
         "vision tokens an image, averaged over layers",
         f"one image with {TEXT} text tokens: {cost.flops / 1e9:.4g} GFLOP "
         f"({100 * less.flops:.1f} % less than dense), {cost.kv_cache_bytes / 2**20:.3g} MiB of KV "
         f"({100 * less.kv_cache_bytes:.1f} % less)",
+        f'a request may choose another plan by "vllm_xargs": {{"adsc_plan": NAME}}: {choices}',
     ]
 
 
 def command(place: str, options: argparse.Namespace) -> list[str]:
     """The command line of vLLM's server."""
-    words = [sys.executable, "-P", "-m", SERVER, "--model", place]
-    words += ["--host", options.host, "--port", str(options.port)]
-    if not any(word.startswith("--served-model-name") for word in options.engine):
+    words = [
+        sys.executable,
+        "-P",
+        "-m",
+        SERVER,
+        "--host",
+        options.host,
+        "--port",
+        str(options.port),
+    ]
+    return words + engine_arguments(place, options.plan, options.engine)
+
+
+def engine_arguments(place: str, plan: str | None, given: list[str]) -> list[str]:
+    """vLLM's options for a checkpoint under a plan, those that were given included."""
+    words = ["--model", place]
+    if not any(word.startswith("--served-model-name") for word in given):
         words += ["--served-model-name", Path(place).name]
-    if options.plan is not None:
-        if any(word.startswith("--hf-overrides") for word in options.engine):
+    if plan is not None:
+        if any(word.startswith("--hf-overrides") for word in given):
             raise ValueError('--plan and --hf-overrides: give the plan in both as {"adsc": "64"}')
-        words += ["--hf-overrides", json.dumps({"adsc": options.plan})]
-    return words + options.engine
+        words += ["--hf-overrides", json.dumps({"adsc": plan})]
+    return words + given
 
 
 def run(words: list[str]) -> int:

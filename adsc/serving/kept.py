@@ -22,7 +22,7 @@ class Kept:
     """One request with images; all tokens behind its last image are kept.
 
     Args:
-        served: the plan.
+        served: the request's plan.
         images: where each image lies, in order; each has as many tokens as the plan's images.
     """
 
@@ -54,7 +54,7 @@ class Kept:
         """The most of `tokens` tokens from `start` on that cut no image in two.
 
         >>> from adsc.families.family import Image
-        >>> kept = Kept(ServedPlan("1:1/4;pool=tiles", 2, Image(4, (2, 2))), [(3, 4), (7, 4)])
+        >>> kept = Kept(ServedPlan("1:1/4;pool=tiles", 2, Image(4, (2, 2)), (1,)), [(3, 4), (7, 4)])
         >>> [kept.last_whole(0, n) for n in (2, 3, 5, 7, 9, 11, 20)]
         [2, 3, 3, 7, 7, 11, 20]
         """

@@ -10,7 +10,8 @@ Legend: n vision tokens of one image, P parts of the decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from adsc.families.family import Image
 from adsc.families.table import FAMILIES
 from adsc.method import Method, from_dict
-from adsc.named import find_plan
+from adsc.named import DENSE as NO_PLAN
+from adsc.named import find_plan, names_in
 from adsc.plan import PruningPlan
 from adsc.tiles import Group
 
@@ -41,14 +43,19 @@ class ServedPlan:
     """A plan at work in a decoder, for images that all have as many tokens.
 
     Args:
-        text: the plan, in its text form.
+        text: the plan, in its text form; empty for dense.
         layers: of the decoder.
         image: tokens and lattice of one image.
+        at: the layers at which parts 1.. begin; the plan drops at some of them.
+        choices: plans that a request may name instead. They drop at layers where parts begin, so
+            they need no other parts.
     """
 
     text: str
     layers: int
     image: Image
+    at: tuple[int, ...]
+    choices: Mapping[str, ServedPlan] = field(default_factory=dict)
 
     @cached_property
     def plan(self) -> PruningPlan:
@@ -56,31 +63,35 @@ class ServedPlan:
 
     @property
     def parts(self) -> int:
-        return len(self.plan.stages) + 1
+        return len(self.at) + 1
 
     @cached_property
     def part_of(self) -> tuple[int, ...]:
         """The part in which each decoder layer lies."""
-        at = [layer for layer, _ in self.plan.stages]
-        return tuple(sum(layer <= number for layer in at) for number in range(self.layers))
+        return tuple(sum(layer <= number for layer in self.at) for number in range(self.layers))
 
     @cached_property
     def gone(self) -> np.ndarray:
         """(P, n) bool: which tokens of an image are gone in each part."""
-        mask = np.ones((self.parts, self.image.tokens), dtype=bool)
-        mask[0] = False
-        kept = self.plan.kept_indices(self.image.tokens, self.image.lattice, self.image.regions)
-        for part, left in enumerate(kept, 1):
-            mask[part, list(left)] = False
+        mask = np.zeros((self.parts, self.image.tokens), dtype=bool)
+        image = self.image
+        kept = self.plan.kept_indices(image.tokens, image.lattice, image.regions)
+        for (layer, _), left in zip(self.plan.stages, kept, strict=True):
+            first = self.at.index(layer) + 1
+            mask[first:] = True
+            mask[first:, list(left)] = False
         return mask
 
     @cached_property
     def groups(self) -> list[tuple[Group, ...]]:
         """For each part, the groups whose means enter it; none for drops, part 0 and an exit."""
-        if self.plan.pool is None:
-            return [()] * self.parts
-        image = self.image
-        return [(), *self.plan.groups(image.tokens, image.lattice, image.regions)]
+        found: list[tuple[Group, ...]] = [()] * self.parts
+        if self.plan.pool is not None:
+            image = self.image
+            groups = self.plan.groups(image.tokens, image.lattice, image.regions)
+            for (layer, _), own in zip(self.plan.stages, groups, strict=True):
+                found[self.at.index(layer) + 1] = own
+        return found
 
     @property
     def pools(self) -> bool:
@@ -104,9 +115,19 @@ def served_plan(config: Any) -> ServedPlan | None:
     if plan is None:
         return None
     check_family(config)
-    plan.check_layers(config.text_config.num_hidden_layers)
-    found = ServedPlan(str(plan), config.text_config.num_hidden_layers, _image(config))
-    _ = found.gone, found.groups  # a plan that doesn't fit the image fails here, at load
+    layers, image = config.text_config.num_hidden_layers, _image(config)
+    plan.check_layers(layers)
+    at = tuple(layer for layer, _ in plan.stages)
+    choices = {
+        name: ServedPlan(str(other), layers, image, at)
+        for name, other in ((NO_PLAN, PruningPlan()), *names_in(config).items())
+        if isinstance(other, PruningPlan)
+        and other.positions == "keep"
+        and {layer for layer, _ in other.stages} <= set(at)
+    }
+    found = ServedPlan(str(plan), layers, image, at, choices)
+    for one in (found, *choices.values()):
+        _ = one.gone, one.groups  # a plan that doesn't fit the image fails here, at load
     return found
 
 

@@ -135,6 +135,7 @@ def plan_submission(
         metadata={
             "workflow": workflow.name,
             "root": store.root,
+            "mlflow": mlflow or "",
             "changes": json.dumps(list(changes)),
             "commit": commit or "",
         },

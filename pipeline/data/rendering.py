@@ -26,7 +26,7 @@ from pipeline.data.conversations import (
     record_id,
 )
 from pipeline.data.pictures import PictureLimits, Pictures, check_picture
-from pipeline.data.templates import OwnTemplate, Segments, Template, find_template, place_marker
+from pipeline.data.templates import Segments, Template, find_template, place_marker
 
 
 class ProcessorError(ValueError):
@@ -71,7 +71,7 @@ class Renderer:
     """What renders records for one checkpoint."""
 
     processor: Any
-    template: Template | OwnTemplate
+    template: Template
     context: int
     """Longest rendered conversation in tokens, vision tokens included."""
     pictures: PictureLimits

@@ -2,14 +2,16 @@
 is supervised.
 
 The label mask is made while rendering, never found again in the finished text. Only assistant
-turns and their end token are supervised (LLaVA's rule). Formats: vicuna_v1 is that of LLaVA-1.5
-(haotian-liu/LLaVA, conversation.py's name for it); a checkpoint's own Jinja template is the other
-kind.
+turns and their end token are supervised (LLaVA's rule). Every template is Jinja: those that ship
+(chat_templates/; vicuna_v1 is that of LLaVA-1.5, named as in haotian-liu/LLaVA's conversation.py)
+and those that checkpoints bring. What a checkpoint is saved with is the text that its training data
+were rendered with.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,16 +62,21 @@ def message_parts(text: str, before: int = 0) -> list[dict[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Texts around turns. A conversation is `system`, then for each exchange `user` + text +
-    `assistant` + text + `end`."""
+    """A Jinja chat template, with the label mask taken while it renders.
+
+    A template with `{% generation %}` blocks names what is supervised. Any other is rendered turn
+    by turn, and refused unless each shorter rendering is the beginning of the next.
+    """
 
     name: str
-    system: str
-    user: str
-    assistant: str
-    end: str
-    separator: str = ""
-    """Stands between an exchange's end token and the next user turn."""
+    text: str
+    """The Jinja template."""
+    image_token: str = MARKER
+    """The checkpoint's token for a picture."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """bos_token and so on, which templates name."""
+    parts: bool = False
+    """Whether messages are lists of parts (a processor's template) or texts (a tokenizer's)."""
 
     def render(self, turns: Turns) -> Segments:
         """Segments (text, supervised) of a conversation of (role, text) turns; roles as in LLaVA:
@@ -77,60 +84,12 @@ class Template:
 
         A conversation that ends with a human turn is a prompt: it ends with the assistant's cue.
 
-        >>> TEMPLATES["vicuna_short"].render([("human", "what?"), ("gpt", "a bag")])
+        Raises:
+            TemplateError: the template fails, or its mask is unknown.
+
+        >>> shipped("vicuna_short").render([("human", "what?"), ("gpt", "a bag")])
         [('USER: what? ASSISTANT:', False), (' a bag</s>', True)]
         """
-        segments: Segments = []
-        prefix = self.system
-        for role, text in turns:
-            if role == ROLES[0]:
-                segments.append((f"{prefix}{self.user}{place_marker(text)}{self.assistant}", False))
-                prefix = self.separator
-            else:
-                segments.append((f" {text.strip()}{self.end}", True))
-        return segments
-
-    def jinja(self) -> str:
-        """The same template in Jinja, for a processor's `apply_chat_template`."""
-        return (
-            f"{{{{ {self.system!r} }}}}"
-            "{% for message in messages %}"
-            "{% if message['role'] == 'user' %}"
-            f"{{% if not loop.first %}}{{{{ {self.separator!r} }}}}{{% endif %}}"
-            f"{{{{ {self.user!r} }}}}"
-            "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-            "{% for part in message['content'] %}"
-            "{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
-            "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-            f"{{{{ {self.assistant!r} }}}}"
-            "{% else %}{% generation %}"
-            "{{ ' ' }}{% if message['content'] is string %}{{ message['content'] }}"
-            "{% else %}{{ message['content'][0]['text'] }}{% endif %}"
-            f"{{{{ {self.end!r} }}}}"
-            "{% endgeneration %}{% endif %}{% endfor %}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnTemplate:
-    """A checkpoint's own Jinja template, with the mask taken while it renders.
-
-    A template with `{% generation %}` blocks names what is supervised. Any other is rendered turn
-    by turn, and refused unless each shorter rendering is the beginning of the next.
-    """
-
-    text: str
-    """The Jinja template."""
-    image_token: str
-    """The checkpoint's token for a picture."""
-    special_tokens: Mapping[str, str]
-    """bos_token and so on, which templates name."""
-    parts: bool
-    """Whether messages are lists of parts (a processor's template) or texts (a tokenizer's)."""
-    name: str = OWN
-
-    def render(self, turns: Turns) -> Segments:
-        """As `Template.render`. Raises TemplateError."""
         messages = [self._message(role, text) for role, text in turns]
         if turns[-1][0] == ROLES[0]:
             return [(self._neutral(self._text(messages, prompt=True)), False)]
@@ -145,9 +104,6 @@ class OwnTemplate:
             at = end
         segments.append((whole[at:], False))
         return [(self._neutral(text), on) for text, on in segments if text]
-
-    def jinja(self) -> str:
-        return self.text
 
     def _neutral(self, text: str) -> str:
         return text.replace(self.image_token, MARKER)
@@ -175,7 +131,7 @@ class OwnTemplate:
         except (JinjaError, TypeError) as error:
             raise TemplateError(
                 f"the checkpoint's chat template fails on a plain conversation ({error}); name "
-                f"another with template={'|'.join(TEMPLATES)}"
+                f"another with template={'|'.join(SHIPPED)}"
             ) from None
         return rendered[0], spans
 
@@ -197,35 +153,24 @@ class OwnTemplate:
                     "the checkpoint's chat template renders the beginning of a conversation "
                     "differently once more turns follow, and marks no answers with "
                     "{% generation %}: the supervised tokens are unknown. Add those marks to the "
-                    f"template, or name another with template={'|'.join(TEMPLATES)}"
+                    f"template, or name another with template={'|'.join(SHIPPED)}"
                 )
             spans.append((len(prompt), len(answered.rstrip())))
         return whole, spans
 
 
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template(
-            name="vicuna_v1",
-            system=(
-                "A chat between a curious user and an artificial intelligence assistant. "
-                "The assistant gives helpful, detailed, and polite answers to the user's "
-                "questions. "
-            ),
-            user="USER: ",
-            assistant=" ASSISTANT:",
-            end="</s>",
-        ),
-        Template(
-            name="vicuna_short", system="", user="USER: ", assistant=" ASSISTANT:", end="</s>"
-        ),
-    )
-}
-NAMES = (*TEMPLATES, OWN, AUTO)
+SHIPPED = ("vicuna_v1", "vicuna_short")
+NAMES = (*SHIPPED, OWN, AUTO)
 
 
-def find_template(name: str, processor: Any) -> Template | OwnTemplate:
+@cache
+def shipped(name: str) -> Template:
+    """The template of that name in SHIPPED."""
+    file = Path(__file__).parent / "chat_templates" / f"{name}.jinja"
+    return Template(name=name, text=file.read_text(encoding="utf-8"))
+
+
+def find_template(name: str, processor: Any) -> Template:
     """The template of that name for a checkpoint, tried on a small conversation.
 
     Raises:
@@ -234,19 +179,19 @@ def find_template(name: str, processor: Any) -> Template | OwnTemplate:
     """
     if name not in NAMES:
         raise TemplateError(f"template {name!r} is unknown; there are {sorted(NAMES)}")
-    if name in TEMPLATES:
-        return TEMPLATES[name]
+    if name in SHIPPED:
+        return shipped(name)
     own = _own_template(processor)
     if name == AUTO:
-        return own if own and _ends(own, processor.tokenizer) else TEMPLATES["vicuna_v1"]
+        return own if own and _ends(own, processor.tokenizer) else shipped("vicuna_v1")
     if own is None:
         raise TemplateError(
-            f"the checkpoint has no chat template; name one with template={'|'.join(TEMPLATES)}"
+            f"the checkpoint has no chat template; name one with template={'|'.join(SHIPPED)}"
         )
     if not _ends(own, processor.tokenizer):
         raise TemplateError(
             "the checkpoint's chat template ends an answer without an end token: a model trained "
-            f"with it would not learn to stop. Name another with template={'|'.join(TEMPLATES)}"
+            f"with it would not learn to stop. Name another with template={'|'.join(SHIPPED)}"
         )
     return own
 
@@ -274,7 +219,7 @@ def begin_with_bos(folder: Path) -> None:
         file.write_text("{{ bos_token }}" + text)
 
 
-def _own_template(processor: Any) -> OwnTemplate | None:
+def _own_template(processor: Any) -> Template | None:
     text = getattr(processor, "chat_template", None)
     parts = isinstance(text, str)
     if not parts:
@@ -283,10 +228,10 @@ def _own_template(processor: Any) -> OwnTemplate | None:
         return None
     special = {k: v for k, v in processor.tokenizer.special_tokens_map.items() if type(v) is str}
     token = getattr(processor, "image_token", MARKER)
-    return OwnTemplate(text=text, image_token=token, special_tokens=special, parts=parts)
+    return Template(name=OWN, text=text, image_token=token, special_tokens=special, parts=parts)
 
 
-def _ends(own: OwnTemplate, tokenizer: Any) -> bool:
+def _ends(own: Template, tokenizer: Any) -> bool:
     """Whether each of two answers ends with a special token."""
     answers = [
         text

@@ -26,6 +26,7 @@ from pipeline.durable.progress import ProgressHandle, Report
 from pipeline.durable.record import Record, Source
 from pipeline.durable.reference import references, resolve
 from pipeline.durable.stage import Input, Inputs, RunContext, Stage, StageContext
+from pipeline.retry import every, retried
 from pipeline.store import Store, StoreUnavailable, open_store
 from pipeline.tracking import spool
 
@@ -54,15 +55,12 @@ def execute(
 
     def patiently(call: Callable[[], Result]) -> Result:
         """The result of `call`, retried while the store is unavailable."""
-        give_up = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                return call()
-            except StoreUnavailable as error:
-                if time.monotonic() > give_up:
-                    raise
-                progress.send(Report(state="waiting", note=f"for the store: {error}"))
-                time.sleep(2)
+        return retried(
+            call,
+            lambda error: isinstance(error, StoreUnavailable),
+            every(2.0, PATIENCE_SECONDS),
+            lambda error: progress.send(Report(state="waiting", note=f"for the store: {error}")),
+        )
 
     def finished() -> Record | None:
         return patiently(lambda: records.load(store, stage.name, fingerprint))
@@ -145,6 +143,8 @@ def _attempt(
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(time.monotonic() - clock, 3),
                 run_id=track.run_id,
+                workflow_run=context.run_page,
+                gpus=context.most_workers * context.gpus_per_worker if stage.kind.workers else 0.0,
                 host=socket.gethostname(),
             )
             if store.local("") is None:

@@ -21,7 +21,7 @@ from pipeline.durable.identity import digest, fingerprint
 from pipeline.durable.lease import alive
 from pipeline.durable.progress import PLAIN, Board, Display, ProgressHandle, table
 from pipeline.durable.record import Record, sentence, undone
-from pipeline.durable.session import cancelling, ray_for, tracked
+from pipeline.durable.session import cancelling, log_headline, ray_for, tracked
 from pipeline.durable.stage import Kind, RunContext, Stage
 from pipeline.store import Store, check_for_runs, open_store
 from pipeline.tracking import gauges
@@ -42,6 +42,8 @@ class State(NamedTuple):
     """cached; incomplete (cached, but something is left undone); running (elsewhere); waiting (for
     a stage running elsewhere); or to run."""
     path: str
+    record: Record | None
+    """Of a finished stage."""
 
 
 def topological_order(stages: Sequence[Stage]) -> list[Stage]:
@@ -105,35 +107,46 @@ def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
     return prints
 
 
+def finished(store: Store, stages: Sequence[Stage]) -> dict[str, Record]:
+    """The records of the stages that are finished, by name, in topological order."""
+    prints = fingerprints(stages)
+    found = ((s.name, s.finished(store, prints[s.name])) for s in topological_order(stages))
+    return {name: record for name, record in found if record is not None}
+
+
 def state(store: Store, stages: Sequence[Stage]) -> list[State]:
     """What a run would do, in order; takes a few heartbeats if a lease is held."""
     ordered, prints = topological_order(stages), fingerprints(stages)
-    finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
+    done = finished(store, stages)
     leases = {s.name: records.lease_key(s.name, prints[s.name]) for s in ordered}
-    fresh = alive(store, [key for name, key in leases.items() if name not in finished])
+    fresh = alive(store, [key for name, key in leases.items() if name not in done])
     rows, elsewhere = list[State](), set[str]()
     for stage in ordered:
         path = store.uri(records.folder(stage.name, prints[stage.name]))
-        if stage.name in finished:
-            left = stage.kind.complete and undone(finished[stage.name])
-            word, path = "incomplete" if left else "cached", finished[stage.name].uri
+        if record := done.get(stage.name):
+            left = stage.kind.complete and undone(record)
+            word, path = "incomplete" if left else "cached", record.uri
         elif leases[stage.name] in fresh:
             word = "running"
         else:
             word = "waiting" if elsewhere & set(stage.needs.values()) else "to run"
         if word in ("running", "waiting"):
             elsewhere.add(stage.name)
-        rows.append(State(stage.name, word, path))
+        rows.append(State(stage.name, word, path, record))
     return rows
 
 
 def run(
-    stages: Sequence[Stage], context: RunContext, console: Console | None = None
+    stages: Sequence[Stage],
+    context: RunContext,
+    console: Console | None = None,
+    states: Sequence[State] | None = None,
 ) -> dict[str, Record]:
     """Run unfinished stages, complete what was left undone, and return every stage's record.
 
     Args:
         console: prints progress and the final table; `Console(quiet=True)` prints nothing.
+        states: what `state` found in the same store, which is then not read again.
 
     Raises:
         GraphError, StoreError, ClusterError, TrackingError: before anything runs.
@@ -142,10 +155,13 @@ def run(
     console = console or _console()
     ordered, prints = topological_order(stages), fingerprints(stages)
     store = open_store(context.root)
-    finished = {s.name: r for s in ordered if (r := s.finished(store, prints[s.name]))}
-    due = {s.name for s in ordered if s.name in finished and is_due(s, finished[s.name], context)}
-    todo = [stage for stage in ordered if stage.name not in finished or stage.name in due]
-    cached = finished.keys() - due
+    if states is None:
+        done = finished(store, stages)
+    else:
+        done = {state.name: state.record for state in states if state.record}
+    due = {s.name for s in ordered if s.name in done and is_due(s, done[s.name], context)}
+    todo = [stage for stage in ordered if stage.name not in done or stage.name in due]
+    cached = done.keys() - due
     if todo:
         fresh = [stage.name for stage in todo if stage.name not in due]
         for word, group in (("cached", sorted(cached)), ("to run", fresh)):
@@ -155,9 +171,11 @@ def run(
         check_for_runs(store.root)
         store.check_writable()
         context = replace(context, root=store.root, commit=git_commit())
-        with tracked(context, ordered, console) as context, ray_for(context):
-            finished |= _submit(todo, prints, context, finished, console)
-    result = {stage.name: finished[stage.name] for stage in ordered}
+        with tracked(context, ordered, console) as (context, track):
+            with ray_for(context):
+                done |= _submit(todo, prints, context, done, console)
+            log_headline(track, ordered, done)
+    result = {stage.name: done[stage.name] for stage in ordered}
     took = {n: "cached" if n in cached else f"{it.seconds:.0f} s" for n, it in result.items()}
     console.print(table([(n, took[n], it.uri) for n, it in result.items()]), **PLAIN)
     for name, record in result.items():

@@ -128,7 +128,9 @@ class Display:
 
     def _print(self, stage: str, report: Report) -> None:
         now = time.monotonic()
-        since, start = self._first.setdefault(stage, (now, report.done))
+        since, start = now, report.done
+        if report.total:  # what came before, such as starting workers, tells nothing of the speed
+            since, start = self._first.setdefault(stage, (now, report.done))
         last, state = self._lines.get(stage, (0.0, ""))
         if state == report.state and now - last < _LINE_EVERY:
             return

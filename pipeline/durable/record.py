@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ class Record(BaseModel):
     """Wall time of the attempt."""
     run_id: str | None = None
     """Its run in MLflow."""
+    workflow_run: str = ""
+    """The page of the workflow's run in MLflow, below the server's address; empty if unknown."""
+    gpus: float = 0.0
+    """GPUs of its workers (with an elastic number: at most); 0 for a stage without workers."""
     host: str = ""
     """The machine that ran it."""
     notes: tuple[str, ...] = ()
@@ -209,6 +213,12 @@ def input_records(record: Record) -> list[Record]:
                     inputs.append(_parse(data, place).model_copy(update=update))
                     break
     return inputs
+
+
+def workflow_run(records: Iterable[Record]) -> str:
+    """The page of the latest workflow's run that computed one of them; empty if unknown."""
+    latest = max(records, key=lambda it: (bool(it.workflow_run), it.finished), default=None)
+    return latest.workflow_run if latest else ""
 
 
 def manifest(out: Path) -> tuple[File, ...]:

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
 import re
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.durable.address import ClusterError, check_head, check_socket_room, job_config
 from pipeline.durable.progress import PLAIN
 from pipeline.durable.stage import RunContext, Stage
-from pipeline.redact import redact
+from pipeline.redact import clean, redact
 from pipeline.store import open_store
 from pipeline.tracking import spool
+from pipeline.tracking.address import page_address
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from pipeline.durable.record import Record
+    from pipeline.tracking.tracker import Tracker
 
 # Set before Ray is imported; the user's settings take precedence.
 _ENVIRONMENT = {
@@ -200,14 +205,16 @@ def cancelling(refs: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> Iterator[RunContext]:
-    """The workflow's run in MLflow, parent of its stages' runs. Data that earlier processes could
-    not send is sent before and after, and reported on the console."""
-    if context.tracking_uri is None or context.parent_run_id is not None:
-        yield context
-        return
+def tracked(
+    context: RunContext, stages: Sequence[Stage], console: Console
+) -> Iterator[tuple[RunContext, Tracker]]:
+    """The workflow's run in MLflow, parent of its stages' runs, and a context that names it. Data
+    that earlier processes could not send is sent before and after, and reported on the console."""
     from pipeline.tracking import tracker as tracking
 
+    if context.tracking_uri is None or context.parent_run_id is not None:
+        yield context, tracking.Tracker(tracking.RunHandle("", None))
+        return
     store = open_store(context.root)
     place = spool.folder(store.root, store.local("tracking"), context.cache)
     remote = store.local("") is None and "://" in context.tracking_uri
@@ -228,16 +235,22 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
         if not known.is_file() or redact(uri) not in known.read_text().splitlines():
             raise
         _print(console, f"{error}. The run continues, and tracking data is sent later")
-    params = {stage.name: stage.config.model_dump() for stage in stages}
     _print(console, tracking.reconcile(place, uri))
-    tags = {"adsc.root": context.root, "adsc.commit": context.commit or "unknown"}
-    tags["mlflow.note.content"] = "\n".join(f"- {stage.title}" for stage in stages)
     tracker = tracking.start_workflow(
-        uri, context.experiment, context.workflow, params, tags, place
+        uri, context.experiment, context.workflow, context.parameters, _tags(context, stages), place
     )
+    configs = {stage.name: stage.config.model_dump(mode="json") for stage in stages}
+    tracker.text("config.json", json.dumps(clean(configs), indent=1))
+    _print(console, page_address(uri, tracker.page))
     status = "KILLED"
     try:
-        yield dataclasses.replace(context, tracking_uri=uri, parent_run_id=tracker.id_for_children)
+        found = dataclasses.replace(
+            context,
+            tracking_uri=uri,
+            parent_run_id=tracker.id_for_children,
+            run_page=tracker.page,
+        )
+        yield found, tracker
         status = "FINISHED"
     except Exception:
         status = "FAILED"
@@ -246,6 +259,35 @@ def tracked(context: RunContext, stages: Sequence[Stage], console: Console) -> I
         tracker.finish(status)
         # Send what the stages could not send while they ran.
         _print(console, tracking.reconcile(place, uri))
+
+
+def _tags(context: RunContext, stages: Sequence[Stage]) -> dict[str, str]:
+    """Tags of the workflow's run; those of MLflow fill the columns Source and Version."""
+    tags = {
+        "adsc.root": context.root,
+        "adsc.commit": context.commit or "unknown",
+        "adsc.command": context.command,
+        # MLflow shows what follows the last slash: the options are in `adsc.command`.
+        "mlflow.source.name": " ".join(context.command.split()[:3]) or context.workflow,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.note.content": "\n".join(f"- {stage.title}" for stage in stages),
+    }
+    return tags | ({"mlflow.source.git.commit": context.commit} if context.commit else {})
+
+
+def log_headline(track: Tracker, stages: Sequence[Stage], finished: Mapping[str, Record]) -> None:
+    """Log what workflows are compared by, from the records of all stages, whenever they ran:
+    seconds of each, GPU-hours, and what their kinds choose (`Kind.headline`)."""
+    records = [finished[stage.name] for stage in stages]
+    track.metrics({"seconds": {record.stage: record.seconds for record in records}})
+    track.metrics({"gpu_hours": sum(record.seconds * record.gpus for record in records) / 3600})
+    for stage, record in zip(stages, records, strict=True):
+        if stage.kind.headline is not None:
+            headline = stage.kind.headline(record)
+            track.metrics(headline.metrics)
+            track.params(headline.params)
+            if headline.data is not None:
+                track.dataset(*headline.data)
 
 
 def send_pending(root: str, tracking_uri: str | None, cache: str) -> str | None:

@@ -22,6 +22,7 @@ from pipeline.durable.reference import references
 from pipeline.store import Store, open_store
 from pipeline.store.cache import Use, fetch
 from pipeline.store.cache import folder as cache_folder
+from pipeline.tracking.headline import Headline
 
 if TYPE_CHECKING:
     from pipeline.tracking.tracker import Tracker
@@ -53,6 +54,10 @@ class Kind(Generic[ConfigT]):
     referring_id: str = ""
     """The id of stages whose config has references, where stores use another id for them; empty:
     the same id."""
+    headline: Callable[[Record], Headline] | None = None
+    """What of its record the workflow's MLflow run shows, so that workflows can be compared."""
+    workers: bool = False
+    """Whether its body works on the context's workers, and so on their GPUs."""
 
     def __post_init__(self) -> None:
         for id in self.ids:
@@ -161,6 +166,12 @@ class RunContext:
     """MLflow experiment."""
     parent_run_id: str | None = None
     """The workflow's MLflow run; the driver creates one if it is None."""
+    run_page: str = ""
+    """The page of the workflow's MLflow run below its server's address; the driver fills it in."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What the workflow's MLflow run has as parameters; the whole config is an artifact."""
+    command: str = ""
+    """The command line that started the run, for the same place."""
     num_workers: int | tuple[int, int] = 1
     """Ray Train workers of a training stage; (min, max) uses as many as the cluster has."""
     cpus_per_worker: float = 1

@@ -5,12 +5,13 @@ Variants edit another workflow: `demo().edit({"curriculum.order": "forward"}, na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import Config, edit
 from pipeline.durable.stage import Stage
+from pipeline.redact import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,16 @@ class Workflow:
             ConfigError: all unknown keys and bad values at once.
         """
         return replace(self, config=edit(self.config, changes), name=name or self.name)
+
+    def parameters(self, changes: Sequence[str] = ()) -> dict[str, str]:
+        """What its runs are compared by: the keys in the config's `COMPARED_BY`, and those changed
+        by `changes` (KEY=VALUE, applied already)."""
+        wanted = (*self.config.COMPARED_BY, *(change.partition("=")[0] for change in changes))
+        return {
+            key: value
+            for key, value in flatten(self.config.model_dump(mode="json")).items()
+            if any(key == one or key.startswith(f"{one}.") for one in wanted)
+        }
 
     def stages(self) -> list[Stage]:
         return self.build(self.config)

@@ -9,7 +9,7 @@ list: more workers compute the same batches. Scores and intervals are the stage'
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,15 @@ from transformers import AutoProcessor
 import adsc
 from pipeline.data.prepared import split_folder
 from pipeline.durable.stage import Input
-from pipeline.evaluation.generation import Questions, build_inputs, generate_batch, to_device
+from pipeline.evaluation.engine import Engine
+from pipeline.evaluation.generation import (
+    Answer,
+    Question,
+    Questions,
+    build_inputs,
+    generate_batch,
+    to_device,
+)
 from pipeline.evaluation.methods import MethodConfig, build_method
 from pipeline.evaluation.scoring import RULES
 from pipeline.evaluation.speed import measure_and_count
@@ -102,6 +110,10 @@ class EvaluationJob:
     max_new_tokens: int
     compiled: bool = False
     """Whether decoder layers are compiled."""
+    engine: str = "transformers"
+
+
+Respond = Callable[[Sequence[Question]], list[Answer]]
 
 
 class Worker:
@@ -117,6 +129,7 @@ class Worker:
             lambda split: Questions(split_folder(job.inputs["data"].folder, split))
         )
         self._loaded: tuple[str, Any] | None = None
+        self._engine: tuple[str, Engine] | None = None
 
     def answer(self, shard: Shard) -> list[tuple[str, str]]:
         """Answer a shard and store it.
@@ -124,19 +137,17 @@ class Worker:
         Returns:
             Questions that failed, with the reason; if there are any, nothing is stored.
         """
-        checkpoint, method = self._job.arms[shard.arm]
-        model = self._model(checkpoint)
-        adsc.attach(model, build_method(method, model))
+        respond = self._respond(shard.arm)
         questions = self._questions(shard.split)
         rows: list[dict[str, Any]] = []
         failures: list[tuple[str, str]] = []
         size, tokenizer = self._job.batch_size, self._processor.tokenizer
         for numbers in questions.batches(shard.questions, size, tokenizer):
             try:
-                rows += self._batch(model, shard, questions, numbers)
+                rows += self._batch(respond, shard, questions, numbers)
             # Whatever a model or a picture raises is counted, and fails the stage.
             except Exception as error:  # noqa: BLE001
-                failures += self._culprits(model, shard, questions, numbers, error)
+                failures += self._culprits(respond, shard, questions, numbers, error)
             if len(failures) >= MAX_FAILURES:
                 break
         if not failures:
@@ -150,12 +161,32 @@ class Worker:
     def measure(self, checkpoint: str, split: str, arms: Sequence[str], **sizes: int) -> Any:
         """pipeline.evaluation.speed.measure_and_count of these arms' methods on the first questions
         of a split, with pictures where there are any."""
+        self._close_engine()
         model = self._model(checkpoint)
         questions = self._questions(split)
         chosen = questions.load(questions.first(sizes.pop("batch")))
         inputs = to_device(build_inputs(chosen, self._processor), model)
         methods = [build_method(self._job.arms[arm][1], model) for arm in arms]
         return measure_and_count(model, inputs, methods, **sizes)
+
+    def _respond(self, arm: str) -> Respond:
+        """What answers a batch for an arm."""
+        checkpoint, method = self._job.arms[arm]
+        most = self._job.max_new_tokens
+        if self._job.engine == "transformers":
+            model = self._model(checkpoint)
+            adsc.attach(model, build_method(method, model))
+            return partial(generate_batch, model, self._processor, max_new_tokens=most)
+        if self._engine is None or self._engine[0] != arm:
+            self._close_engine()
+            folder = self._job.inputs[checkpoint].folder
+            self._engine = arm, Engine(folder, str(method.plan))
+        return partial(self._engine[1].answer, self._processor, most=most)
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine[1].close()
+        self._engine = None
 
     def _model(self, checkpoint: str) -> Any:
         if self._loaded is None or self._loaded[0] != checkpoint:
@@ -168,11 +199,11 @@ class Worker:
         return self._loaded[1]
 
     def _batch(
-        self, model: Any, shard: Shard, questions: Questions, numbers: Sequence[int]
+        self, respond: Respond, shard: Shard, questions: Questions, numbers: Sequence[int]
     ) -> list[dict[str, Any]]:
         loaded = questions.load(numbers)
         rule = RULES[self._job.rules[shard.split]]
-        answers = generate_batch(model, self._processor, loaded, self._job.max_new_tokens)
+        answers = respond(loaded)
         return [
             {
                 "arm": shard.arm,
@@ -196,7 +227,7 @@ class Worker:
 
     def _culprits(
         self,
-        model: Any,
+        respond: Respond,
         shard: Shard,
         questions: Questions,
         numbers: Sequence[int],
@@ -206,7 +237,7 @@ class Worker:
         failures = []
         for number in numbers:
             try:
-                self._batch(model, shard, questions, [number])
+                self._batch(respond, shard, questions, [number])
             except Exception as own:  # noqa: BLE001
                 failures.append((number, own))
             if len(failures) >= MAX_FAILURES:

@@ -58,6 +58,8 @@ class EvaluateConfig(Config):
     benchmarks: tuple[str, ...] = Field((), json_schema_extra=ADDED)
     """Splits that are the public benchmarks of that name (pipeline/evaluation/benchmarks.py), and
     are scored by their rules; others by exact match."""
+    engine: Literal["transformers", "vllm"] = Field("transformers", json_schema_extra=ADDED)
+    """What answers. Times and memory are measured in transformers in any case."""
     batch_size: int = Field(64, gt=0)
     """Questions answered at a time."""
     max_new_tokens: int = Field(8, gt=0)
@@ -86,6 +88,16 @@ class EvaluateConfig(Config):
         if unknown := [name for name in names if name not in BENCHMARKS]:
             raise ValueError(f"no benchmarks: {', '.join(unknown)}; of {', '.join(BENCHMARKS)}")
         return names
+
+    @model_validator(mode="after")
+    def _engine_takes_arms(self) -> Self:
+        peers = [arm.name for arm in self.arms if arm.method is not None]
+        if self.engine == "vllm" and peers:
+            raise ValueError(
+                f"arms {', '.join(peers)}: vLLM runs pruning plans and dense models only; leave "
+                "peers out, or evaluate with engine = transformers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _arms_make_rows(self) -> Self:

@@ -8,8 +8,10 @@ name the search, and so their fingerprints hold its.
 from pydantic import Field
 
 from pipeline.config import Config
+from pipeline.durable.record import Record
 from pipeline.durable.stage import Kind
 from pipeline.search.config import SearchConfig
+from pipeline.tracking.headline import Headline
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import CurriculumConfig
 
@@ -38,6 +40,15 @@ class SearchStageConfig(Config):
     """For trials of full fidelity."""
 
 
+def headline(record: Record) -> Headline:
+    """The best objective, the plan that reached it, and what that plan costs."""
+    found = record.outputs
+    return Headline(
+        metrics={"search.best": found.get("value"), "search.cost": found.get("cost")},
+        params={"search.plan": found["plan"]} if "plan" in found else {},
+    )
+
+
 SEARCH_DATA = Kind(
     id="pipeline.stages.search.search_data",
     version=1,
@@ -49,4 +60,6 @@ SEARCH = Kind(
     version=1,
     body="pipeline.stages.search.search",
     config=SearchStageConfig,
+    headline=headline,
+    workers=True,
 )

@@ -9,4 +9,5 @@ TRAIN = Kind(
     version=2,
     body="pipeline.stages.train.train_stage",
     config=TrainConfig,
+    workers=True,
 )

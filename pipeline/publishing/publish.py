@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import random
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from pipeline.publishing.manifest import (
     unlisted,
     verify_folder,
 )
+from pipeline.retry import backoff, retried
 from pipeline.store import Altered, DiskFull, Entry, Store, StoreError, StoreUnavailable
 from pipeline.store.interface import PARALLEL, TEMPORARY, appearing, explain_os, write
 
@@ -280,18 +279,17 @@ def _in_parallel(call: Callable[[File], Result], files: Sequence[File]) -> list[
 
 def _patiently(call: Callable[[], Result]) -> Result:
     """The result of `call`, retried if the store is unavailable or data arrives altered."""
-    for tried in range(1, TRIES + 1):
-        try:
-            return call()
-        except DiskFull:
+    try:
+        return retried(call, _transient, backoff(TRIES - 1, first=2.0))
+    except (StoreUnavailable, Altered) as error:
+        if not _transient(error):
             raise
-        except (StoreUnavailable, Altered) as error:
-            if tried == TRIES:
-                kind = type(error)
-                more = f"(tried {TRIES} times; completed files are kept)"
-                raise kind(f"{error} {more}") from error
-            time.sleep(min(30.0, random.random() * 2**tried))
-    raise AssertionError("unreachable")
+        more = f"(tried {TRIES} times; completed files are kept)"
+        raise type(error)(f"{error} {more}") from error
+
+
+def _transient(error: Exception) -> bool:
+    return isinstance(error, StoreUnavailable | Altered) and not isinstance(error, DiskFull)
 
 
 def check_target(folder: Path) -> None:

@@ -5,8 +5,6 @@ It computes nothing but where to put things, and the importance of each choice (
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -21,84 +19,37 @@ from matplotlib.ticker import MaxNLocator
 
 from adsc.plan import PruningPlan, kept_count
 from pipeline.reporting.figure_style import COLOURS, MARKERS, MUTED, STYLE
+from pipeline.reporting.pages import embedded, render
 from pipeline.search.keys import written
-from pipeline.search.study import Study, Trial
+from pipeline.search.study import Study
 
 LISTED = 20
 """Trials in the page's table."""
 FEW = 8
 """With fewer finished trials the importance of choices is unknown."""
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1080px;
-  padding: 2rem 1.2rem; color: #1c1f26; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .88rem; }}
-th, td {{ text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #d9dce2; }}
-td.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
-code {{ font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }}
-.finding {{ border-left: 4px solid #0b5cad; padding-left: 1rem; font-size: 1.12rem; }}
-img {{ width: 100%; height: auto; }} .note {{ color: #5b6270; font-size: .9rem; }}
-</style></head><body>
-<h1>{title}</h1><p class="finding">{finding}</p>
-<img alt="Objective against cost, depths of drops, importance of choices, timeline of workers"
- src="data:image/png;base64,{picture}">
-<h2>Best trials</h2><table><tr><th>plan</th><th>{objective}</th><th>{unit}</th><th>from</th>
-<th>rungs</th></tr>{rows}</table>
-<h2>Known placements</h2><table><tr><th>name</th><th>plan</th><th>{objective}</th><th>{unit}</th>
-</tr>{known}</table>
-<h2>Failed trials</h2><p class="note">{failed}</p>
-<h2>Settings</h2><p class="note">{settings}</p></body></html>
-"""
-
 
 def write_page(folder: Path, results: dict[str, Any], study: Study) -> None:
     """search.png and search.html in a folder."""
     picture = _png(results, study)
     (folder / "search.png").write_bytes(picture)
-    escape = html.escape
-    good = sorted(study.finished(), key=lambda it: (study.config.sign * it.value, it.number))
-
-    def cells(trial: Trial) -> str:
-        return f'<td class="n">{trial.value:.4f}</td><td class="n">{trial.cost:.5g}</td>'
-
-    rows = "".join(
-        f"<tr><td><code>{escape(it.plan)} {escape(written(it.settings))}</code></td>{cells(it)}"
-        f"<td>{escape(it.name)}</td><td>"
-        + " → ".join(f"{rung.resource}: {rung.value:.4f}" for rung in it.rungs)
-        + "</td></tr>"
-        for it in good[:LISTED]
+    trials = sorted(study.trials, key=lambda it: it.number)
+    best = sorted(study.finished(), key=lambda it: (study.config.sign * it.value, it.number))
+    page = render(
+        "search",
+        {"written": written},
+        title=f"Where to prune: {results['objective']} at {_budget(study)}",
+        finding=results["finding"],
+        picture=embedded(picture),
+        objective=results["objective"],
+        unit=results["unit"],
+        best=best[:LISTED],
+        known=[it for it in trials if it.known],
+        left_out=results["left_out"],
+        failed=[it for it in trials if it.state == "failed"],
+        settings=", ".join(f"{key} = {value}" for key, value in results["config"].items() if value),
     )
-    known = "".join(
-        f"<tr><td>{escape(it.name)}</td><td><code>{escape(it.plan)}</code></td>{cells(it)}</tr>"
-        for it in sorted(study.trials, key=lambda it: it.number)
-        if it.known
-    )
-    known += "".join(
-        f"<tr><td>{escape(name)}</td><td colspan=3>left out: {escape(why)}</td></tr>"
-        for name, why in results["left_out"].items()
-    )
-    failed = "<br>".join(
-        f"<code>{escape(it.plan)}</code>: {escape(it.reason)}"
-        for it in study.trials
-        if it.state == "failed"
-    )
-    settings = ", ".join(f"{name} = {value}" for name, value in results["config"].items() if value)
-    (folder / "search.html").write_text(
-        PAGE.format(
-            title=f"Where to prune: {results['objective']} at {_budget(study)}",
-            finding=escape(results["finding"]),
-            picture=base64.b64encode(picture).decode(),
-            objective=escape(results["objective"]),
-            unit=escape(results["unit"]),
-            rows=rows,
-            known=known,
-            failed=failed or "none",
-            settings=escape(settings),
-        )
-    )
+    (folder / "search.html").write_text(page)
 
 
 def importances(study: Study) -> dict[str, float]:

@@ -144,7 +144,7 @@ class Bench:
         self._splits: dict[str, Any] = {}
         if job.search.objective == "accuracy":
             template = find_template(job.inputs["data"].outputs["template"], self._processor)
-            self._processor.chat_template = template.jinja()
+            self._processor.chat_template = template.text
 
     @property
     def model(self) -> Any:

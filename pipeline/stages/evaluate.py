@@ -125,7 +125,7 @@ def _job(ctx: StageContext, config: EvaluateConfig) -> EvaluationJob:
     template = None
     if config.template == "data":
         processor = AutoProcessor.from_pretrained(ctx.inputs["base"].folder)
-        template = find_template(_template_of(data), processor).jinja()
+        template = find_template(_template_of(data), processor).text
     checkpoints = {name: ctx.inputs[name] for name in {arm.checkpoint for arm in config.arms}}
     return EvaluationJob(
         storage=open_store(ctx.train_storage[0]).uri(ctx.train_storage[1]),
@@ -136,6 +136,7 @@ def _job(ctx: StageContext, config: EvaluateConfig) -> EvaluationJob:
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         compiled=config.compile == "layers",
+        engine=config.engine,
     )
 
 

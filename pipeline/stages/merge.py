@@ -60,7 +60,7 @@ def merge(ctx: StageContext, config: MergeConfig) -> dict[str, Any]:
     model.save_pretrained(ctx.out, max_shard_size=config.max_shard_size)
     # Prompts at inference must match those in training.
     template = ctx.inputs["data"].outputs["template"]
-    processor.chat_template = find_template(template, processor).jinja()
+    processor.chat_template = find_template(template, processor).text
     processor.save_pretrained(ctx.out)
     if (trained / "adapter").exists():
         shutil.copytree(trained / "adapter", ctx.out / "adapter")

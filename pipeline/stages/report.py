@@ -7,9 +7,9 @@ wrote.
 
 from __future__ import annotations
 
-import base64
 import io
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from pipeline.durable.stage import Input, StageContext
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.kinds.report import ReportConfig
 from pipeline.redact import flatten
-from pipeline.reporting import figures
+from pipeline.reporting import figures, pages
+from pipeline.reporting.pages import embedded
 from pipeline.reporting.results import Arm, Interval, Results, Sample
+from pipeline.reporting.timeline import Bar, bars, draw, records_behind
+from pipeline.tracking.address import page_address
 
-TEMPLATE = Path(__file__).with_name("report.html")
 ACROSS = 6
 """Tasks, or kinds of questions, in one table side by side."""
 
@@ -40,7 +42,10 @@ def report(ctx: StageContext, config: ReportConfig) -> dict[str, Any]:
     (ctx.out / "report.png").write_bytes(figures.summary_png(results, tied(sentence)))
     ctx.progress(1, 2, "page")
     search = ctx.inputs.get("search")
-    (ctx.out / "report.html").write_text(render(results, folder, config, search))
+    stages = bars(records_behind(ctx.inputs["evaluate"].record))
+    run = page_address(ctx.run.tracking_uri or "", ctx.run.run_page)
+    page = render(results, folder, config, search, stages, run)
+    (ctx.out / "report.html").write_text(page)
     for name in ("report.html", "report.png"):
         ctx.track.artifact(ctx.out / name)
     ctx.track.note(sentence)
@@ -53,20 +58,26 @@ def _across(names: list[str]) -> list[list[str]]:
 
 
 def render(
-    results: Results, folder: Path, config: ReportConfig, search: Input | None = None
+    results: Results,
+    folder: Path,
+    config: ReportConfig,
+    search: Input | None = None,
+    stages: Sequence[Bar] = (),
+    run: str = "",
 ) -> str:
-    """The page. Strings come from configs and models, so the template escapes all of them."""
-    from jinja2 import Environment, StrictUndefined
+    """The page.
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "points": points, "less": less}
+    Args:
+        stages: when the stages ran that the results come from.
+        run: address of the workflow's run in MLflow, if a server shows it.
+    """
     kinds = list(results.majority.by_kind)
     tasks = list(results.arms[0].by_split) if results.arms else []
     rows = len(kinds) * max(2, len(results.arms)) * 0.13
     tall = max(2.9, 1.1 + 0.36 * len(results.arms))
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return pages.render(
+        "report",
+        {"percent": percent, "points": points, "less": less},
         r=results,
         finding=tied(finding(results)),
         remarks=[tied(remark) for remark in remarks(results)],
@@ -101,17 +112,33 @@ def render(
                 if results.curves
                 else []
             ),
+            *(
+                [
+                    (
+                        figures.svg(lambda axes, _: draw(axes, stages), results, _tall(stages)),
+                        "Stages as bars over time",
+                    )
+                ]
+                if stages
+                else []
+            ),
         ],
+        run=run,
         per_batch=figures.per_batch(results),
         search=search
         and {
             "finding": tied(search.outputs["finding"]),
             "page": f"{search.uri}/search.html",
-            "picture": _source((search.folder / "search.png").read_bytes()),
+            "picture": embedded((search.folder / "search.png").read_bytes()),
         },
         samples=samples(results, folder, config),
         config=flatten(results.config),
     )
+
+
+def _tall(stages: Sequence[Bar]) -> float:
+    """Inches of the timeline."""
+    return max(2.9, 0.8 + 0.2 * len(stages))
 
 
 def finding(results: Results) -> str:
@@ -260,8 +287,4 @@ def thumbnail(folder: Path, picture: str, side: int) -> str | None:
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")
-    return _source(buffer.getvalue())
-
-
-def _source(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return embedded(buffer.getvalue())

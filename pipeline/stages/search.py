@@ -147,6 +147,8 @@ def search(ctx: StageContext, config: SearchStageConfig) -> dict[str, Any]:
     for artifact in ("results.json", "trials.parquet", "search.html", "search.png"):
         ctx.track.artifact(ctx.out / artifact)
     ctx.track.note(results["finding"])
+    ctx.track.metrics({"search.cost": best.cost})
+    ctx.track.params({"search.plan": best.plan})
     ctx.track.dataset(
         ctx.inputs["data"].uri, "search conversations", ctx.inputs["data"].outputs["digest"][:12]
     )

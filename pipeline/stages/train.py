@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pipeline.durable.progress import ProgressHandle
 from pipeline.durable.stage import Input, StageContext
+from pipeline.retry import every, retried
 from pipeline.tracking import gauges
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.config import MOMENTS, TrainConfig
@@ -76,6 +77,7 @@ class RayContext:
         self._progress = progress
         self._inputs, self._data_workers = inputs, data_workers
         self._tracker = Tracker(run)
+        self._note = "steps"
         self._one_write = threading.Semaphore()
         self._ask_at = time.monotonic()
         self._answered: set[str] = set()
@@ -93,8 +95,13 @@ class RayContext:
 
     def stream(self, load: Callable[[int], Any], steps: range) -> Iterator[Any]:
         if self._data_workers:
-            return from_ray_data(Anywhere(load, self._inputs), steps, self._data_workers)
-        return from_thread(load, steps)
+            batches = from_ray_data(Anywhere(load, self._inputs), steps, self._data_workers)
+        else:
+            batches = from_thread(load, steps)
+        for step, batch in zip(steps, batches, strict=True):
+            if self.rank == 0:
+                self._progress(step, steps.stop, self._note)
+            yield batch
 
     def report(
         self,
@@ -135,29 +142,32 @@ class RayContext:
         import ray.train
 
         storage: Any = ray.train.get_context().get_storage()
-        give_up = time.monotonic() + PATIENCE_SECONDS
+
+        def stored() -> Any:
+            write(Path(checkpoint.path))
+            return storage.persist_current_checkpoint(checkpoint, name)
+
         try:
-            while True:
-                try:
-                    write(Path(checkpoint.path))
-                    return storage.persist_current_checkpoint(checkpoint, name)
-                except OSError as error:
-                    if time.monotonic() > give_up:
-                        raise OSError(
-                            f"checkpoint {name} could not be stored for {PATIENCE_SECONDS:.0f} s: "
-                            f"{error}; check free space and permissions at "
-                            f"{storage.experiment_fs_path} and {checkpoint.path}, then rerun: "
-                            "training resumes from the previous checkpoint"
-                        ) from error
-                    log.warning("checkpoint %s can't be stored, retrying: %s", name, error)
-                    time.sleep(5)
+            return retried(
+                stored,
+                lambda error: isinstance(error, OSError),
+                every(5.0, PATIENCE_SECONDS),
+                lambda error: log.warning("can't store checkpoint %s, retrying: %s", name, error),
+            )
+        except OSError as error:
+            raise OSError(
+                f"checkpoint {name} could not be stored for {PATIENCE_SECONDS:.0f} s: {error}; "
+                f"check free space and permissions at {storage.experiment_fs_path} and "
+                f"{checkpoint.path}, then rerun: training resumes from the previous checkpoint"
+            ) from error
         finally:
             self._one_write.release()
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self._tracker.metrics(metrics, step=step)
         gauges.training(self._progress.stage, step, steps, metrics)
-        self._progress(step, steps, f"steps, loss {metrics['loss']:.3f}")
+        self._note = f"steps, loss {metrics['loss']:.3f}"
+        self._progress(step, steps, self._note)
 
     def close(self) -> None:
         """Send pending tracking data if MLflow answers."""
@@ -221,8 +231,10 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
         TrainingRefused: the config or the data can't be trained with, or the loss diverged.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from pipeline.stages.process_group import ProcessGroup
 
     run = ctx.run
     if config.batch_size < run.most_workers:
@@ -238,7 +250,7 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
     data = ctx.inputs["data"]
     ctx.track.dataset(data.uri, "prepared conversations", data.outputs.get("digest", "")[:12])
     storage_path, name = ctx.train_storage
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         _worker,  # type: ignore[arg-type]  # v2 hands the return value on
         train_loop_config={
             "config": config,
@@ -263,8 +275,9 @@ def train_stage(ctx: StageContext, config: TrainConfig) -> dict[str, Any]:
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
         ),
-        torch_config=TorchConfig(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
+        backend_config=ProcessGroup(backend="nccl" if run.gpus_per_worker > 0 else "gloo"),
     )
+    ctx.progress(0, 0, "starting workers")
     result: Any = trainer.fit()  # typed as the Result of Ray Train v1, which has no return_value
     if isinstance(result.return_value, str):
         raise TrainingRefused(result.return_value)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import random
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from pipeline.redact import HIDDEN, redact
+from pipeline.retry import backoff, retried
 from pipeline.store.interface import (
     PARALLEL,
     Entry,
@@ -31,20 +30,20 @@ from pipeline.store.interface import (
 )
 
 ATTEMPTS = 5
-"""Attempts at a request, by botocore; and at an interrupted body."""
+"""Attempts at a request, by botocore; and at an interrupted body or a conflicting write."""
 READ_SECONDS = 10
 """Read timeout: short enough that a heartbeat has time for a second attempt."""
 PART = 8 << 20
 """Bytes of a part of a large transfer: boto3's default."""
 _PAGE = 1000  # keys in one page of a listing
-_CONFLICTS = 8  # attempts at a conditional write that conflicts with another
+_CONFLICT = "ConditionalRequestConflict"  # two conditional writes at once: S3 asks for a retry
 _INTERRUPTED = {
     "IncompleteReadError", "ResponseStreamingError", "ReadTimeoutError", "FlexibleChecksumError",
 }  # fmt: skip
 _UNAVAILABLE = _INTERRUPTED | {
     "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504",
     "EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError",
-    "RetriesExceededError", "ConditionalRequestConflict", "ProxyConnectionError",
+    "RetriesExceededError", _CONFLICT, "ProxyConnectionError",
     # The server received other data than was sent.
     "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
 }  # fmt: skip
@@ -202,31 +201,25 @@ class S3Store(Store):
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        conflicts = interrupted = 0
-        while True:
-            try:
-                if method.endswith("_file"):
-                    return getattr(self._transfer(), method)(bucket=self.bucket, **arguments)
-                client = self._connected()
-                return take(getattr(client, method)(Bucket=self.bucket, **arguments) or {})
-            except (ClientError, BotoCoreError, Boto3Error) as error:
-                # boto3 wraps S3's error of an upload as text.
-                cause = error.__context__ if isinstance(error, Boto3Error) else error
-                if isinstance(cause, ClientError):
-                    code = cause.response.get("Error", {}).get("Code", "")
-                else:
-                    code = type(cause or error).__name__
-                if code in absent:
-                    return None
-                # Two conditional writes at once: S3 asks for a retry.
-                conflicts += code == "ConditionalRequestConflict"
-                interrupted += code in _INTERRUPTED
-                if code == "ConditionalRequestConflict" and conflicts < _CONFLICTS:
-                    continue
-                if code in _INTERRUPTED and interrupted < ATTEMPTS and not method.endswith("_file"):
-                    time.sleep(random.random() * 2**interrupted / 4)
-                    continue
-                raise self._explain(code, str(cause or error), method, arguments) from error
+        whole_file = method.endswith("_file")  # boto3 repeats parts of it itself
+
+        def once() -> Any:
+            if whole_file:
+                return getattr(self._transfer(), method)(bucket=self.bucket, **arguments)
+            client = self._connected()
+            return take(getattr(client, method)(Bucket=self.bucket, **arguments) or {})
+
+        def transient(error: Exception) -> bool:
+            code = _code(error)
+            return code == _CONFLICT or (code in _INTERRUPTED and not whole_file)
+
+        try:
+            return retried(once, transient, backoff(ATTEMPTS - 1, first=0.5))
+        except (ClientError, BotoCoreError, Boto3Error) as error:
+            code = _code(error)
+            if code in absent:
+                return None
+            raise self._explain(code, str(_cause(error)), method, arguments) from error
 
     def _connected(self) -> Any:
         if self._client is None:
@@ -315,6 +308,23 @@ class S3Store(Store):
         }
         kind = StoreUnavailable if code in _UNAVAILABLE else StoreError
         return kind(redact(f"can't use {place}: {reasons.get(code, f'{code}: {text}')}"))
+
+
+def _cause(error: Exception) -> BaseException:
+    """S3's own error: boto3 wraps that of an upload as text."""
+    from boto3.exceptions import Boto3Error
+
+    return error.__context__ or error if isinstance(error, Boto3Error) else error
+
+
+def _code(error: Exception) -> str:
+    """S3's code of an error, or else the name of its class."""
+    from botocore.exceptions import ClientError
+
+    cause = _cause(error)
+    if isinstance(cause, ClientError):
+        return str(cause.response.get("Error", {}).get("Code", ""))
+    return type(cause).__name__
 
 
 def _endpoint() -> tuple[str, str]:

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from pipeline.redact import redact
+
 VARIABLE = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
 _ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
@@ -43,6 +45,13 @@ def database_of(uri: str) -> Path | None:
     if not uri.startswith(_SQLITE):
         return None
     return Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
+
+
+def page_address(uri: str, page: str) -> str:
+    """Where a page of MLflow's (experiments/1, experiments/1/runs/0a1b) opens in a browser; empty
+    for a database, which has no pages until `mlflow ui` serves it, and for an empty page."""
+    served = uri.startswith(("http://", "https://"))
+    return f"{redact(uri).rstrip('/')}/#/{page}" if served and page else ""
 
 
 def check_path(path: str) -> None:

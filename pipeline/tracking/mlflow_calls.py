@@ -104,6 +104,7 @@ class Run:
         self, handle: RunHandle, report: Callable[[str], object], replay: bool = False
     ) -> None:
         self.handle, self.run_id, self._report = handle, handle.run_id, report
+        self.experiment_id = ""
         self.closed = handle.nowhere
         self.kept: Callable[[Path], Path] = Path
         self._search = replay
@@ -166,6 +167,7 @@ class Run:
             raise TrackingError(
                 f"experiment {self.handle.experiment!r} is gone; `prepare` makes it"
             )
+        self.experiment_id = experiment.experiment_id
         tags = dict(item["tags"])
         parent = tags.get("mlflow.parentRunId", "")
         if parent.startswith(TOKEN):
@@ -198,6 +200,9 @@ class Run:
             path = self.kept(path)
         send = client.log_artifacts if path.is_dir() else client.log_artifact
         send(run, str(path), folder)
+
+    def _text(self, client: MlflowClient, run: str, items: Sequence[Item]) -> None:
+        client.log_text(run, items[0]["text"], items[0]["name"])
 
     def _dataset(self, client: MlflowClient, run: str, items: Sequence[Item]) -> None:
         from mlflow.entities import Dataset, DatasetInput

@@ -136,6 +136,12 @@ class Tracker:
         return self._run.run_id
 
     @property
+    def page(self) -> str:
+        """The page of the run below its server's address; empty until the run could be created."""
+        known = self._run.experiment_id and self.run_id
+        return f"experiments/{self._run.experiment_id}/runs/{self.run_id}" if known else ""
+
+    @property
     def id_for_children(self) -> str:
         """The run's id, or a placeholder until it could be created."""
         return self.run_id or f"{TOKEN}{self._handle.token}"
@@ -165,6 +171,10 @@ class Tracker:
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Upload a file, or a folder with all that is in it; it is to stay as it is."""
         self._add("artifact", path=str(Path(path).absolute()), folder=folder)
+
+    def text(self, name: str, text: str) -> None:
+        """Log a text as an artifact of that name."""
+        self._add("text", name=name, text=redact(text))
 
     def dataset(self, uri: str, name: str, digest: str) -> None:
         """Name a data set that this run read: where it is, and which version (36 characters of its

@@ -36,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.store.s3.ATTEMPTS", 2)
     monkeypatch.setattr("pipeline.store.s3.READ_SECONDS", 600)
     monkeypatch.setattr("pipeline.publishing.publish.TRIES", 3)
-    monkeypatch.setattr("pipeline.publishing.publish.random.random", lambda: 0.1)
+    monkeypatch.setattr("pipeline.retry.random.random", lambda: 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,19 @@ def files(*suffixes: str) -> list[Path]:
 
 def kubernetes_objects() -> Iterator[tuple[Path, dict[str, Any]]]:
     """Each object that `kubectl apply -k` would make, from its file."""
-    for folder in ("kubernetes", "kubernetes/job", "monitoring"):
+    for folder in ("kubernetes", "kubernetes/job", "kubernetes/serve", "monitoring"):
         listed = read_yaml(INFRA / folder / "kustomization.yaml")[0]["resources"]
         for name in listed:
             path = INFRA / folder / name
             if path.is_file():
                 yield from ((path, document) for document in read_yaml(path))
+
+
+def cluster_of(it: dict[str, Any]) -> dict[str, Any]:
+    """The cluster of one of KubeRay's objects."""
+    spec: dict[str, Any] = it["spec"]
+    found: dict[str, Any] = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    return found
 
 
 def pod_templates() -> list[tuple[str, dict[str, Any]]]:
@@ -60,8 +67,8 @@ def pod_templates() -> list[tuple[str, dict[str, Any]]]:
         name, spec = f"{it['kind']}/{it['metadata']['name']}", it.get("spec", {})
         if it["kind"] in ("Deployment", "StatefulSet"):
             found.append((name, spec["template"]))
-        elif it["kind"] in ("RayCluster", "RayJob"):
-            cluster = spec if it["kind"] == "RayCluster" else spec["rayClusterSpec"]
+        elif it["kind"] in ("RayCluster", "RayJob", "RayService"):
+            cluster = cluster_of(it)
             for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
                 found.append((f"{name}/{group.get('groupName', 'head')}", group["template"]))
     return found
@@ -75,3 +82,12 @@ BUILT_IN = {
 }
 """Ray's own, that the dashboard draws besides; all but the last are looked for on a real node by
 tests/pipeline/cluster/test_jobs.py."""
+VLLM = {
+    "ray_vllm_num_requests_running",
+    "ray_vllm_num_requests_waiting",
+    "ray_vllm_prompt_tokens_total",
+    "ray_vllm_generation_tokens_total",
+    "ray_vllm_kv_cache_usage_perc",
+    "ray_vllm_time_to_first_token_seconds_bucket",
+}
+"""Of what is served; tests/adsc/serving/engine/test_ray_serve.py looks for them on a real node."""

@@ -1,4 +1,4 @@
-"""What KubeRay 1.7 takes in RayCluster and RayJob, as far as the manifests here use it.
+"""What KubeRay 1.7 takes in RayCluster, RayJob and RayService, as far as the manifests here use it.
 
 Written for these tests from KubeRay's documentation: names, types and allowed words; unknown names
 are refused. Pod templates are not described here, Kubernetes' own schema is asked about them.
@@ -70,10 +70,22 @@ JOB_SPEC = closed(
     runtimeEnvYAML=STRING,
     metadata=PARAMETERS,
 )
+SERVICE_SPEC = closed(
+    ("serveConfigV2", "rayClusterConfig"),
+    serveConfigV2=STRING,
+    rayClusterConfig=CLUSTER_SPEC,
+    upgradeStrategy=closed((), type=word("NewCluster", "None")),
+    excludeHeadPodFromServeSvc=SWITCH,
+    rayClusterDeletionDelaySeconds=WHOLE,
+)
 SCHEMAS = {
     kind: closed(
         ("apiVersion", "kind", "metadata", "spec"),
         apiVersion={"const": "ray.io/v1"}, kind={"const": kind}, metadata=ANY, spec=spec,
     )
-    for kind, spec in (("RayCluster", CLUSTER_SPEC), ("RayJob", JOB_SPEC))
+    for kind, spec in (
+        ("RayCluster", CLUSTER_SPEC),
+        ("RayJob", JOB_SPEC),
+        ("RayService", SERVICE_SPEC),
+    )
 }  # fmt: skip

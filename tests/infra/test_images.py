@@ -10,7 +10,7 @@ import pytest
 from tests.infra.documents import INFRA
 
 ROOT = INFRA.parent
-DOCKERFILES = [INFRA / "Dockerfile", INFRA / "mlflow" / "Dockerfile"]
+DOCKERFILES = [INFRA / folder / "Dockerfile" for folder in (".", "mlflow", "vllm")]
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
@@ -44,18 +44,16 @@ def test_images_are_pinned_unprivileged_and_watched(path: Path) -> None:
     assert not [it for it in found if it[0] in ("ADD",)]
 
 
-def test_the_image_gets_the_packages_and_nothing_else() -> None:
+@pytest.mark.parametrize("folder", [INFRA, INFRA / "vllm"], ids=lambda path: path.name)
+def test_the_image_gets_the_packages_and_nothing_else(folder: Path) -> None:
     """Whatever is copied exists, and the allow-list lets exactly that through."""
-    allowed = {
-        line[1:]
-        for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines()
-        if line.startswith("!")
-    }
+    lines = (folder / "Dockerfile.dockerignore").read_text().splitlines()
+    allowed = {line[1:] for line in lines if line.startswith("!")}
     copied = {
         source
-        for name, text in instructions(INFRA / "Dockerfile")
+        for name, text in instructions(folder / "Dockerfile")
         if name == "COPY" and "--from" not in text
         for source in text.split()[:-1]
     }
     assert copied == allowed and all((ROOT / name).exists() for name in copied)
-    assert "*" in (INFRA / "Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in lines

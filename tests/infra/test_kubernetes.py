@@ -12,6 +12,7 @@ import yaml
 from tests.infra.documents import (
     INFRA,
     StrictLoader,
+    cluster_of,
     kubernetes_objects,
     pod_templates,
     read_yaml,
@@ -51,7 +52,7 @@ def test_the_schemas_do_refuse() -> None:
     by_kind = {it["kind"]: it for _, it in kubernetes_objects()}
     for kind in SCHEMAS:
         wrong = copy.deepcopy(by_kind[kind])
-        cluster = wrong["spec"].get("rayClusterSpec", wrong["spec"])
+        cluster = cluster_of(wrong)
         cluster["autoscalerOptions"]["idleTimeout"] = 5
         with pytest.raises(jsonschema.ValidationError, match="idleTimeout"):
             validate(wrong)
@@ -88,7 +89,11 @@ def test_containers_are_bounded_and_unprivileged(
 
 
 def test_images_stand_in_one_place_with_a_version() -> None:
-    for folder, others in (("kubernetes", ["monitoring"]), ("kubernetes/job", [])):
+    for folder, others in (
+        ("kubernetes", ["monitoring"]),
+        ("kubernetes/job", []),
+        ("kubernetes/serve", []),
+    ):
         kustomization = read_yaml(INFRA / folder / "kustomization.yaml")[0]
         pinned = {it["name"]: it.get("newTag") or it["digest"] for it in kustomization["images"]}
         assert all(tag and "latest" not in tag for tag in pinned.values())
@@ -133,14 +138,14 @@ def test_everything_is_closed_and_every_pod_has_a_policy() -> None:
                     assert any("ingress" in it for it in back), labels
 
 
-@pytest.mark.parametrize("kind", SCHEMAS)
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
 def test_ray_has_tokens_an_idle_head_and_spot_workers_from_nothing(kind: str) -> None:
     import ray
 
     from workflows.commands.main import build_parser
 
     it = next(it for _, it in kubernetes_objects() if it["kind"] == kind)
-    cluster = it["spec"].get("rayClusterSpec", it["spec"])
+    cluster = cluster_of(it)
     assert cluster["rayVersion"] == ray.__version__
     assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -154,3 +159,35 @@ def test_ray_has_tokens_an_idle_head_and_spot_workers_from_nothing(kind: str) ->
         words = shlex.split(it["spec"]["entrypoint"])
         assert words[:3] == ["python", "-m", "workflows.jobs"]
         assert build_parser().parse_args(words[4:]).gpus == 1
+
+
+def test_what_is_served_waits_for_its_clients() -> None:
+    """A cluster of its own with a GPU that stays; only pods marked as clients reach it."""
+    import ray
+
+    (it,) = (it for _, it in kubernetes_objects() if it["kind"] == "RayService")
+    cluster = cluster_of(it)
+    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert it["spec"]["excludeHeadPodFromServeSvc"] is True
+    (group,) = cluster["workerGroupSpecs"]
+    config = yaml.load(it["spec"]["serveConfigV2"], StrictLoader)
+    (application,) = config["applications"]
+    (deployment,) = application["deployments"]
+    scaling = deployment["autoscaling_config"]
+    assert group["minReplicas"] == scaling["min_replicas"] >= 1
+    assert group["maxReplicas"] == scaling["max_replicas"]
+    (container,) = group["template"]["spec"]["containers"]
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert deployment["ray_actor_options"]["num_gpus"] == gpus
+    (policy,) = (
+        it["spec"]
+        for path, it in kubernetes_objects()
+        if it["kind"] == "NetworkPolicy" and path.parent.name == "serve"
+    )
+    labels = group["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    (rule,) = policy["ingress"]
+    assert rule["ports"] == [{"port": 8000, "protocol": "TCP"}] and rule["from"]
+    assert {"name": "serve", "containerPort": 8000} in container["ports"]

@@ -6,7 +6,7 @@ import promql_parser
 import pytest
 
 from pipeline.tracking.gauges import GAUGES, STATES
-from tests.infra.documents import BUILT_IN, INFRA, files, pod_templates, read_json, read_yaml
+from tests.infra.documents import BUILT_IN, INFRA, VLLM, files, pod_templates, read_json, read_yaml
 
 
 def dashboard() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def test_every_gauge_is_drawn_and_every_metric_is_exported() -> None:
         for name in metrics(target["expr"])
     }
     exported = {f"ray_{name}" for name in GAUGES}
-    assert drawn == exported | BUILT_IN
+    assert drawn == exported | BUILT_IN | VLLM
 
 
 def test_the_dashboard_is_one_that_grafana_takes() -> None:
@@ -62,7 +62,7 @@ def test_prometheus_finds_what_the_manifests_start() -> None:
     kept = read_yaml(INFRA / "monitoring" / "prometheus.kubernetes.yml")[0]["scrape_configs"][0]
     label, port = kept["relabel_configs"][0]["regex"].split(";")
     ray_pods = [(name, it) for name, it in pod_templates() if name.startswith("Ray")]
-    assert len(ray_pods) == 6
+    assert len(ray_pods) == 8
     for name, template in ray_pods:
         assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == label
         ports = {

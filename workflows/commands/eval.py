@@ -7,7 +7,6 @@ prints the results.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -63,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the chat template that formats the questions (default: the checkpoint's)",
     )
     parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what answers (transformers); vllm needs `make vllm`",
+    )
+    parser.add_argument(
         "--batch-size", type=positive(int), default=64, help="questions per batch (64)"
     )
     parser.add_argument(
@@ -82,12 +87,15 @@ def run(options: argparse.Namespace) -> int:
     """Run the stages, print the table or the JSON, and copy both outputs to --out if given."""
     from pipeline.durable import graph
     from pipeline.durable.stage import Input
+    from pipeline.evaluation.engine import engine_python
     from pipeline.publishing.publish import check_target
     from workflows.evaluation import evaluation_stages, setup_for
 
     console = terminal.console(data=options.json)
     if options.out is not None:
         check_target(options.out)
+    if options.engine == "vllm" and not options.address:  # nodes of a cluster have their own
+        engine_python()
     stages = evaluation_stages(
         options.checkpoint,
         options.methods,
@@ -95,10 +103,12 @@ def run(options: argparse.Namespace) -> int:
         data=options.data,
         limit=options.limit,
         template=options.template,
+        engine=options.engine,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
-    context = dataclasses.replace(run_context(options, "eval"), setup=setup_for(options.checkpoint))
+    parameters = {"checkpoint": options.checkpoint, "methods": " ".join(options.methods or ())}
+    context = run_context(options, "eval", parameters, setup_for(options.checkpoint))
     records = graph.run(stages, context, console)
     evaluated, reported = Input(records["evaluate"]), Input(records["report"])
     results = json.loads((evaluated.folder / "results.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,19 @@ def _workers(text: str) -> int | tuple[int, int]:
     return bounds
 
 
-def run_context(options: argparse.Namespace, workflow: str) -> RunContext:
+def run_context(
+    options: argparse.Namespace,
+    workflow: str,
+    parameters: Mapping[str, str] | None = None,
+    setup: str | None = None,
+) -> RunContext:
     """The context of a run of that workflow, from the options of `add_root`, `add_workers` and
-    `add_ray`."""
+    `add_ray`.
+
+    Args:
+        parameters: what its runs are compared by (`Workflow.parameters`).
+        setup: as in `Workflow.setup`.
+    """
     from pipeline.durable.stage import RunContext
     from pipeline.store import open_store
     from pipeline.tracking.address import chosen, default_uri
@@ -127,6 +137,9 @@ def run_context(options: argparse.Namespace, workflow: str) -> RunContext:
         tracking_uri=None
         if tracking == "off"
         else tracking or default_uri(place or Path(DEFAULT_ROOT)),
+        parameters=parameters or {},
+        command=options.command,
+        setup=setup,
         num_workers=options.workers,
         cpus_per_worker=options.cpus,
         gpus_per_worker=options.gpus,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import shutil
 import sys
@@ -50,15 +49,17 @@ def run(options: argparse.Namespace) -> int:
     store = open_store(options.root)
     check_for_runs(store.root)
     console = terminal.console()
-    _print_states(console, graph.state(store, stages), {s.name: s.title for s in stages})
+    states = graph.state(store, stages)
+    _print_states(console, states, {s.name: s.title for s in stages})
     another = former(workflow, options.changes, store)
     if options.dry_run:
         terminal.note(another)
         return dry_run.show(console, workflow.config, options)
     if another:
         raise ValueError(another)
-    context = dataclasses.replace(run_context(options, options.workflow), setup=workflow.setup)
-    finished = graph.run(stages, context, console)
+    parameters = workflow.parameters(options.changes)
+    context = run_context(options, options.workflow, parameters, workflow.setup)
+    finished = graph.run(stages, context, console, states)
     if unsent := send_pending(context.root, context.tracking_uri, context.cache):
         console.print(unsent, markup=False)
     _print_results(console, finished)
@@ -99,17 +100,13 @@ def _print_results(console: Console, finished: dict[str, Record]) -> None:
 
 
 def _print_next(console: Console, finished: dict[str, Record], context: RunContext) -> None:
-    from pipeline.redact import redact
+    from pipeline.durable.record import workflow_run
 
     programs = Path(sys.executable).parent
     lines = []
     if shutil.which("adsc") is None and (programs / "activate").is_file():
         lines.append(f"source {shlex.quote(str(programs / 'activate'))}    # puts `adsc` on PATH")
-    if uri := redact(context.tracking_uri or ""):
-        served = uri.startswith("http")
-        lines.append(
-            uri if served else f"{programs}/mlflow ui --backend-store-uri {shlex.quote(uri)}"
-        )
+    lines += _browsing(context.tracking_uri or "", workflow_run(finished.values()), programs)
     if "report" in finished:
         lines.append(_opening(f"{finished['report'].uri}/report.html"))
     if "export" in finished and "evaluate" in finished:
@@ -121,6 +118,22 @@ def _print_next(console: Console, finished: dict[str, Record], context: RunConte
     console.print("Next: browse the runs, read the report, ask the checkpoint", markup=False)
     for line in lines:
         console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _browsing(uri: str, run: str, programs: Path) -> list[str]:
+    """Where the workflow's run and the list of runs are shown, and what serves them."""
+    from pipeline.redact import redact
+    from pipeline.tracking.address import page_address
+
+    if not uri:
+        return []
+    pages = [(run, "this workflow's run"), (run.rpartition("/")[0], "the list of runs")]
+    if uri.startswith("http"):
+        served, lines = uri, [] if run else [redact(uri)]
+    else:
+        served = "http://127.0.0.1:5000"
+        lines = [f"{programs}/mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"]
+    return lines + [f"{page_address(served, page)}    # {what}" for page, what in pages if page]
 
 
 def _opening(page: str) -> str:

@@ -159,7 +159,9 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         show_space(workflow.config, console)
         return 0
-    records = graph.run(search_stages(workflow), run_context(options, workflow.name), console)
+    parameters = workflow.parameters(options.changes)
+    context = run_context(options, workflow.name, parameters, workflow.setup)
+    records = graph.run(search_stages(workflow), context, console)
     search = Input(records["search"])
     results = json.loads((search.folder / "results.json").read_text())
     if options.json:

@@ -1,4 +1,4 @@
-"""`adsc show`: the record of a finished stage, or every key of a workflow's config."""
+"""`adsc show`: the record of a finished stage, all of them over time, or a workflow's config."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   adsc show demo evaluate             (the record of a finished stage)
   adsc show demo export --path        (where its files are)
+  adsc show demo --timeline           (when each finished stage ran, and how long)
   adsc show demo --config             (every key that --set takes)
 """
 
@@ -27,13 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--path", action="store_true", help="only print the path of the stage's files"
     )
+    parser.add_argument(
+        "--timeline", action="store_true", help="print the finished stages as bars over time"
+    )
     parser.add_argument("--config", action="store_true", help="print every key that --set takes")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print a config, a record, or a path."""
     workflow = load_workflow(options.workflow, options.changes)
-    if options.stage is None or options.config:
+    if options.timeline:
+        _print_timeline(workflow, options)
+    elif options.stage is None or options.config:
         _print_config(workflow.config)
     else:
         _print_record(workflow, options)
@@ -50,6 +56,19 @@ def _print_config(config: Config) -> None:
             value = value[int(part)] if isinstance(value, list) else value[part]
         if not isinstance(value, dict):
             print(f"{key} = {json.dumps(value)}")
+
+
+def _print_timeline(workflow: Workflow, options: argparse.Namespace) -> None:
+    from pipeline.durable import graph
+    from pipeline.reporting.timeline import bars, lines
+    from pipeline.store import open_store
+
+    finished = graph.finished(open_store(options.root), workflow.stages())
+    found = bars(finished.values())
+    if not found:
+        raise ValueError(f"no stage of {workflow.name} is finished in {options.root}")
+    for line in lines(found):
+        print(line)
 
 
 def _print_record(workflow: Workflow, options: argparse.Namespace) -> None:

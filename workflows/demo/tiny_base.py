@@ -25,7 +25,7 @@ from pipeline.config import ADDED, OPERATIONAL, Config
 from pipeline.data.config import PrepareConfig
 from pipeline.data.conversations import parse_turns
 from pipeline.data.sources import iter_records
-from pipeline.data.templates import TEMPLATES
+from pipeline.data.templates import shipped
 from pipeline.durable import graph
 from pipeline.durable import record as records
 from pipeline.durable.stage import Input, Kind, Stage, StageContext
@@ -131,7 +131,7 @@ def train_tower(ctx: StageContext, config: TowerConfig) -> dict[str, Any]:
     """Stage body: tokenizer, processor and model; the tower trained, the rest random."""
     torch.manual_seed(config.seed)
     rows = iter_records(ctx.inputs["data"].folder / "train.json")
-    template = TEMPLATES[TEMPLATE]
+    template = shipped(TEMPLATE)
     texts = (
         "".join(text for text, _ in template.render(parse_turns(record)))
         for _, record in islice(rows, 1000)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from pipeline.config import Config
-from pipeline.data.templates import TEMPLATES
+from pipeline.data.templates import shipped
 
 IMAGE_TOKEN = "<image>"
 
@@ -87,7 +87,7 @@ def build_processor(texts: Iterable[str], config: TinyLlavaConfig) -> LlavaProce
         patch_size=config.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATES["vicuna_short"].jinja(),
+        chat_template=shipped("vicuna_short").text,
     )
 
 

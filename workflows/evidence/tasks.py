@@ -104,7 +104,7 @@ def load_model(base: Path, trained: Path | None) -> Any:
 def processor_of(config: EvidenceConfig, base: Path) -> Any:
     """Asks as training asked."""
     processor = AutoProcessor.from_pretrained(base)
-    processor.chat_template = find_template(config.prepare.template, processor).jinja()
+    processor.chat_template = find_template(config.prepare.template, processor).text
     return processor
 
 

@@ -73,12 +73,14 @@ def refuse_features(config: Any) -> None:
 def refuse_lengths(config: Any, served: ServedPlan) -> None:
     """Raise UnservedPlan where steps may be too short for an image whose means need all of it."""
     scheduler = config.scheduler_config
-    if not served.pools:
+    pooled = next((it for it in (served, *served.choices.values()) if it.pools), None)
+    if pooled is None:
         return
+    text = pooled.text
     least = served.image.tokens + scheduler.max_num_seqs - 1
     if scheduler.max_num_batched_tokens < least:
         raise UnservedPlan(
-            f"max_num_batched_tokens = {scheduler.max_num_batched_tokens}: plan {served.text!r} "
+            f"max_num_batched_tokens = {scheduler.max_num_batched_tokens}: plan {text!r} "
             f"takes means, so a step must hold an image of {served.image.tokens} tokens beside "
             f"{scheduler.max_num_seqs - 1} others that decode; use at least {least}, or fewer "
             "max_num_seqs"
@@ -87,7 +89,7 @@ def refuse_lengths(config: Any, served: ServedPlan) -> None:
     if 0 < threshold < served.image.tokens:
         raise UnservedPlan(
             f"long_prefill_token_threshold = {threshold} would cut images of {served.image.tokens} "
-            f"tokens, of which plan {served.text!r} takes means: use 0 or at least that many"
+            f"tokens, of which plan {text!r} takes means: use 0 or at least that many"
         )
 
 

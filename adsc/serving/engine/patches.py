@@ -18,7 +18,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adsc.serving.engine import attention
-from adsc.serving.engine.requests import check_request, kept_of
+from adsc.serving.engine.requests import UnservedRequest, check_request, kept_of
 from adsc.serving.kept import Kept
 from adsc.serving.settings import ServedPlan, served_plan
 from adsc.serving.step import make_step
@@ -66,7 +66,7 @@ def _wrap_runner() -> None:
 
 def _kept(served: ServedPlan, record: Any) -> Kept | None:
     if not hasattr(record, _KEPT):
-        setattr(record, _KEPT, kept_of(served, record.mm_features))
+        setattr(record, _KEPT, kept_of(served, record))
     kept: Kept | None = getattr(record, _KEPT)
     return kept
 
@@ -80,10 +80,22 @@ def _wrap_processor() -> None:
         if not hasattr(self, _SERVED):
             setattr(self, _SERVED, _served(self.vllm_config.model_config.hf_config))
         if served := getattr(self, _SERVED):
-            check_request(served, request)
+            try:
+                check_request(served, request)
+            except UnservedRequest:
+                _forget_pictures(self.renderer.mm_processor_cache, request)
+                raise
         return request
 
     InputProcessor.process_inputs = process_inputs
+
+
+def _forget_pictures(cache: Any, request: Any) -> None:
+    """Pictures that a refused request would have brought to the engine first: the front end notes
+    them as sent before requests are checked, and would leave them out of the next one."""
+    for feature in request.mm_features or ():
+        if cache is not None and feature.data is not None:
+            cache.invalidate(feature.mm_hash or feature.identifier)
 
 
 def _served(config: Any) -> ServedPlan | None:

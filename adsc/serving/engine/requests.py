@@ -10,6 +10,9 @@ from vllm.exceptions import VLLMClientError
 from adsc.serving.kept import Kept, Span
 from adsc.serving.settings import ServedPlan
 
+PLAN = "adsc_plan"
+"""Where a request names a plan: `"vllm_xargs": {"adsc_plan": "64"}` of the OpenAI API."""
+
 
 class UnservedRequest(VLLMClientError, ValueError):
     """A request that can't be answered under a pruning plan; an HTTP client gets a 400. vLLM hides
@@ -25,14 +28,33 @@ def spans_of(features: Sequence[Any] | None) -> list[Span]:
     ]
 
 
-def kept_of(served: ServedPlan, features: Sequence[Any] | None) -> Kept | None:
-    """The request's prefix sums; None without images."""
-    spans = spans_of(features)
-    return Kept(served, spans) if spans else None
+def plan_for(served: ServedPlan, params: Any) -> ServedPlan:
+    """The plan that a request's `SamplingParams` name, or the engine's.
+
+    Raises:
+        UnservedRequest: no such plan, or one that drops at other layers.
+    """
+    name = ((params and params.extra_args) or {}).get(PLAN)
+    if name is None:
+        return served
+    if (found := served.choices.get(str(name))) is None:
+        raise UnservedRequest(
+            f"{PLAN} {name!r}: a request to this server may choose {', '.join(served.choices)}; "
+            f"other plans drop at layers where {served.text!r} doesn't, and need a server started "
+            "with --plan"
+        )
+    return found
+
+
+def kept_of(served: ServedPlan, request: Any) -> Kept | None:
+    """The prefix sums of a request, in whichever of vLLM's forms; None without images."""
+    spans = spans_of(request.mm_features)
+    return Kept(plan_for(served, request.sampling_params), spans) if spans else None
 
 
 def check_request(served: ServedPlan, request: Any) -> None:
     """Raise UnservedRequest for an `EngineCoreRequest` that the plan can't serve."""
+    served = plan_for(served, request.sampling_params)
     spans = spans_of(request.mm_features)
     if request.resumable:
         raise UnservedRequest(

@@ -41,7 +41,7 @@ class _PlanScheduling:
 
     def add_request(self, request: Any) -> None:
         assert self.served is not None
-        if kept := kept_of(self.served, request.mm_features):
+        if kept := kept_of(self.served, request):
             self.kept[request.request_id] = kept
         super().add_request(request)  # type: ignore[misc]
 
@@ -53,9 +53,8 @@ class _PlanScheduling:
         self, request: Any, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
         """vLLM's own `disable_chunked_mm_input` still cuts an image with which a step begins."""
-        assert self.served is not None
         kept = self.kept.get(request.request_id)
-        if kept is not None and self.served.pools:
+        if kept is not None and kept.served.pools:
             num_new_tokens = kept.last_whole(num_computed_tokens, num_new_tokens)
         return super()._try_schedule_encoder_inputs(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens, *args, **kwargs

@@ -21,7 +21,7 @@ class PlanModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self.kept[new_req_data.req_id] = kept_of(self.model.served, new_req_data.mm_features)
+        self.kept[new_req_data.req_id] = kept_of(self.model.served, new_req_data)
 
     def remove_request(self, req_id: str) -> None:
         self.kept.pop(req_id, None)

@@ -38,8 +38,13 @@ def config_of(plan: str | dict[str, Any] | None, **changes: Any) -> Any:
     return config
 
 
+NAMED = {"mean": "1:1/4,3:1/2;pool=tiles", "one": "3:1/8;anchor=first", "other": "2:1/2"}
+
+
 def served(plan: str) -> ServedPlan:
-    found = served_plan(config_of(plan))
+    """Of an elastic checkpoint."""
+    plans = {name: PruningPlan.parse(text).to_dict() for name, text in NAMED.items()}
+    found = served_plan(config_of(plan, adsc_plans=plans))
     assert found is not None
     return found
 
@@ -49,6 +54,10 @@ def test_a_config_says_what_is_served() -> None:
     assert found.image == Image(tiny.TOKENS, (4, 4))
     assert found.part_of == (0, 1, 1, 2, 2, 2)
     assert [int(row.sum()) for row in found.gone] == [0, 8, 12]
+    assert list(found.choices) == ["dense", "mean", "one"]  # the other drops elsewhere
+    assert found.choices["one"].part_of == found.part_of
+    assert [int(row.sum()) for row in found.choices["one"].gone] == [0, 0, 14]
+    assert not found.choices["dense"].gone.any()
     assert served_plan(config_of(None)) is None
     assert served_plan(config_of({"stages": []})) is None
     assert served_plan(config_of("1:1/2", adsc="dense")) is None
@@ -59,12 +68,13 @@ class Simulated:
     and each part's cache is written where the step says."""
 
     def __init__(self, plan: ServedPlan, length: int, images: list[tuple[int, int]]):
-        self.length, self.computed = length, 0
+        self.plan, self.length, self.computed = plan, length, 0
         self.kept = Kept(plan, images) if images else None
         self.caches: list[dict[int, float]] = [{} for _ in range(plan.parts)]
 
-    def expected(self, plan: ServedPlan) -> list[list[float]]:
+    def expected(self) -> list[list[float]]:
         """What each part's cache holds in the end: token t has state t + 1, a mean its members'."""
+        plan = self.plan
         states = {token: float(token + 1) for token in range(self.length)}
         found = [list(states.values())]
         for number in range(1, plan.parts):
@@ -82,7 +92,9 @@ class Simulated:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_chunks_fill_each_parts_cache_in_order(plan: str) -> None:
+    """Requests of one step may have chosen different plans."""
     draw, settings = random.Random(plan), served(plan)
+    choices = [settings, *settings.choices.values()]
     for _ in range(20):
         running = []
         for _ in range(draw.randint(1, 4)):
@@ -90,22 +102,23 @@ def test_chunks_fill_each_parts_cache_in_order(plan: str) -> None:
             for _ in range(draw.randint(0, 3)):
                 images.append((at, tiny.TOKENS))
                 at += tiny.TOKENS + draw.choice([0, 0, 3, 9])
-            running.append(Simulated(settings, at + draw.randint(1, 6), images))
+            chosen = draw.choice(choices)
+            running.append(Simulated(chosen, at + draw.randint(1, 6), images))
         while waiting := [one for one in running if one.computed < one.length]:
             chunks = [draw.randint(1, 30) for _ in waiting]
-            _advance(settings, waiting, chunks)
+            _advance(waiting, chunks)
         for one in running:
             assert all(sorted(cache) == list(range(len(cache))) for cache in one.caches)
-            for cache, expected in zip(one.caches, one.expected(settings), strict=True):
+            for cache, expected in zip(one.caches, one.expected(), strict=True):
                 assert [cache[place] for place in sorted(cache)] == pytest.approx(expected)
 
 
-def _advance(plan: ServedPlan, waiting: list[Simulated], chunks: list[int]) -> None:
+def _advance(waiting: list[Simulated], chunks: list[int]) -> None:
     """One step of all that wait."""
     sizes = []
     for one, chunk in zip(waiting, chunks, strict=True):
         size = min(chunk, one.length - one.computed)
-        if one.kept and plan.pools:  # a step that is too short for an image takes all of it
+        if one.kept and one.plan.pools:  # a step that is too short for an image takes all of it
             size = one.kept.last_whole(one.computed, size) or one.length - one.computed
         sizes.append(size)
     computed = np.array([one.computed for one in waiting])

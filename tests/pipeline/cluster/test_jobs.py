@@ -163,6 +163,22 @@ def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> No
     client.stop_job(again)
 
 
+def test_finished_work_is_not_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store answers, so that no cluster is asked, and none answers here."""
+    words = ["submit", "demo", "--root", str(tmp_path), "--shared-root", "--mlflow", "off"]
+    address = ["--address", "http://127.0.0.1:9"]
+    prints = fingerprints(load_workflow("demo").stages())
+    for place, (name, fingerprint) in enumerate(prints.items()):
+        if place == len(prints) - 1:
+            assert main([*words, *address]) == 2
+            assert "nothing answers" in capsys.readouterr().err
+        made = Record(stage=name, fingerprint=fingerprint, attempt="1")
+        records.publish(open_store(str(tmp_path)), made)
+    assert main([*words, *address]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" cached ") == len(prints) and "nothing was submitted" in said
+
+
 @pytest.mark.ray
 def test_following_passes_everything_on_once_and_tells_of_failures(
     client: Any, capsys: pytest.CaptureFixture[str]

@@ -12,11 +12,12 @@ from pipeline.data.conversations import IGNORED, BadRecord
 from pipeline.data.pictures import PictureLimits, open_pictures
 from pipeline.data.rendering import ProcessorError, Renderer, load_processor
 from pipeline.data.templates import (
-    TEMPLATES,
-    OwnTemplate,
+    SHIPPED,
+    Template,
     TemplateError,
     find_template,
     place_marker,
+    shipped,
 )
 from tests.small import Small
 
@@ -60,19 +61,19 @@ OWN = {
 }
 
 
-def own(text: str, **changes: Any) -> OwnTemplate:
+def own(text: str, **changes: Any) -> Template:
     values = {"image_token": "<image>", "special_tokens": {"bos_token": "<s>"}, "parts": True}
-    return OwnTemplate(text=text, **(values | changes))
+    return Template(name="own", text=text, **(values | changes))
 
 
 def shown(segments: list[tuple[str, bool]]) -> str:
     return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in segments)
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, *OWN])
+@pytest.mark.parametrize("name", [*SHIPPED, *OWN])
 def test_prompts_and_masks_are_those_on_record(name: str) -> None:
     """What is supervised stands in ⟦⟧. A changed snapshot is a changed training set."""
-    template = TEMPLATES.get(name) or own(OWN[name])
+    template = shipped(name) if name in SHIPPED else own(OWN[name])
     made = "".join(
         f"=== {title}\n{shown(template.render(turns))}\n" for title, turns in CONVERSATIONS.items()
     )
@@ -115,7 +116,7 @@ def test_vicuna_v1_is_llavas_preprocessing() -> None:
             continue
         # One difference on purpose: white space around a turn's text goes, pictures or not.
         stripped = [(role, text.strip()) for role, text in turns]
-        segments = TEMPLATES["vicuna_v1"].render(stripped)
+        segments = shipped("vicuna_v1").render(stripped)
         text, unmasked = published_llava(stripped)
         assert "".join(piece for piece, _ in segments) == text
         assert [piece for piece, supervised in segments if supervised] == unmasked
@@ -127,7 +128,7 @@ def test_a_single_picture_goes_first() -> None:
     assert place_marker("a <image> b <image>") == "a <image> b <image>"
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_jinja_form_renders_the_same_text(name: str, small: Small) -> None:
     processor = AutoProcessor.from_pretrained(small.base)
     messages = [
@@ -141,11 +142,11 @@ def test_jinja_form_renders_the_same_text(name: str, small: Small) -> None:
         {"type": "image"},
         {"type": "text", "text": CONVERSATIONS["picture first"][0][1].removeprefix("<image>\n")},
     ]
-    text = processor.apply_chat_template(messages, chat_template=TEMPLATES[name].jinja())
-    segments = TEMPLATES[name].render(CONVERSATIONS["picture first"])
+    text = processor.apply_chat_template(messages, chat_template=shipped(name).text)
+    segments = shipped(name).render(CONVERSATIONS["picture first"])
     assert text == "".join(piece for piece, _ in segments)
     # And as a checkpoint's own template it gives the same segments.
-    mine = own(TEMPLATES[name].jinja()).render(CONVERSATIONS["picture first"])
+    mine = own(shipped(name).text).render(CONVERSATIONS["picture first"])
     assert mine == segments
 
 

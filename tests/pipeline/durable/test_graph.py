@@ -30,6 +30,7 @@ from pipeline.durable.record import Record
 from pipeline.durable.session import ClusterError, free_port
 from pipeline.durable.stage import Input, Stage, StageContext
 from pipeline.store import Store, StoreError, open_store
+from pipeline.tracking.headline import DataSet, Headline
 from tests.pipeline.durable import toy
 
 QUIET = Console(quiet=True)
@@ -105,6 +106,10 @@ def test_a_run_and_the_same_again(any_toys: Toys, tmp_path: Path) -> None:
     assert any_toys.ran() == ONCE
     assert any_toys.run(context) == first
     assert any_toys.ran() == ONCE
+    # What `state` has read is not read again.
+    states = graph.state(any_toys.store, any_toys.stages())
+    elsewhere = toy.context(tmp_path / "nothing")
+    assert graph.run(any_toys.stages(), elsewhere, QUIET, states) == first
     made = first["make"]
     assert [(file.path, file.size) for file in made.files] == [("deep/numbers.txt", 5)]
     assert open_store(made.uri).read("deep/numbers.txt") == b"0 1 2"
@@ -448,14 +453,33 @@ def test_stages_are_tracked_below_their_workflow(toys: Toys, tmp_path: Path) -> 
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     *_, make = toys.stages()
-    made = toys.run_stages([make], tracking_uri=uri)["make"]
+    make = toy.with_kind(make, headline=count_of)
+    command = "adsc run toy --set make.value=3"
+    given = {"tracking_uri": uri, "parameters": {"value": "3"}, "command": command}
+    made = toys.run_stages([make], **given)["make"]
     client = MlflowClient(uri)
     assert made.run_id
     stage = client.get_run(made.run_id)
     assert stage.data.tags["adsc.record"].endswith("record.json")
     parent = client.get_run(stage.data.tags["mlflow.parentRunId"])
     assert (stage.info.status, parent.info.status) == ("FINISHED", "FINISHED")
-    assert parent.data.params["make.value"] == "3"
+    assert stage.data.params["value"] == "3"
+    assert parent.data.params == {"value": "3", "found": "yes"}
+    assert parent.data.metrics == {"count": 3, "gpu_hours": 0, "seconds/make": made.seconds}
+    (data,) = parent.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("numbers", "12")
+    assert made.workflow_run == f"experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
+    assert parent.data.tags["mlflow.source.name"] == "adsc run toy"
+    assert parent.data.tags["adsc.command"] == command
+    config = json.loads(
+        Path(client.download_artifacts(parent.info.run_id, "config.json")).read_text()
+    )
+    assert config["make"]["value"] == 3
+
+
+def count_of(made: Record) -> Headline:
+    data = DataSet(made.uri, "numbers", "12")
+    return Headline(metrics=made.outputs, params={"found": "yes"}, data=data)
 
 
 @pytest.mark.slow

@@ -544,7 +544,7 @@ def test_the_template_writes_the_bos_token_once(exported: Exported, merged: Path
 
     from pipeline.data.config import PrepareConfig
     from pipeline.data.rendering import Renderer
-    from pipeline.data.templates import TEMPLATES, special_tokens
+    from pipeline.data.templates import shipped, special_tokens
 
     processor: Any = AutoProcessor.from_pretrained(exported.folder)
     turn = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
@@ -555,7 +555,7 @@ def test_the_template_writes_the_bos_token_once(exported: Exported, merged: Path
     picture = Image.linear_gradient("L").resize((48, 48)).convert("RGB")
     special = special_tokens(processor, [text])
     ids = processor(text=[text], images=[picture], **special)["input_ids"][0]
-    segments = TEMPLATES["vicuna_short"].render([("human", "<image>what is it?")])
+    segments = shipped("vicuna_short").render([("human", "<image>what is it?")])
     renderer = Renderer.load(merged, "vicuna_short", 512, PrepareConfig(min_side=1).limits())
     vision = processor.tokenizer.convert_tokens_to_ids("<image>")
     trained, _ = renderer.tokenise(segments, [sum(token == vision for token in ids)])

@@ -17,10 +17,10 @@ from pipeline.store.interface import appearing
 
 
 @pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3_endpoint: str) -> Store:
+    """With the endpoint in the environment for both: processes forked later keep what they see."""
     if request.param == "local":
         return open_store(str(tmp_path / "runs"))
-    request.getfixturevalue("s3_endpoint")
     return open_store(f"s3://lab/{uuid.uuid4().hex}")
 
 

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 import tempfile
 import uuid
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from pipeline.durable.identity import load_body
 from pipeline.durable.stage import Input
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.engine import VARIABLE, engine_python
 from pipeline.evaluation.scoring import RULES
 from pipeline.packaged import resolve
 from pipeline.store import open_store
@@ -94,6 +97,52 @@ def test_the_same_command_again_only_prints(
     printed = capsys.readouterr().out
     assert printed.count("cached") == 5 and "48 questions" in printed
     assert f"{PLAN} " in printed and "report: " in printed
+
+
+def vllm_is_here() -> bool:
+    try:
+        return bool(engine_python())
+    except ValueError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not vllm_is_here(), reason="needs the environment of `make vllm`")
+def test_vllm_answers_what_transformers_answers(small: Small, tmp_path: Path) -> None:
+    """The same file but for times. The base that ships has the tower and heads that vLLM knows."""
+    found = []
+    for engine in ("transformers", "vllm"):
+        out = tmp_path / engine
+        code = main(
+            ["eval", TINY, "--tasks", str(small.pictures / "test.json"), "--limit", "3",
+             "--methods", "plan:2:1/4,4:1/4;pool=tiles", "--engine", engine,
+             "--root", str(tmp_path / "runs"), "--out", str(out), *QUICK]
+        )  # fmt: skip
+        assert code == 0
+        rows = pq.read_table(out / "samples.parquet").drop_columns("seconds").to_pylist()
+        assert json.loads((out / "results.json").read_text())["config"]["evaluate"]["engine"] == (
+            engine
+        )
+        found.append(rows)
+    assert found[0] == found[1]
+    assert len({row["answer"] for row in found[1]}) > 3
+
+
+def test_vllm_is_refused_what_it_cannot_run(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    words = ["eval", str(small.base), "--tasks", str(small.pictures / "test.json")]
+    words += ["--engine", "vllm", "--root", str(tmp_path), "--methods"]
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "python"))
+    assert main([*words, "dense"]) == 2
+    assert f"{VARIABLE} names {tmp_path / 'python'}" in capsys.readouterr().err
+    monkeypatch.setenv(VARIABLE, sys.executable)
+    for method, words_said in (
+        ("fastv:40", "vLLM runs pruning plans and dense models only"),
+        ("plan:1:1/2;positions=reindex", "positions=keep"),
+    ):
+        assert main([*words, method]) == 2
+        assert words_said in capsys.readouterr().err
 
 
 def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path) -> None:

@@ -81,6 +81,20 @@ def test_costs_of_a_named_geometry_are_light() -> None:
     assert loaded((*HEAVY, *CONFIGS), code) == []
 
 
+def test_a_trainings_stage_and_controller_load_no_torch() -> None:
+    """What they import besides Ray's own modules; the workers' loop is imported by workers."""
+    code = """
+import pickle, ray.train
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from pipeline.durable import graph
+from pipeline.kinds.train import TRAIN
+from pipeline.stages.process_group import ProcessGroup
+from pipeline.stages.train import _worker, train_stage
+pickle.loads(pickle.dumps(ProcessGroup("gloo"))).backend_cls()
+"""
+    assert loaded(("torch", "transformers", "mlflow"), code) == []
+
+
 def test_a_run_of_what_is_finished_is_light(tmp_path: Path) -> None:
     """As the second `make demo`: every stage is cached, and no Ray is started."""
     (tmp_path / "made").mkdir()

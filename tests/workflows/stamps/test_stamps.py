@@ -288,9 +288,9 @@ def test_a_file_that_is_not_the_pinned_one_is_not_read(
 
 
 def test_the_template_marks_answers() -> None:
-    from pipeline.data.templates import OwnTemplate
+    from pipeline.data.templates import Template
 
-    own = OwnTemplate(text=CHAT, image_token="<image>", special_tokens={}, parts=True)
+    own = Template(name="chat", text=CHAT, parts=True)
     turns = [
         ("human", "<image>\nwhat is it?"),
         ("gpt", "an owl"),

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         rows = [_row(job) for job in jobs]
     if options.job:
         rows[0]["message"] = jobs[0].message or ""
-        rows[0]["stages"] = _stages(jobs[0].metadata or {})
+        rows[0] |= _progress(jobs[0].metadata or {})
     if options.json:
         print(json.dumps(rows[0] if options.job else rows))
         return 0
@@ -41,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     terminal.print_rows(names, *([row[name] for name in names] for row in rows))
     if options.job:
         print(rows[0]["message"])
+        if rows[0]["mlflow"]:
+            print(rows[0]["mlflow"])
         for name, state in rows[0]["stages"].items():
             print(f"  {name}  {state}")
     return 0
@@ -58,15 +60,22 @@ def _row(job: Any) -> dict[str, Any]:
     }
 
 
-def _stages(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The states of a job's stages, as far as its store can be read from here."""
+def _progress(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The states of a job's stages and the address of its MLflow run, as far as its store can be
+    read from here. A run has an address once one of its stages has finished."""
     from pipeline.durable import graph
+    from pipeline.durable.record import workflow_run
     from pipeline.store import open_store
+    from pipeline.tracking.address import page_address
     from workflows.registry import load_workflow
 
     try:
-        workflow = load_workflow(metadata["workflow"], json.loads(metadata["changes"]))
-        states = graph.state(open_store(metadata["root"]), workflow.stages())
+        stages = load_workflow(metadata["workflow"], json.loads(metadata["changes"])).stages()
+        states = graph.state(open_store(metadata["root"]), stages)
+        run = workflow_run(state.record for state in states if state.record)
     except (KeyError, ValueError) as error:
-        return {"stages": f"can't be read from here: {error}"}
-    return {state.name: state.state for state in states}
+        return {"stages": {"stages": f"can't be read from here: {error}"}, "mlflow": ""}
+    return {
+        "stages": {state.name: state.state for state in states},
+        "mlflow": page_address(metadata.get("mlflow", ""), run),
+    }

@@ -3,12 +3,17 @@ skipped where vLLM is not installed."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from adsc import PruningPlan
+from pipeline.data.templates import begin_with_bos
 from tests.adsc.serving.engine.cases import Answer, Prompt, Reference, prompts, random_checkpoint
+from tests.adsc.serving.engine.chats import PLAN
 
 Wanted = Callable[[str], list[Answer]]
 
@@ -17,6 +22,18 @@ Wanted = Callable[[str], list[Answer]]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA with random weights."""
     return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a plan of its own and an export's template."""
+    found = tmp_path_factory.mktemp("served") / "tiny"
+    shutil.copytree(checkpoint, found)
+    config = json.loads((found / "config.json").read_text())
+    config["adsc"] = PruningPlan.parse(PLAN).to_dict()
+    (found / "config.json").write_text(json.dumps(config))
+    begin_with_bos(found)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,25 @@ class Watched:
         return float(sum(found))
 
     def answers(
-        self, reference: Reference, asked: list[Prompt], new: int = NEW
+        self,
+        reference: Reference,
+        asked: list[Prompt],
+        new: int = NEW,
+        plans: Sequence[str | None] = (None,),
     ) -> list[tuple[int, ...]]:
-        """Greedy tokens; all prompts are sent at once."""
+        """Greedy tokens; all prompts are sent at once, each with the next of `plans`."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=new,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=None if plan is None else {"adsc_plan": plan},
+            )
+            for _, plan in zip(asked, cycle(plans), strict=False)
+        ]
         sent = [request(reference, prompt) for prompt in asked]
         found = self.llm.generate(sent, sampling, use_tqdm=False)
         return [tuple(it.outputs[0].token_ids) for it in found]

@@ -3,6 +3,10 @@ the plan, the chunks and the company; and blocks for kept tokens alone."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -15,8 +19,15 @@ pytest.importorskip("vllm")
 from adsc import PruningPlan
 from tests.adsc.serving.engine.cases import BASE, PLANS, Answer, Prompt, Reference
 from tests.adsc.serving.engine.engines import engine, request
+from tests.documents import ROOT
 
 Wanted = Callable[[str], list[Answer]]
+NAMED = {
+    "16": "1:1/4",
+    "tiles": "1:1/4;pool=tiles",
+    "first": "1:1/8;anchor=first",
+    "late": "4:1/2",
+}
 BLOCK = 32
 IMAGE = 64
 
@@ -122,6 +133,28 @@ def test_the_scheduler_of_async_engines(
         assert served.answers(reference, asked) == tokens(wanted(plan))
 
 
+def test_two_workers_share_each_layer(
+    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    """Tensor parallelism; each worker works the steps out by itself."""
+    plan = "2:1/9,6:0;pool=tiles"
+    with engine(checkpoint, as_dict(plan), tensor_parallel_size=2) as served:
+        assert served.answers(reference, asked) == tokens(wanted(plan))
+
+
+def test_the_second_model_runner(checkpoint: Path, wanted: Wanted) -> None:
+    plans = ["2:1/2,4:1/2,6:1/2", "2:1/9,6:0;pool=tiles"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.adsc.serving.engine.run_v2", str(checkpoint), *plans],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for plan, got in zip(plans, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert got == [list(it.tokens[:4]) for it in wanted(plan)[::3]]
+
+
 @pytest.mark.parametrize("plan", ["0:1/2,4:1/4;anchor=first", "2:1/9,6:0;pool=tiles"])
 def test_prefix_caching_ends_at_the_first_image(
     plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
@@ -161,11 +194,12 @@ def test_blocks_hold_kept_tokens_alone(
 
 
 def test_refused_requests_do_no_harm(
-    checkpoint: Path, reference: Reference, asked: list[Prompt]
+    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
 ) -> None:
     from vllm import SamplingParams
 
-    with engine(checkpoint, as_dict("2:1/2;anchor=first")) as served:
+    plan = "0:1/2,4:1/4;anchor=first"
+    with engine(checkpoint, as_dict(plan)) as served:
         scored = SamplingParams(max_tokens=1, prompt_logprobs=1)
         with pytest.raises(ValueError, match="prompt_logprobs"):
             served.llm.generate([request(reference, asked[0])], scored, use_tqdm=False)
@@ -173,26 +207,46 @@ def test_refused_requests_do_no_harm(
         assert text[0].prompt_logprobs
         with pytest.raises(ValueError, match="ends in an image"):
             served.answers(reference, [Prompt("what is <image>", (0,))])
-        assert served.answers(reference, asked[:2])
+        # The pictures of what was refused are sent again.
+        assert served.answers(reference, asked[:2]) == tokens(wanted(plan))[:2]
         assert served.in_use == 0
 
 
-def test_a_name_chooses_a_plan(
-    tmp_path: Path, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
-) -> None:
-    """A checkpoint with several plans is served by the name of one."""
-    import json
-    import shutil
-
+@pytest.fixture
+def elastic(tmp_path: Path, checkpoint: Path) -> Path:
+    """The checkpoint with several plans, of which it runs with the first."""
     folder = tmp_path / "elastic"
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
-    plans = {"16": "1:1/4", "tiles": "1:1/4;pool=tiles"}
-    config["adsc"] = as_dict(plans["16"])
-    config["adsc_plans"] = {name: as_dict(plan) for name, plan in plans.items()}
+    config["adsc"] = as_dict(NAMED["16"])
+    config["adsc_plans"] = {name: as_dict(plan) for name, plan in NAMED.items()}
     (folder / "config.json").write_text(json.dumps(config))
-    for name in (None, "tiles"):
-        with engine(folder, name) as served:
-            assert served.answers(reference, asked) == tokens(wanted(plans[name or "16"]))
-    with pytest.raises(ValueError, match="did you mean tiles"), engine(folder, "tile"):
+    return folder
+
+
+def test_a_name_chooses_a_plan(
+    elastic: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    with engine(elastic, "tiles") as served:
+        assert served.answers(reference, asked) == tokens(wanted(NAMED["tiles"]))
+    with pytest.raises(ValueError, match="did you mean tiles"), engine(elastic, "tile"):
         pass
+
+
+def test_each_request_may_choose_its_plan(
+    elastic: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+) -> None:
+    """Requests under three plans and dense share steps and the cache of text before images."""
+    names = [None, "tiles", "dense", "first"]
+    by_name = [wanted(NAMED.get(name or "16", "")) for name in names]
+    with engine(elastic, enable_prefix_caching=True) as served:
+        for turn in range(len(names)):
+            order = [(turn + number) % len(names) for number in range(len(asked))]
+            got = served.answers(reference, asked, plans=[names[it] for it in order])
+            assert got == [by_name[it][number].tokens for number, it in enumerate(order)]
+        assert max(served.requests) >= 20
+        assert served.in_use == 0
+        for name in ("late", "tile"):
+            with pytest.raises(ValueError, match="may choose dense, 16, first, tiles;"):
+                served.answers(reference, asked[:1], plans=[name])
+        assert served.in_use == 0

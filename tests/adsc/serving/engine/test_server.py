@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,12 +22,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from adsc import PruningPlan
-from pipeline.data.templates import begin_with_bos
-from tests.adsc.serving.engine.cases import Prompt, Reference, picture
+from tests.adsc.serving.engine.cases import Reference
+from tests.adsc.serving.engine.chats import CHATS, PLAN, as_prompt, chat
 from tests.documents import ROOT
 
-PLAN = "2:1/4,6:0;pool=tiles"
 PATIENCE = 900  # seconds that a slow machine may take to load
 
 
@@ -63,26 +58,14 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random checkpoint with a plan of its own, and an export's template."""
-    found = tmp_path_factory.mktemp("served") / "tiny"
-    shutil.copytree(checkpoint, found)
-    config = json.loads((found / "config.json").read_text())
-    config["adsc"] = PruningPlan.parse(PLAN).to_dict()
-    (found / "config.json").write_text(json.dumps(config))
-    begin_with_bos(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+def server(exported: Path) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "workflows.commands.entry", "serve", str(folder), "--port", str(port),
-        "--max-model-len", "1024", "--max-num-seqs", "16", "--dtype", "float32",
-        "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4}',
+        sys.executable, "-m", "workflows.commands.entry", "serve", str(exported),
+        "--port", str(port), "--max-model-len", "1024", "--max-num-seqs", "16",
+        "--dtype", "float32", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4}',
     ]  # fmt: skip
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     process = subprocess.Popen(
@@ -100,50 +83,6 @@ def server(folder: Path) -> Iterator[Server]:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def chat(turns: list[tuple[str, str, tuple[int, ...]]], new: int) -> dict[str, Any]:
-    """A request of turns (role, text, pictures), greedy."""
-    messages = []
-    for role, text, pictures in turns:
-        parts: list[dict[str, Any]] = []
-        for number in pictures:
-            file = io.BytesIO()
-            picture(number).save(file, "PNG")
-            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-            parts.append({"type": "image_url", "image_url": {"url": url}})
-        messages.append({"role": role, "content": [*parts, {"type": "text", "text": text}]})
-    return {
-        "model": "tiny",
-        "messages": messages,
-        "max_tokens": new,
-        "temperature": 0,
-        "ignore_eos": True,
-        "skip_special_tokens": False,
-        "return_token_ids": True,
-    }
-
-
-CHATS: list[list[tuple[str, str, tuple[int, ...]]]] = [
-    [("user", "what is it", (0,))],
-    [("user", "what is the big round shape", ())],
-    [("user", "what colour", (1, 2))],
-    [("user", "what is it", (3,)), ("assistant", "round", ()), ("user", "what colour", ())],
-    [("user", "is this the corner", (4, 5, 6))],
-    [("user", "what is in this picture", (7,))],
-    [("user", "what", (8,)), ("assistant", "left", ()), ("user", "and this", (9,))],
-    [("user", "what shape in the top left corner", (10, 11, 0, 1))],
-]
-
-
-def as_prompt(turns: list[tuple[str, str, tuple[int, ...]]]) -> Prompt:
-    """What our template makes of it, worked out by hand."""
-    text, pictures = "", []
-    for role, said, numbers in turns:
-        pictures += numbers
-        marks = "<image>\n" * len(numbers)
-        text += f"USER: {marks}{said} ASSISTANT:" if role == "user" else f" {said}</s>"
-    return Prompt(text, tuple(pictures))
 
 
 def test_eight_clients_at_once(server: Server, reference: Reference) -> None:
