@@ -92,6 +92,9 @@ class Ddp:
         return nullcontext()
 
     def prepare(self, model: nn.Module, groups: list[dict[str, Any]]) -> None:
+        if self.config.compile:
+            # A compiled layer is a graph small enough; DDP would split it for its buckets.
+            torch._dynamo.config.optimize_ddp = False
         self._own = model.to(self.device)
         self.model = DistributedDataParallel(self._own) if self.world_size > 1 else self._own
         self.optimizer = _adamw(self.config, groups, fused=self.fused)
