@@ -108,10 +108,11 @@ class StepLoader:
         return self.config.steps_for(len(self._prepared))
 
     @property
-    def text_tokens(self) -> int:
-        """Tokens of a row that are no vision tokens, on average."""
-        data = self._prepared
-        return math.ceil(float(np.mean(data.length - data.vision_tokens)))
+    def text_tokens(self) -> tuple[int, int]:
+        """Tokens of a row that are no vision tokens, on average and of the hundredth that has most
+        of them."""
+        text = self._prepared.length - self._prepared.vision_tokens
+        return math.ceil(float(np.mean(text))), math.ceil(float(np.quantile(text, 0.99)))
 
     @property
     def supervised(self) -> int:

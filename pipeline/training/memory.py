@@ -39,7 +39,9 @@ USABLE = 0.92
 LAUNCHES = 0.14 / 32
 """Seconds that the host takes to launch the kernels of one decoder layer with adapters, forward and
 backward: a floor of a micro-batch's time (docs/performance.md: 140 ms of 32 layers on an H100)."""
-CHECKPOINTING: tuple[Checkpointing, ...] = (False, "selective", True)
+CHECKPOINTING: dict[Checkpointing, float] = {False: 1.0, "selective": 1.05, True: 1.0}
+"""Kinds of checkpointing, and how much slower each is beside its matrix products: selective runs
+through all activations once more."""
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default: 1, _ATEN.addmm.default: 2}
 """Matrix products, and the place of their weight."""
@@ -177,12 +179,14 @@ def fitted(
     hardware: Hardware,
     workers: int,
     text_tokens: int,
+    long_text: int | None = None,
 ) -> TrainConfig:
     """The config with `memory = auto` made good: the micro-batch and the checkpointing by which a
     step should be fastest of those that fit; where none does, those that need least.
 
     A step's time is taken to be that of its FLOPs at 0.4 of the GPU's peak, what is computed again
-    included, and for each micro-batch no less than its kernels take to launch.
+    included, and no less than the kernels of its micro-batches take to launch. Of equal times the
+    fewest micro-batches win.
 
     Args:
         config: of the training; returned as it is where `memory` is not `auto`.
@@ -192,22 +196,25 @@ def fitted(
         hardware: of each worker.
         workers: GPUs.
         text_tokens: of a conversation, on average.
+        long_text: of the longest conversations, which make up the largest micro-batches: text is
+            never dropped. None: all are alike.
     """
     if config.memory != "auto":
         return config
-    full = adsc.estimate_cost(model, "", text_tokens).per_layer[0].tokens
+    long_text = text_tokens if long_text is None else long_text
 
     def needed(tried: TrainConfig, plan: PruningPlan | Method) -> float:
-        return sum(memory_bytes(trainable, model, tried, plan, workers, text_tokens).values())
+        return sum(memory_bytes(trainable, model, tried, plan, workers, long_text).values())
 
     each = plans.shares()
-    one_row = config.model_copy(update={"micro_tokens": full})
+    vision = adsc.estimate_cost(model, "", text_tokens).per_layer[0].vision_tokens
+    one_row = config.model_copy(update={"micro_tokens": vision + text_tokens})
     heaviest = max((plan for plan, _ in each), key=partial(needed, one_row))
     room = USABLE * hardware.memory_gib * 2**30
-    row = [RowShape(text_tokens, full - text_tokens, 1)]
+    row = [RowShape(text_tokens, vision, 1)]
     most = math.ceil(config.batch_size / workers)
     found = []
-    for checkpointing in CHECKPOINTING:
+    for checkpointing, slower in CHECKPOINTING.items():
         if config.compile and checkpointing == "selective":
             continue
         again = checkpointing is True
@@ -215,19 +222,20 @@ def fitted(
             trainable, model, plans.target, checkpointing=again, distill=config.distill
         )
         flops = sum(share * cost.under(plan).step(row).hardware for plan, share in each)
+        computing = slower * most * flops / (0.4 * hardware.peak_flops)
         launching = LAUNCHES * cost.num_layers * (4 / 3 if checkpointing else 1)
         for count in sorted({math.ceil(most / rows) for rows in range(1, most + 1)}):
-            rows = math.ceil(most / count)  # the fewest that make as many micro-batches
             tried = config.model_copy(
                 update={
                     "accumulate": 1,
-                    "micro_tokens": rows * full,
+                    "micro_tokens": math.ceil(most / count) * (vision + text_tokens),
                     "activation_checkpointing": checkpointing,
                 }
             )
             memory = needed(tried, heaviest)
-            seconds = count * max(rows * flops / (0.4 * hardware.peak_flops), launching)
-            found.append(((memory > room, seconds if memory <= room else memory, memory), tried))
+            seconds = max(computing, count * launching)
+            fits = memory <= room
+            found.append(((not fits, seconds if fits else memory, count), tried))
     return min(found, key=lambda one: one[0])[1]
 
 
@@ -238,7 +246,11 @@ def chosen(config: TrainConfig) -> str:
 
 
 def fitted_here(
-    config: TrainConfig, base: Path, steps: int, text_tokens: int, device: torch.device
+    config: TrainConfig,
+    base: Path,
+    steps: int,
+    text_tokens: tuple[int, int],
+    device: torch.device,
 ) -> TrainConfig:
     """`fitted` to the smallest of the workers' GPUs; every worker calls it. On a CPU the config as
     it is.
@@ -247,7 +259,7 @@ def fitted_here(
         config: of the training.
         base: folder of the base.
         steps: of the training.
-        text_tokens: of a conversation, on average.
+        text_tokens: of a conversation, on average and of the longest.
         device: of this worker.
     """
     if config.memory != "auto" or device.type != "cuda":
@@ -262,6 +274,6 @@ def fitted_here(
         empty = AutoModelForImageTextToText.from_config(model)
         trainable = prepare_trainable(empty, config.lora, config.tune)
     plans = StepPlans(config, trainable, steps)
-    found = fitted(config, trainable, model, plans, hardware, workers, text_tokens)
+    found = fitted(config, trainable, model, plans, hardware, workers, *text_tokens)
     log.info("train.memory = auto: %s for %.0f GiB", chosen(found), hardware.memory_gib)
     return found
