@@ -89,10 +89,7 @@ test-vllm: install vllm ## the serving tests, half an hour
 	$(VLLM)/bin/pytest --confcutdir tests/adsc/serving/engine -m '' tests/adsc/serving/engine
 	$(BIN)/pytest -m slow tests/workflows/commands/test_eval.py -k vllm
 
-# Ratios on this machine, a few minutes each; docs/performance.md says how to read them.
+# Ratios on this machine; docs/performance.md says how to read them.
 bench: export RAY_AUTH_MODE ?= disabled
-bench: install ## speed of the drop as ratios on this machine
-	$(BIN)/python -m benchmarks.prefill --json runs/bench/prefill.json
-	$(BIN)/python -m benchmarks.pooling --json runs/bench/pooling.json
-	$(BIN)/python -m benchmarks.decode --json runs/bench/decode.json
-	$(BIN)/python -m benchmarks.train --json runs/bench/train.json
+bench: install ## every CPU benchmark in at most 10 minutes, as one table with goals
+	$(BIN)/python -m benchmarks --out runs/bench

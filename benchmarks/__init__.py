@@ -1,0 +1,1 @@
+"""Ratios measured within one run; docs/performance.md explains how to read them."""

@@ -256,7 +256,7 @@ PARTS = {
 
 
 def run_part(name: str, options: argparse.Namespace) -> bool:
-    """Run one part and write its file; whether all its checks held."""
+    """Run one part and write its file; whether all its checks passed."""
     part, chosen = PARTS[name], copy.copy(options)
     settings = {"batch": 1, "rounds": 11, "text": options.text} | part.settings
     if options.geometry == "tiny":
@@ -303,7 +303,7 @@ def run_all(options: argparse.Namespace) -> bool:
 
 
 def summary(document: dict) -> str:
-    """A part as docs/performance.md has it: checks that held are counted, the rest is a table."""
+    """A part as docs/performance.md has it: checks that passed are counted, the rest is a table."""
     rows, about = document["rows"], document["machine"]
     succeeded = [row for row in rows if row.get("result") == "ok"]
     others = [row for row in rows if row.get("result") != "ok"]
@@ -316,7 +316,7 @@ def summary(document: dict) -> str:
     if succeeded:
         worst = max(succeeded, key=lambda row: row["error"] / (row["tolerance"] or 1))
         lines.append(
-            f"{len(succeeded)} checks held; the closest to its tolerance: {worst['check']}, "
+            f"{len(succeeded)} checks passed; the closest to its tolerance: {worst['check']}, "
             f"{worst['case']}: {worst['error']:.1e} of {worst['tolerance']:.1e}"
         )
     if others:

@@ -134,9 +134,9 @@ def _start(work: Any) -> None:
 
 
 def _render(task: dict[str, Any]) -> list[pa.Table]:
-    from pipeline.data.worker import TASK, render_chunks
+    from pipeline.data.worker import render_chunk
 
-    return list(render_chunks(pa.Table.from_pylist([task], schema=TASK), _WORK))
+    return list(render_chunk(task, _WORK))
 
 
 def measure_speed(model: Path, folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -120,7 +120,7 @@ def with_adapters(model: nn.Module, rank: int) -> Any:
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
-    """The most that the CUDA allocator held during a step; None elsewhere."""
+    """The CUDA allocator's peak during a step; None elsewhere."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()

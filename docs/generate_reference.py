@@ -1,4 +1,4 @@
-"""Writes the site's reference pages from the code: the library, the command line, config keys.
+"""Writes the site's reference pages from the code: library, commands, config keys, schemas, files.
 
     python docs/generate_reference.py [FOLDER]     # docs/reference by default
 
@@ -9,6 +9,7 @@ with MyST. They are generated before each build and never committed.
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import json
 import re
@@ -28,7 +29,9 @@ from pipeline.reporting.results import Arm, Results
 from workflows.commands.main import build_parser
 from workflows.registry import WORKFLOWS, load_workflow
 
-DEFAULT_FOLDER = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parents[1]
+DEFAULT_FOLDER = ROOT / "docs" / "reference"
+PACKAGES = ("adsc", "pipeline", "workflows", "benchmarks")
 SECTIONS = {
     "Args": "Arguments",
     "Attributes": "Attributes",
@@ -47,7 +50,13 @@ def main() -> None:
 def write(folder: Path) -> None:
     """Write every page into `folder`, which is made if it isn't there."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {"library": library, "commands": commands, "config": config, "schemas": schemas}
+    pages = {
+        "library": library,
+        "commands": commands,
+        "config": config,
+        "schemas": schemas,
+        "tree": tree,
+    }
     for name, page in pages.items():
         (folder / f"{name}.md").write_text("\n".join(page()) + "\n", encoding="utf-8")
 
@@ -256,6 +265,38 @@ def _documented(model: type[BaseModel], name: str) -> str:
     if not text:
         raise ValueError(f"{model.__name__}.{name} has no docstring: say unit, range and effect")
     return text
+
+
+# Files
+
+
+def tree() -> Iterator[str]:
+    """Every file of the code with the first sentence of its docstring, by folder."""
+    yield "# Every file\n"
+    yield "The first sentence of each file. CONTRIBUTING.md has the folders and their order.\n"
+    for folder, files in folders().items():
+        yield f"\n## `{folder}/`\n\n{sentence(ROOT / folder / '__init__.py')}\n"
+        if files:
+            yield "| file | what it is |\n|---|---|"
+        yield from (f"| `{path.name}` | {cell(sentence(path))} |" for path in files)
+
+
+def folders() -> dict[str, list[Path]]:
+    """The code's folders and the files of each, without their `__init__.py`."""
+    inits = (path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py"))
+    return {
+        init.parent.relative_to(ROOT).as_posix(): sorted(set(init.parent.glob("*.py")) - {init})
+        for init in sorted(inits, key=lambda path: path.parent)
+    }
+
+
+def sentence(file: Path) -> str:
+    """The first sentence of a file's docstring."""
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    if not text:
+        raise ValueError(f"{file.relative_to(ROOT)} has no docstring: say in a sentence what it is")
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s", paragraph)[0]
 
 
 def cell(text: str) -> str:

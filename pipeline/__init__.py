@@ -1,0 +1,1 @@
+"""Durable stages on Ray: data, training, search, evaluation, stores, tracking."""

@@ -38,14 +38,14 @@ Compared = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,30}$")]
 
 
 class ComparedConfig(Config):
-    """Another recipe, trained on the same data and asked the same questions as the own one."""
+    """Another recipe, trained and evaluated on the same data and questions as the own one."""
 
     label: str
     """Name of its row in the table."""
     plan: str
     """Its target plan."""
     curriculum: CurriculumConfig = CurriculumConfig(order="fixed", stages=1)
-    """Its way there; any but `elastic`."""
+    """Its curriculum; any but `elastic`."""
     train: dict[str, Any] = {}
     """Changes of the own `train`, such as `{steps: 100, distill: null}`."""
 

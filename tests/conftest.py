@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports ray or torch: one thread a process, no network, one way to authenticate.
+# Before anything imports ray or torch: one thread a process, no network, one authentication mode.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,7 +56,7 @@ def _rank(path: Path) -> int:
 def s3_endpoint() -> Iterator[str]:
     """A moto server over HTTP with the bucket `lab`; the environment points to it.
 
-    Ask for it before `ray_address`: Ray's workers inherit the environment.
+    Request it before `ray_address`: Ray's workers inherit the environment.
     """
     import boto3
     from moto.server import ThreadedMotoServer
@@ -79,7 +79,7 @@ def s3_endpoint() -> Iterator[str]:
 def ray_address(s3_endpoint: str) -> Iterator[str]:
     """One Ray for all tests, also for driver processes that a test starts: its address.
 
-    A test that uses Ray asks for it: none is started by the way.
+    A test that uses Ray requests it: no other Ray is started.
     """
     import ray
 

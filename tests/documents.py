@@ -55,8 +55,8 @@ def blocks(page: str) -> list[Block]:
             opened, mark = None, {}
         elif opened is not None:
             text.append(line)
-        elif said := MARK.match(line):
-            mark = {said[1].replace(" ", "_"): said[2]}
+        elif marked := MARK.match(line):
+            mark = {marked[1].replace(" ", "_"): marked[2]}
         elif line.strip():
             mark = {}
     assert opened is None, f"{page}:{start}: the block is never closed"

@@ -4,6 +4,7 @@ No Ray is started for it: a test that needs one asks for `ray_address` besides.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +39,10 @@ class Small(NamedTuple):
 
 def in_this_process(tasks: list[dict[str, Any]], work: Any) -> Iterable[Any]:
     """Chunks to rows, as Ray's workers make them."""
-    import pyarrow as pa
 
-    from pipeline.data.worker import TASK, render_chunks
+    from pipeline.data.worker import render_chunk
 
-    return render_chunks(pa.Table.from_pylist(tasks, schema=TASK), work)
+    return chain.from_iterable(render_chunk(task, work) for task in tasks)
 
 
 @pytest.fixture(scope="session")

@@ -202,12 +202,18 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The generated pages by name."""
+def generator():
+    """The script that writes these pages."""
     place = ROOT / "docs" / "generate_reference.py"
     spec = importlib.util.spec_from_file_location("generate_reference", place)
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reference(generator, tmp_path_factory):
+    """The generated pages by name."""
     folder = tmp_path_factory.mktemp("reference")
     generator.write(folder)
     return {page.stem: page.read_text() for page in folder.iterdir()}
@@ -235,6 +241,15 @@ def test_the_reference_has_every_config_key(reference, name):
         if general not in known and general != "compare.NAME":
             missing.append(key)
     assert not missing
+
+
+def test_the_tree_has_every_folder_and_file(generator, reference):
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    for folder, files in generator.folders().items():
+        line = generator.sentence(ROOT / folder / "__init__.py")
+        assert f"| `{folder}/` | {line} |" in guide, f"CONTRIBUTING.md lacks this line: {folder}"
+        section = reference["tree"].split(f"\n## `{folder}/`")[1].split("\n## ")[0]
+        assert re.findall(r"^\| `(.+\.py)` \| \S", section, re.M) == [it.name for it in files]
 
 
 def test_odd_idioms_stay_out_of_the_pages():

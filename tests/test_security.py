@@ -50,19 +50,19 @@ class Careless(Config):
 
 def careless(ctx: StageContext, config: Careless) -> dict[str, Any]:
     """Tells every secret of its environment to everybody."""
-    told = " ".join(f"{name} is {os.environ[name]}" for name in PLANTED)
-    ctx.track.params({"said": told, "nested": {"password": config.api_key}})
-    ctx.track.tag("said", told)
-    ctx.track.note(told)
+    text = " ".join(f"{name} is {os.environ[name]}" for name in PLANTED)
+    ctx.track.params({"planted": text, "nested": {"password": config.api_key}})
+    ctx.track.tag("planted", text)
+    ctx.track.note(text)
     ctx.track.dataset(f"s3://key:{config.api_key}@bucket/x", "data", "0")
-    ctx.track.metrics({"loss": told})  # not a number: becomes a warning and a tag
+    ctx.track.metrics({"loss": text})  # not a number: becomes a warning and a tag
     ctx.progress(1, 1, "done")
     if config.fail:
         try:
-            raise OSError(told)
+            raise OSError(text)
         except OSError as error:
             raise ValueError(f"can't open {config.source}") from error
-    return {"said": told, "url": config.source}
+    return {"planted": text, "url": config.source}
 
 
 def test_planted_secrets_are_nowhere_in_what_a_run_wrote(
@@ -105,7 +105,7 @@ def test_planted_secrets_are_nowhere_in_what_a_run_wrote(
     names = " ".join(wrote)
     for made in ("record.json", "failures/", "mlflow.db"):
         assert made in names, names
-    assert b"said" in b"".join(wrote.values()) and b"[redacted]" in wrote["the error"]
+    assert b"planted" in b"".join(wrote.values()) and b"[redacted]" in wrote["the error"]
     found = [(name, secret) for name, it in wrote.items() for secret in hidden
              if secret.encode() in it]  # fmt: skip
     assert not found
@@ -186,7 +186,7 @@ def test_a_template_can_not_reach_python(stranger: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_embedded_ray_is_on_loopback_or_behind_a_token(tmp_path: Path) -> None:
-    """Dashboard and job server on loopback; Ray's inner processes listen everywhere, and let nobody
+    """Dashboard and job server on loopback; Ray's inner processes listen everywhere, and let no one
     in without the token that this process made."""
     (tmp_path / "client.py").write_text(
         "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR')\n"
@@ -221,6 +221,6 @@ def test_the_embedded_ray_is_on_loopback_or_behind_a_token(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(answers) == 2
-    for listens, code, status, said in answers:
+    for listens, code, status, output in answers:
         assert (listens, code) == (["127.0.0.1"], 401)
-        assert status != 0 and "executed" not in said
+        assert status != 0 and "executed" not in output

@@ -1,0 +1,1 @@
+"""What is run: workflows by name, and the command line."""

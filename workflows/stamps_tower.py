@@ -31,7 +31,7 @@ STAGES = (
 FINE, COARSE = 4, 6
 """Stages whose maps are the features: strides 16 and 32, the latter repeated to the former's."""
 WAVES = 4
-"""Cosines by which a token is told its row, and as many for its column: a convolution that looks
+"""Cosines that encode a token's row, and as many for its column: a convolution that looks
 the same everywhere says what it sees, and only at the borders where."""
 LOUDNESS = 3.0  # of the waves, about the standard deviation of the maps
 NORM_EPS = 1e-3

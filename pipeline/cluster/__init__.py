@@ -1,0 +1,1 @@
+"""Ray clusters: jobs, checks before a run, checks of an installation."""

@@ -1,0 +1,1 @@
+"""From records and pictures to shards of token ids: layouts, chat templates, quarantine."""

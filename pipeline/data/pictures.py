@@ -1,6 +1,6 @@
 """Pictures by name: from a folder, tar files or an address; and how a picture is decoded.
 
-`decode_picture` is the one way in which preparation, training and evaluation look at a picture. A
+`decode_picture` is how preparation, training and evaluation all read a picture. A
 name never leads out of its root: `..`, absolute paths and links to elsewhere are refused, in tar
 files too. Tar files are indexed once and read by offset; the index holds 36 bytes a member.
 """

@@ -1,6 +1,6 @@
 """Prepared shards, read by row group: a small index in memory, pictures from the disk on demand.
 
-A set of more than 50 GB must not be held by every worker. What batching asks for (lengths) is three
+No worker holds a whole set, which may have more than 50 GB. What batching needs (lengths) is three
 small columns, read at once; whole rows come from a cache of row groups of bounded size. The order
 of an epoch is made for that cache: row groups are permuted, cut into windows that fit, and rows are
 shuffled within a window, so each row group is read once an epoch. Writing shards is
@@ -48,7 +48,7 @@ class PreparedData:
 
     Args:
         folder: of the Parquet shards.
-        cache_bytes: most bytes of row groups that are held; at least one is.
+        cache_bytes: most bytes of cached row groups; at least one is cached.
 
     Attributes:
         length: (rows,) tokens of each row, vision tokens included.
@@ -88,7 +88,7 @@ class PreparedData:
         )
         self._ends = np.cumsum([group.rows for group in self.groups])
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._cache_bytes, self._held = cache_bytes, 0
+        self._cache_bytes, self._cached = cache_bytes, 0
         self.bytes_read = 0
 
     def __len__(self) -> int:
@@ -124,14 +124,14 @@ class PreparedData:
             self._cache.move_to_end(number)
             return self._cache[number]
         group = self.groups[number]
-        while self._cache and self._held + group.bytes > self._cache_bytes:
+        while self._cache and self._cached + group.bytes > self._cache_bytes:
             dropped, _ = self._cache.popitem(last=False)
-            self._held -= self.groups[dropped].bytes
+            self._cached -= self.groups[dropped].bytes
         with pq.ParquetFile(group.file) as opened:
             table = opened.read_row_group(group.number)
         self.bytes_read += group.bytes
         self._cache[number] = table
-        self._held += group.bytes
+        self._cached += group.bytes
         return table
 
 

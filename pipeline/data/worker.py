@@ -37,13 +37,6 @@ RENDERED = pa.schema(
         *SCHEMA,
     ]
 )
-TASK = pa.schema(
-    [
-        *((name, pa.string()) for name in ("source", "file", "kind")),
-        *((name, pa.int64()) for name in ("start", "end", "first", "line", "count", "position")),
-        ("chosen", pa.list_(pa.int32())),
-    ]
-)
 YIELD_ROWS, YIELD_BYTES = 128, 16 << 20  # what a worker holds before it hands rows on
 FETCHERS = 16  # pictures of a bucket that a worker fetches at a time
 
@@ -60,35 +53,38 @@ class Work:
     """Pictures by source."""
 
 
-def render_chunks(tasks: pa.Table, work: Work) -> Iterator[pa.Table]:
-    """Ray Data's function: chunks of files to rows, or to the reason why not; in order."""
-    config = work.config
+def render_chunk(task: Mapping[str, Any], work: Work) -> Iterator[pa.Table]:
+    """One chunk of a file to rows, or to the reason why not, in order and a few rows at a time.
+
+    Args:
+        task: the fields of a Chunk, and its source, the position of its first record, and which of
+            its records are taken (`chosen`, None for all).
+    """
+    config, place = work.config, dict(task)
     renderer = Renderer.load(work.base.folder, work.template, config.context, config.limits())
-    for task in tasks.to_pylist():
-        chosen, position = task.pop("chosen"), task.pop("position")
-        source = task.pop("source")
-        chunk = Chunk(**task)
-        wanted = None if chosen is None else set(chosen)
-        rows: list[dict[str, Any]] = []
-        size = 0
-        found = enumerate(read_chunk(chunk, locate(chunk.file, work.data.folder)))
-        taken = (item for item in found if wanted is None or item[0] in wanted)
-        for number, (line, record), roots in _with_pictures(taken, work.roots[source], config):
-            place = {
-                "position": position,
-                "source": source,
-                "file": chunk.file,
-                "line": line,
-                "index": chunk.first + number,
-            }
-            rows.append(place | _render(record, renderer, roots, place))
-            position += 1
-            size += rows[-1]["bytes"]
-            if len(rows) == YIELD_ROWS or size > YIELD_BYTES:
-                yield pa.Table.from_pylist(rows, schema=RENDERED)
-                rows, size = [], 0
-        if rows:
+    chosen, position, source = (place.pop(key) for key in ("chosen", "position", "source"))
+    chunk = Chunk(**place)
+    wanted = None if chosen is None else set(chosen)
+    rows: list[dict[str, Any]] = []
+    size = 0
+    found = enumerate(read_chunk(chunk, locate(chunk.file, work.data.folder)))
+    taken = (item for item in found if wanted is None or item[0] in wanted)
+    for number, (line, record), roots in _with_pictures(taken, work.roots[source], config):
+        place = {
+            "position": position,
+            "source": source,
+            "file": chunk.file,
+            "line": line,
+            "index": chunk.first + number,
+        }
+        rows.append(place | _render(record, renderer, roots, place))
+        position += 1
+        size += rows[-1]["bytes"]
+        if len(rows) == YIELD_ROWS or size > YIELD_BYTES:
             yield pa.Table.from_pylist(rows, schema=RENDERED)
+            rows, size = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=RENDERED)
 
 
 def _with_pictures(

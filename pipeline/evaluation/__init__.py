@@ -1,0 +1,1 @@
+"""Greedy answers, benchmarks, scores with intervals, speed; lmms-eval and vLLM."""

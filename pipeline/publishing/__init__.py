@@ -1,0 +1,1 @@
+"""Checkpoints at an address of their own: manifest, upload, verification, pull."""

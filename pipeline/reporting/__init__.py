@@ -1,0 +1,1 @@
+"""What people read: results.json, figures, pages, model cards, timelines."""

@@ -1,0 +1,1 @@
+"""Plans within a budget: the space, trials, the study, Ray Tune."""

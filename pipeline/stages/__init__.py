@@ -1,0 +1,1 @@
+"""Bodies of the stages, imported when a stage runs."""

@@ -1,6 +1,6 @@
 """Stage `prepare`: records and pictures in, validated and tokenised Parquet shards out.
 
-Records stream through Ray Data: each is read, validated, its pictures decoded once to see that
+Records stream through Ray tasks: each is read, validated, its pictures decoded once to see that
 they can be, its text rendered with the label mask. A record that can't be used is quarantined in
 quarantine.jsonl with its reason; none is lost, and none is repaired silently. Memory does not grow
 with the set, but for 16 bytes (about 100 in Python) a record by which duplicates are known. What a
@@ -9,10 +9,10 @@ row holds is in shards.py; batching and padding are the trainer's.
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,10 +26,11 @@ from pipeline.data.pictures import open_pictures
 from pipeline.data.rendering import Renderer
 from pipeline.data.shards import SCHEMA, SCHEMA_VERSION, ShardWriter
 from pipeline.data.sources import Chunk, SourceError, find_files, index_file, locate
-from pipeline.data.worker import TASK, YIELD_BYTES, Work, render_chunks
+from pipeline.data.worker import Work, render_chunk
 from pipeline.durable.stage import Input, StageContext
 
-STORE_BYTES = 256 << 20  # of Ray's object store beside what its cores have in hand
+CHUNKS_AHEAD = 2  # for each core of the cluster: one that is rendered, one that waits
+TABLES_AHEAD = 4  # of a chunk, that wait for the writer in Ray's object store
 Render = Callable[[list[dict[str, Any]], Work], Iterable[pa.Table]]
 TASK_CPUS = 0.9  # stages' own processes hold a tenth of a core each: no core may stay idle
 
@@ -256,32 +257,35 @@ def _write_split(
 
 
 def _rendered(tasks: list[dict[str, Any]], work: Work) -> Iterator[pa.Table]:
-    import ray.data
+    """The rows of every chunk, in order. Chunks are Ray tasks: a lost one runs again, and as many
+    run ahead of the writer as keep all cores busy, each with a bounded number of tables in Ray's
+    store."""
+    import ray
 
-    context = ray.data.DataContext.get_current().copy()  # other users of the process keep theirs
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True  # the same shards whatever the cluster
-    context.target_max_block_size = 2 * YIELD_BYTES
-    # Workers wait for the writer rather than fill the object store.
-    cores = ray.cluster_resources().get("CPU", 1)
-    context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=STORE_BYTES + cores * 8 * YIELD_BYTES
-    )
-    table = pa.Table.from_pylist(tasks, schema=TASK)
-    with ray.data.DataContext.current(context):
-        rendered = ray.data.from_arrow(table, override_num_blocks=len(tasks)).map_batches(
-            partial(render_chunks, work=work),
-            batch_format="pyarrow",
-            batch_size=None,
-            num_cpus=TASK_CPUS,
-        )
-        blocks = rendered.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=1)
+    options: Any = {
+        "num_cpus": TASK_CPUS,
+        "num_returns": "streaming",
+        "_generator_backpressure_num_objects": TABLES_AHEAD,
+    }
+    remote: Any = ray.remote(**options)(render_chunk)
+    shared, left, ahead = ray.put(work), iter(tasks), deque[Any]()
     try:
-        yield from blocks
+        while True:
+            cores = int(ray.cluster_resources().get("CPU", 1))
+            room = max(0, CHUNKS_AHEAD * cores + 1 - len(ahead))
+            ahead.extend(remote.remote(task, shared) for task in islice(left, room))
+            if not ahead:
+                return
+            for table in ahead[0]:
+                yield ray.get(table)
+            ahead.popleft()
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):  # a store or a file that failed, in a worker
             raise error.cause from error
         raise
+    finally:
+        for rows in ahead:
+            ray.cancel(rows)
 
 
 def _quarantine_line(table: pa.Table, row: int, reason: str, split: str) -> str:

@@ -1,0 +1,1 @@
+"""MLflow: a journal on disk that a thread sends, models, registry, gauges."""

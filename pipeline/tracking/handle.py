@@ -14,7 +14,7 @@ class RunHandle:
     run_id: str | None
     experiment: str = ""
     token: str = ""
-    """A tag of the run, by which it is found where MLflow could not be asked for its id."""
+    """A tag of the run, by which it is found where MLflow gave no id."""
     spool: str = ""
     """Folder of the journals; a folder for temporary files if it is empty."""
 

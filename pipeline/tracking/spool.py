@@ -174,9 +174,9 @@ class Sender:
         self._changed = threading.Condition()
         self._appended = self._delivered = self._failures = 0
         self._hurry = self._closed = False
-        self._away_since: float | None = None
-        self._away_first = self._away_last = 0
-        self.away_seconds = 0.0
+        self._unavailable_since: float | None = None
+        self._first_unavailable = self._last_unavailable = 0
+        self.unavailable_seconds = 0.0
         """Seconds without an answer, of outages that are over."""
         self.spooled = self.sent_later = 0
         threading.Thread(target=self._run, name="tracking", daemon=True).start()
@@ -209,22 +209,22 @@ class Sender:
 
     @property
     def unavailable(self) -> bool:
-        return self._away_since is not None
+        return self._unavailable_since is not None
 
     def summary(self) -> str | None:
         """What people should know of the server's absence; None where there was none."""
         with self._changed:
-            seconds, spooled = self.away_seconds, self.spooled
-            if self._away_since is not None:
-                seconds += time.monotonic() - self._away_since
-                spooled += self._appended - self._away_first
+            seconds, spooled = self.unavailable_seconds, self.spooled
+            if self._unavailable_since is not None:
+                seconds += time.monotonic() - self._unavailable_since
+                spooled += self._appended - self._first_unavailable
             if not seconds:
                 return None
             text = (
                 f"MLflow was unavailable for {seconds:.0f} s; {spooled} items spooled, "
                 f"{self.sent_later} sent later"
             )
-            if self._away_since is not None:
+            if self._unavailable_since is not None:
                 text += f"; the next run sends the rest, from {self.journal.path}"
             return text
 
@@ -260,20 +260,20 @@ class Sender:
                 pause = min(_LONGEST_PAUSE, 2 * pause or _FIRST_PAUSE)
                 with self._changed:
                     self._failures += 1
-                    if self._away_since is None:
-                        self._away_since = time.monotonic()
-                        self._away_first = self._delivered
+                    if self._unavailable_since is None:
+                        self._unavailable_since = time.monotonic()
+                        self._first_unavailable = self._delivered
                     self._changed.notify_all()
                 continue
             pause = 0.0
             self.journal.mark(items[count - 1][1])
             with self._changed:
-                if self._away_since is not None:
-                    self.away_seconds += time.monotonic() - self._away_since
-                    self._away_since = None
-                    self._away_last = self._appended
-                    self.spooled += self._appended - self._away_first
-                late = min(self._delivered + count, self._away_last) - self._delivered
+                if self._unavailable_since is not None:
+                    self.unavailable_seconds += time.monotonic() - self._unavailable_since
+                    self._unavailable_since = None
+                    self._last_unavailable = self._appended
+                    self.spooled += self._appended - self._first_unavailable
+                late = min(self._delivered + count, self._last_unavailable) - self._delivered
                 self.sent_later += max(0, late)
                 self._delivered += count
                 self._changed.notify_all()

@@ -5,7 +5,7 @@ the store. Every call names its run: there is no active run, so stages that shar
 write into each other's.
 
 The store is the source of truth, so tracking never fails or delays a stage: a call writes
-into a journal (pipeline/tracking/spool.py), and a thread sends that. While the server is away or
+into a journal (pipeline/tracking/spool.py), and a thread sends that. While the server is down or
 hangs it tries again; what is left at the end is sent by the next run (`reconcile`). Run, params,
 metrics, tags, artifacts and the end can be sent twice and are there once. Only `prepare`, which
 runs while the user still looks, raises. Autologging is deliberately left to MLflow itself.

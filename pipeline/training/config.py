@@ -218,9 +218,9 @@ class TrainConfig(MethodConfig):
     """Rows of a micro-batch follow one another in one row without padding; only with attention
     backends that keep them apart."""
     activation_checkpointing: Checkpointing = Field(False, json_schema_extra=OPERATIONAL)
-    """Compute activations again on the way back instead of keeping them; saves memory, costs up to
-    a third more time. selective keeps the results of attention and of large matrix products, and
-    computes again what is cheap: a third of the memory at hardly any time."""
+    """Recompute activations in the backward pass instead of keeping them; saves memory, costs up to
+    a third more time. selective keeps the results of attention and of large matrix products and
+    recomputes what is cheap."""
     memory: Literal["auto"] | None = Field(None, json_schema_extra=OPERATIONAL)
     """auto: `micro_tokens` and `activation_checkpointing` are chosen for the workers' GPUs, in the
     place of what they and `accumulate` are set to; on a CPU nothing is chosen."""

@@ -1,4 +1,4 @@
-"""From a loader of steps to the trainer: batches that are ready before they are asked for.
+"""From a loader of steps to the trainer: batches that are ready before they are needed.
 
 Three ways, with the same batches in the same order: a thread in the trainer's process, processes
 beside it, or processes on any machine of the cluster, through Ray Data.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Batch = TypeVar("Batch")
 AHEAD = 2
-"""Steps that are made before they are asked for."""
+"""Steps that are made before they are needed."""
 STORE_BYTES = 2**30
 """Most bytes of finished steps of one rank in Ray's object store."""
 
@@ -84,7 +84,7 @@ def from_ray_data(
         load: is sent to the processes once.
         steps: in order.
         workers: processes.
-        ahead: finished steps that are fetched to this machine before they are asked for.
+        ahead: finished steps that are fetched to this machine before they are needed.
     """
     import pyarrow as pa
     import ray.data

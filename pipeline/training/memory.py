@@ -74,7 +74,7 @@ def worth_keeping(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
 
 
 def checkpoint_activations(model: Any, how: Checkpointing) -> None:
-    """Have a transformers model compute the activations of its layers again, if so."""
+    """Have a transformers model recompute the activations of its layers, if so."""
     if not how:
         return
     settings: dict[str, Any] = {"use_reentrant": False}

@@ -6,9 +6,9 @@ Both are sums over the micro-batch's supervised positions, divided by the superv
 global batch. So what workers and micro-batches hand in adds up to the loss of the global batch.
 
 The teacher is the model itself: no second copy, and of its call nothing stays but hidden states at
-supervised positions. Logits exist a chunk of positions at a time and are made again on the way
-back. The objective takes the place of a model's own `forward`, so that DDP, DeepSpeed and autocast
-find in one call all that belongs to a step.
+supervised positions. Logits exist a chunk of positions at a time and are computed again in the
+backward pass. The objective takes the place of a model's own `forward`, so that DDP, DeepSpeed and
+autocast find in one call all that belongs to a step.
 
 Legend: L labels, N those that the student predicts, D width, V vocabulary.
 """
@@ -162,7 +162,7 @@ class Objective:
             [None] * count if one is None else list(one.tensor_split(count))
             for one in (states, targets, goals, known)
         ]
-        # Made again on the way back, unless the logits are few and only the student's.
+        # Computed again in the backward pass, unless the logits are few and only the student's.
         again = count > 1 or goals is not None
         total = torch.zeros(2, device=states.device)
         for part in zip(*parts, strict=True):

@@ -14,7 +14,7 @@ that were trained, padding left out: padding shows as a lower rate. Of one step 
 
 That is the work that training needs, and MFU is counted on it. Activation checkpointing runs the
 decoder's forward again, and beside a teacher logits are made twice: HFU counts that too. Kernels
-that compute attention scores again on the way back (flash, sdpa) are not credited with that, nor
+that recompute attention scores in the backward pass (flash, sdpa) are not credited with that, nor
 peers with choosing. Nothing is measured on the device here beyond time and memory, and a step costs
 an append.
 """
@@ -68,7 +68,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 class Stopwatch:
     """Seconds that blocks of code take on a device, summed; a GPU is waited for only when they are
-    asked for."""
+    read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -245,7 +245,7 @@ def cost_of(
 
 
 class Throughput:
-    """Rates over the steps since they were last asked for. `update` after each step.
+    """Rates over the steps since they were last read. `update` after each step.
 
     Args:
         cost: of this model, whatever its plan; None where it is not known: then there are no FLOPs.

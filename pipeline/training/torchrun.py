@@ -62,11 +62,11 @@ class FolderContext:
         self.data_workers = data_workers
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._told_to_leave = threading.Event()
+        self._leave_requested = threading.Event()
 
     def leave(self, number: int = 0, frame: FrameType | None = None) -> None:
         """Have training end after the current step; a signal's handler."""
-        self._told_to_leave.set()
+        self._leave_requested.set()
 
     def close(self) -> None:
         """Wait for the last checkpoint; an error in writing it is raised here."""
@@ -120,7 +120,7 @@ class FolderContext:
         log.info("step %d of %d %s", step, steps, json.dumps(values))
 
     def due(self) -> bool:
-        return self._told_to_leave.is_set()
+        return self._leave_requested.is_set()
 
     def leaving(self) -> Literal["stay", "save", "leave"]:
         return "leave"

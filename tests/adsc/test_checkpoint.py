@@ -162,7 +162,7 @@ def test_detaching_takes_the_names_too(elastic, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plans", "said"),
+    ("plans", "message"),
     [
         ({"dense": "2:1/4"}, "'dense' can't name a plan: it is the model without one"),
         ({"a b": "2:1/4"}, "'a b' can't name a plan: use letters"),
@@ -175,9 +175,9 @@ def test_detaching_takes_the_names_too(elastic, tmp_path):
         ),
     ],
 )
-def test_names_and_plans_that_can_not_be(plans, said):
+def test_names_and_plans_that_can_not_be(plans, message):
     model = llava()
-    with pytest.raises(adsc.PlanError, match=said):
+    with pytest.raises(adsc.PlanError, match=message):
         adsc.name_plans(model, plans)
     assert adsc.plans_of(model) == {}
 

@@ -1,4 +1,4 @@
-"""Tiny random models and batches for the tests, and the slow reference that they are held against.
+"""Tiny random models and batches for the tests, and the slow reference that they are compared with.
 
 The reference runs one row alone, layer by layer, without hooks, cache or padding, in eager
 attention, and drops by index lists that it works out itself from the definition of the method.

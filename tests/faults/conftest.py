@@ -1,4 +1,4 @@
-"""The run that nobody disturbs, which every fault test compares with; and disks that are small."""
+"""The undisturbed run, with which every fault test compares; and small disks."""
 
 import subprocess
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from tests.small import Small
 def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     run = Disturbed(tmp_path_factory.mktemp("undisturbed"), small.base, small.prepared)
     run.start()
-    status, said = run.end()
-    assert status == 0, said
+    status, output = run.end()
+    assert status == 0, output
     return results(run.record())
 
 

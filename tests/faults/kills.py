@@ -114,7 +114,7 @@ def processes(driver: subprocess.Popen[bytes]) -> dict[str, list[psutil.Process]
     return found
 
 
-def held(root: Path) -> tuple[str, ...]:
+def leased(root: Path) -> tuple[str, ...]:
     return tuple(sorted(p.parent.name.rpartition("-")[0] for p in root.glob("*/lease.json")))
 
 
@@ -215,7 +215,7 @@ def disturbed(
                 continue
             victim = chance.choice(sorted(found))
             process = chance.choice(found[victim])
-            kill = Kill(run, round(time.time() - started, 1), victim, held(root), time.time())
+            kill = Kill(run, round(time.time() - started, 1), victim, leased(root), time.time())
             try:
                 process.kill()
             except psutil.NoSuchProcess:

@@ -37,7 +37,7 @@ class Fault:
     drop: bool = False
     """The connection is reset in the middle of the request: S3 sees none of it."""
     flip: bool = False
-    """One bit of the body differs: of a request's on its way up, of an answer's on its way down."""
+    """One bit of the body differs: of a request's during upload, of an answer's during download."""
     call: Callable[[], object] | None = None
     """Called before the request goes on."""
     seen: int = field(default=0)
@@ -60,7 +60,7 @@ class Proxy:
         self.refusals = 0
         self.faults: list[Fault] = []
         self.stripped: set[str] = set()
-        """Lower-case headers that requests lose on their way."""
+        """Lower-case headers that are removed from requests."""
         self.requests: list[tuple[str, str]] = []
         self.closing = threading.Event()
         proxy = self
@@ -92,7 +92,7 @@ class Proxy:
                     promised
                     and base64.b64encode(hashlib.sha256(body).digest()).decode() != promised
                 ):
-                    # moto believes what it is told; S3 looks.
+                    # moto trusts the header; S3 computes the checksum.
                     self._refuse(400, "BadDigest")
                     return
                 onward = http.client.HTTPConnection(host, timeout=60)
@@ -130,7 +130,7 @@ class Proxy:
                 self.close_connection = True
 
             def _refuse(self, status: int, code: str) -> None:
-                text = f"<Error><Code>{code}</Code><Message>as told</Message></Error>"
+                text = f"<Error><Code>{code}</Code><Message>injected</Message></Error>"
                 kind = ("Content-Type", "application/xml")
                 self._answer(status, [kind, ("Content-Length", str(len(text)))], text.encode())
 

@@ -47,7 +47,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
-def test_a_dead_head_is_seen_before_ray_is_asked(form: str) -> None:
+def test_a_dead_head_is_seen_before_ray_connects(form: str) -> None:
     address = form.format(free_port())
     with pytest.raises(ClusterError, match=r"no Ray answers at .* \(Connection refused\)"):
         check_head(address)
@@ -59,9 +59,11 @@ def test_a_dead_head_in_the_environment(tmp_path: Path) -> None:
     run = command(
         "run", "demo", "--root", str(tmp_path), "--mlflow", "OFF", env={"RAY_ADDRESS": address}
     )
-    _, said = run.communicate()
+    _, output = run.communicate()
     assert run.returncode == 2
-    assert f"no Ray answers at {address} (Connection refused)" in said and "Traceback" not in said
+    assert (
+        f"no Ray answers at {address} (Connection refused)" in output and "Traceback" not in output
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,8 +188,8 @@ def test_pull_onto_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (tmp_path / "file").write_text("kept")
     for target in (tmp_path / "file", tmp_path / "file" / "copy"):
         assert main(["pull", str(source), str(target)]) == 2
-        said = capsys.readouterr().err
-        assert f"{tmp_path / 'file'} is a file: name a folder" in said
+        output = capsys.readouterr().err
+        assert f"{tmp_path / 'file'} is a file: name a folder" in output
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -209,7 +211,7 @@ def test_another_broken_pipe_is_none_of_standard_output() -> None:
         raise BrokenPipeError("a server")
 
 
-def test_ctrl_c_while_the_heavy_imports_are_under_way(tmp_path: Path) -> None:
+def test_ctrl_c_during_the_heavy_imports(tmp_path: Path) -> None:
     """The doctor asks torch which GPUs there are."""
     doctor = command("doctor", "--root", str(tmp_path), stdout=subprocess.DEVNULL)
     maps = Path(f"/proc/{doctor.pid}/maps")
@@ -217,8 +219,8 @@ def test_ctrl_c_while_the_heavy_imports_are_under_way(tmp_path: Path) -> None:
         assert doctor.poll() is None
         time.sleep(0.01)
     doctor.send_signal(signal.SIGINT)
-    _, said = doctor.communicate()
-    assert said == "adsc: interrupted; rerun the same command to resume\n"
+    _, output = doctor.communicate()
+    assert output == "adsc: interrupted; rerun the same command to resume\n"
     assert doctor.returncode == 130
 
 

@@ -31,14 +31,14 @@ def test_kill_9_loses_at_most_the_steps_since_a_checkpoint(
     run.start()
     run.wait_for_checkpoints(2)
     run.kill(victim)
-    status, said = run.end()
+    status, output = run.end()
     if survives:
-        assert status == 0, said
+        assert status == 0, output
     else:
-        assert status != 0 and run.record() is None, said
+        assert status != 0 and run.record() is None, output
         run.start()
-        status, said = run.end()
-        assert status == 0, said
+        status, output = run.end()
+        assert status == 0, output
     assert results(run.record()) == undisturbed
     lost = steps_taken_again(tmp_path / "mlflow.db")
     # Ray Train may register a checkpoint a moment after it was made: then the one before counts.

@@ -68,16 +68,16 @@ def test_a_machine_lost_without_a_word(nodes: Nodes, small: Small, tmp_path: Pat
     run.wait_for_checkpoints(2)
     nodes.cluster.remove_node(nodes.worker, allow_graceful=False)
     nodes.cluster.add_node(num_cpus=3)
-    status, said = run.end()
-    assert status == 0, said
+    status, output = run.end()
+    assert status == 0, output
     whole = run_on(nodes, tmp_path / "whole", small)
-    status, said = whole.end()
-    assert status == 0, said
+    status, output = whole.end()
+    assert status == 0, output
     assert results(run.record()) == results(whole.record())
     assert sum(steps_taken_again(tmp_path / "lost" / "mlflow.db")) <= 2 * EVERY
 
 
-def test_a_machine_that_is_to_be_taken_away_leaves_a_checkpoint(
+def test_a_machine_that_is_to_be_removed_leaves_a_checkpoint(
     nodes: Nodes, small: Small, tmp_path: Path
 ) -> None:
     """No checkpoint is due in this run: the only one is that of the notice."""
@@ -93,8 +93,8 @@ def test_a_machine_that_is_to_be_taken_away_leaves_a_checkpoint(
     nodes.cluster.add_node(num_cpus=3)
     (saved,) = run.wait(run.checkpoints, 120)
     nodes.cluster.remove_node(nodes.worker, allow_graceful=False)
-    status, said = run.end()
-    assert status == 0, said
+    status, output = run.end()
+    assert status == 0, output
     at = int(saved.removeprefix("step-"))
     assert at < 150
     assert [again for _, again in restarts(tmp_path / "mlflow.db")] == [at + 1]

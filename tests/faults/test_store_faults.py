@@ -50,8 +50,8 @@ def test_training_goes_on_when_a_full_disk_has_room_again(
     assert run.driver and run.driver.poll() is None, run.driver.communicate()
     assert run.record() is None
     filler.unlink()
-    status, said = run.end()
-    assert status == 0, said
+    status, output = run.end()
+    assert status == 0, output
     assert results(run.record()) == undisturbed
 
 
@@ -89,7 +89,7 @@ def test_a_store_that_refuses_writes_for_a_minute(
     time.sleep(60)
     assert proxy.refusals
     proxy.refused = set()
-    status, said = run.end()
+    status, output = run.end()
     proxy.close()
-    assert status == 0, said
+    assert status == 0, output
     assert results(run.record()) == undisturbed

@@ -90,7 +90,7 @@ def test_two_commands_at_once_train_once(small: Small, tmp_path: Path) -> None:
     for run in runs:
         run.start()
     for run in runs:
-        status, said = run.end()
-        assert status == 0, said
+        status, output = run.end()
+        assert status == 0, output
     assert results(runs[0].record()) == results(runs[1].record())
     assert steps_taken_again(tmp_path / "mlflow.db") == []

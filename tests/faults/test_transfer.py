@@ -60,7 +60,7 @@ def place(proxy: Proxy) -> Store:
 def hasty(place: Store, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> Store:
     """The same place; where the fault is silence, by a client that gives up after two seconds.
 
-    On a slow machine that client gives up answers which are on their way, too: it must have enough
+    On a slow machine that client gives up answers that are still arriving, too: it must have enough
     tries to come through (`goes_on`), or fail as it does of the fault (`ends_with`).
     """
     if not fault.stall:
@@ -92,7 +92,7 @@ ROWS: list[Row] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def table() -> Iterator[None]:
-    """Writes the table between its two marks, if asked for."""
+    """Writes the table between its two marks, if FAULT_TABLE is set."""
     ROWS.clear()
     yield
     if not (file := os.environ.get("FAULT_TABLE")):
@@ -112,10 +112,10 @@ def table() -> Iterator[None]:
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[..., None]:
     def add(fault: str, requests: float | str, outcome: object) -> None:
-        said = re.sub(r"s3://\S+( at http\S+)?|/\S*pytest\S*?(?=[: ])", "...", str(outcome))
-        said = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1...", said)
+        message = re.sub(r"s3://\S+( at http\S+)?|/\S*pytest\S*?(?=[: ])", "...", str(outcome))
+        message = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1...", message)
         test = request.node.originalname.removeprefix("test_")
-        ROWS.append(Row(len(ROWS), fault, str(requests), said.replace("|", "/"), test))
+        ROWS.append(Row(len(ROWS), fault, str(requests), message.replace("|", "/"), test))
 
     return add
 
@@ -328,10 +328,10 @@ def test_a_full_disk(
     with pytest.raises(DiskFull, match="the disk is full; free some space") as caught:
         pull(place, small_disk / "copy")
     note("pull: the disk becomes full", fault.seen, caught.value)
-    asked = len(proxy.requests)
+    before = len(proxy.requests)
     with pytest.raises(DiskFull, match=r"\d+ MiB free, but \d+ MiB are to be") as caught:
         pull(place, small_disk / "copy")
-    assert not [path for _, path in proxy.requests[asked:] if WEIGHTS in path]
+    assert not [path for _, path in proxy.requests[before:] if WEIGHTS in path]
     note("pull: the disk has too little room", "0", caught.value)
     filler.unlink()
     pull(place, small_disk / "copy")

@@ -128,7 +128,7 @@ class Disturbed:
         psutil.Process(found[0].pid).send_signal(number)
 
     def end(self, seconds: float = 900) -> tuple[int, str]:
-        """Exit status and what the driver said."""
+        """Exit status and output of the driver."""
         assert self.driver
         out, err = self.driver.communicate(timeout=seconds)
         return self.driver.returncode, out + err
@@ -150,7 +150,7 @@ def steps_taken_again(database: Path) -> list[int]:
 
 
 def restarts(database: Path) -> list[tuple[int, int]]:
-    """The last step before each restart and the first one after it, as MLflow was told."""
+    """The last step before each restart and the first one after it, as logged in MLflow."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as opened:
         rows = opened.execute(
             "select step, timestamp from metrics where key = 'loss' order by timestamp"

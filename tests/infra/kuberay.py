@@ -1,7 +1,7 @@
 """What KubeRay 1.7 takes in RayCluster, RayJob and RayService, as far as the manifests here use it.
 
 Written for these tests from KubeRay's documentation: names, types and allowed words; unknown names
-are refused. Pod templates are not described here, Kubernetes' own schema is asked about them.
+are refused. Pod templates are not described here: Kubernetes' own schema checks them.
 """
 
 from typing import Any

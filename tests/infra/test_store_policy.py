@@ -176,7 +176,7 @@ def upload_that_ends_in_the_middle(folder: Path) -> None:
 
         def read(self, size: int | None = -1) -> bytes:
             if self.tell() > 8 * 2**20:
-                raise ConnectionError("the disk went away")
+                raise ConnectionError("the disk was removed")
             return super().read(size)
 
     client = open_store(f"s3://{BUCKET}/runs")._connected()  # type: ignore[attr-defined]

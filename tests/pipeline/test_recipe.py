@@ -35,7 +35,7 @@ def test_single_stages_have_their_own_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"curriculum__order": "explicit"}, ConfigError, "with 0 plans"),
         ({"curriculum__plans": [TARGET]}, ConfigError, "reverse with 1 plans"),
@@ -53,8 +53,8 @@ def test_single_stages_have_their_own_settings() -> None:
         ),
     ],
 )
-def test_what_is_refused(changes: dict[str, object], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_what_is_refused(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         training_configs(**changes)
 
 
@@ -67,7 +67,7 @@ def elastic(**changes: object) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages}
 
 
-def test_an_elastic_checkpoint_is_merged_with_its_names_and_asked_with_all() -> None:
+def test_an_elastic_checkpoint_is_merged_with_its_names_and_evaluated_with_all() -> None:
     found = elastic()
     merged, control = found["merge"].config, found["merge-control"].config
     assert isinstance(merged, MergeConfig) and isinstance(control, MergeConfig)
@@ -87,7 +87,7 @@ def test_an_elastic_checkpoint_is_merged_with_its_names_and_asked_with_all() -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"plan": "2:1/2"}, r"target '2:1/2' is none of curriculum\.elastic"),
         ({"curriculum__elastic": {"22": TARGET, "dense": "1:1/8"}}, "'dense' can't name a plan"),
@@ -95,6 +95,6 @@ def test_an_elastic_checkpoint_is_merged_with_its_names_and_asked_with_all() -> 
         ({"plan": "search", "search__average": 22}, "elastic contradict"),
     ],
 )
-def test_elastic_plans_that_can_not_be(changes: dict[str, object], said: str) -> None:
-    with pytest.raises((ConfigError, PlanError), match=said):
+def test_elastic_plans_that_can_not_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises((ConfigError, PlanError), match=message):
         elastic(**changes)

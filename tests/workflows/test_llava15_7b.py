@@ -47,8 +47,10 @@ NAMES = [name for name in WORKFLOWS if name.startswith("llava15_7b")]
 def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = f"--root={tmp_path / 'runs'}"
     assert main(["run", name, "--dry-run", "--workers=8", "--gpu-price=2", root]) == 0
-    said = capsys.readouterr().out
-    assert "Training on 8 x h100" in said and "665,298 records" in said and "to run" in said
+    printed = capsys.readouterr().out
+    assert (
+        "Training on 8 x h100" in printed and "665,298 records" in printed and "to run" in printed
+    )
     assert not (tmp_path / "runs").exists()
     trained = [s.config for s in load_workflow(name).stages() if s.name.startswith("train-")]
     assert all(isinstance(config, TrainConfig) for config in trained)
@@ -88,9 +90,9 @@ def test_a_training_that_began_as_the_paper_s_is_not_begun_anew(
     assert former(workflow, [change], store) is None
     started(tmp_path, FORMERLY[name], change)
     assert main(["run", name, *words]) == 2
-    said = capsys.readouterr().err
-    assert f"`adsc run {FORMERLY[name]}` resumes it" in said
-    assert f"--set 'plan={workflow.config.plan}'" in said  # type: ignore[attr-defined]
+    printed = capsys.readouterr().err
+    assert f"`adsc run {FORMERLY[name]}` resumes it" in printed
+    assert f"--set 'plan={workflow.config.plan}'" in printed  # type: ignore[attr-defined]
     # To look is no harm, and says the same; the new name has nothing to say.
     assert main(["ls", name, *words]) == 0 and "now called" in capsys.readouterr().err
     assert main(["ls", FORMERLY[name], *words]) == 0 and capsys.readouterr().err == ""
@@ -114,8 +116,8 @@ def test_a_dry_run_that_can_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtur
     change = "train.activation_checkpointing=false"
     run = ["run", "llava15_7b", "--dry-run", "--gpu-type=l40s", f"--root={tmp_path}"]
     assert main([*run, "--set", change]) == 1
-    said = capsys.readouterr().out
-    assert "control-1 needs about" in said and "train.strategy=zero3" in said
+    printed = capsys.readouterr().out
+    assert "control-1 needs about" in printed and "train.strategy=zero3" in printed
 
 
 def record(name: str, question: str, picture: str | None = "a.jpg") -> dict[str, Any]:
@@ -137,10 +139,10 @@ def test_a_test_set_is_held_out(tmp_path: Path) -> None:
         for split in ("train", "test")
     )
     assert counts == {"train": len(train), "test": 12, "left_out": 42 - 12 - len(train)}
-    held = [json.loads(line) for line in test]
-    assert len({it["id"] for it in held}) == 12
-    assert all(it["id"].startswith(("short", "choice")) for it in held)
-    pictures = {it["image"] for it in held}
+    records = [json.loads(line) for line in test]
+    assert len({it["id"] for it in records}) == 12
+    assert all(it["id"].startswith(("short", "choice")) for it in records)
+    pictures = {it["image"] for it in records}
     kept = [json.loads(line) for line in train]
     # What can't be read is left for the stage `prepare`, which judges all records.
     assert [it for it in kept if isinstance(it, str)] == [kept[-1]]

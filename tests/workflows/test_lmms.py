@@ -123,13 +123,13 @@ from lmms_eval.tasks.seedbench.utils import seed_process_result
 from lmms_eval.tasks.textvqa.utils import textvqa_process_results
 from lmms_eval.tasks.vqav2.utils import vqav2_process_results_val
 from pipeline.evaluation.scoring import RULES, _MENDED
-said, true = json.loads(sys.argv[1])
+answers, true = json.loads(sys.argv[1])
 table = {k: v for k, v in EvalAIAnswerProcessor.CONTRACTIONS.items() if k != v}
 assert table == _MENDED, set(table.items()) ^ set(_MENDED.items())
 def differ(rule, ours, theirs, *about):
     if ours != theirs and abs(ours - theirs) > 1e-9:
         print(rule, *map(repr, about), ours, theirs)
-for answer in said:
+for answer in answers:
     for one, others in [(one, others) for one in true for others in (0, 7, 8)]:
         given = [one] * (10 - others) + ["x"] * others
         expected = "\\n".join(given)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -172,9 +171,6 @@ def _prepare(options: argparse.Namespace, out: Path) -> dict[str, Any]:
 
         try:
             with ray_for(context), display:
-                import ray.data
-
-                logging.getLogger(ray.data.__name__).setLevel(logging.ERROR)
                 manifest = prepare_data(
                     _input(Path.cwd()), _input(model), config, folder, show, flat=True
                 )

@@ -1,0 +1,1 @@
+"""The demo: its pictures, its questions, its small model."""

@@ -112,7 +112,7 @@ class TinyBaseConfig(Config):
 
 class CellReader(nn.Module):
     """Names the thing in each cell from patch features (B, V, D): one query a cell attends over the
-    patches. Only used to train the tower; it is thrown away."""
+    patches. Only used to train the tower, and discarded afterwards."""
 
     def __init__(self, cells: int, width: int) -> None:
         super().__init__()

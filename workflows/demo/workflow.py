@@ -4,7 +4,7 @@ questions.
 Hypothesis: at two thirds fewer vision tokens, means of tiles after the first layer, distilled from
 the dense base, keep at least 97 % of what the dense model keeps that was LoRA-tuned for as many
 steps, and 98 % with `--set train.steps=450`. The paper's recipe (drops, a reverse curriculum, no
-teacher) is trained and asked beside it; `demo_paper` is that recipe alone.
+teacher) is trained and evaluated beside it; `demo_paper` is that recipe alone.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ class DemoConfig(CompressConfig):
 
 
 PAPER = ("2:1/4,4:1/4", CurriculumConfig(order="reverse", stages=3, extreme=1.5))
-"""The paper's recipe on this base: two drops and the way there, a third of the steps each."""
+"""The paper's recipe on this base: two drops, in three training stages of equal length."""
 
 
 def demo() -> Workflow:

@@ -1,0 +1,1 @@
+"""Experiments: arms with controls, on one machine or on Ray, and their tables."""

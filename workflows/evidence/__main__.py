@@ -63,7 +63,7 @@ def choose(
             n: arm for n, arm in ours.items() if n == _kind(n) or n.rpartition("-")[2] in budgets
         }
     if config.recipes:
-        wanted = ["dense", *(control_of(config, arm) for arm in ours.values() if arm.way)]
+        wanted = ["dense", *(control_of(config, arm) for arm in ours.values() if arm.trained_with)]
         ours |= {name: everything[name] for name in wanted}
     return list(ours)
 
@@ -92,7 +92,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--budgets", nargs="+", help="only arms of these: 667 778 889")
     parser.add_argument("--seeds", nargs="+", type=int, help="trainings of each arm: 0 1 2")
-    parser.add_argument("--questions", help="the split that is asked: validation, test, test_turns")
+    parser.add_argument("--questions", help="the split to evaluate: validation, test, test_turns")
     parser.add_argument(
         "--list", action="store_true", help="name the arms in their order, run none"
     )

@@ -32,7 +32,7 @@ the target throughout) is what the others differ from in one thing each."""
 
 
 ANCHORS = ("adsc", "adsc_first", "adsc_center", "adsc_grid")
-"""Variants that are asked untrained, too."""
+"""Variants that are evaluated untrained, too."""
 
 
 TRAINED_PEERS = ("fastv", "pyramiddrop", "visionzip")
@@ -66,7 +66,7 @@ class BudgetConfig(Config):
 
 
 class Recipe(Config):
-    """An arm of a ladder at one budget: what it is asked with, and how it is trained."""
+    """An arm of a ladder at one budget: what it is evaluated with, and how it is trained."""
 
     name: str
     """In the arm's name, NAME-BUDGET; the same at every budget."""
@@ -75,11 +75,11 @@ class Recipe(Config):
     budget: str
     """Name of the budget that it meets."""
     plan: str = ""
-    """The plan that it is asked with."""
+    """The plan that it is evaluated with."""
     method: PeerConfig | None = None
     """A peer instead of a plan."""
     stages: tuple[str, ...] = ()
-    """Plans of its training stages; none: one stage with what it is asked with."""
+    """Plans of its training stages; none: one stage with what it is evaluated with."""
     train: dict[str, Any] = {}
     """What differs from the evidence's `train` in each of its stages."""
     tier: int = Field(1, ge=0)
@@ -102,15 +102,15 @@ class EvidenceConfig(Config):
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which of VARIANTS are trained."""
     anchors: tuple[str, ...] = Field(ANCHORS, json_schema_extra=ADDED)
-    """Which of VARIANTS are asked untrained, too."""
+    """Which of VARIANTS are evaluated untrained, too."""
     trained_peers: tuple[str, ...] = Field(TRAINED_PEERS, json_schema_extra=ADDED)
     """Which of the budgets' peers are trained, too."""
     recipes: tuple[Recipe, ...] = Field((), json_schema_extra=ADDED)
     """Arms instead of variants, anchors and trained peers."""
     questions: str = Field("test", json_schema_extra=ADDED)
-    """The split whose questions are asked; SPLIT_turns asks each after the turn before it."""
+    """The split whose questions are evaluated; SPLIT_turns puts each after the turn before it."""
     control_splits: tuple[str, ...] = Field((), json_schema_extra=ADDED)
-    """Splits besides `test` that only the dense base is asked: what it knows without looking."""
+    """Splits besides `test` for the dense base only: what it answers without looking."""
     train: TrainConfig
     """One training stage of every arm; plan or method, and the seed, are filled in."""
     stages: int = Field(3, ge=1)
@@ -131,11 +131,11 @@ class Arm:
     """Unique over all budgets."""
     label: str
     method: MethodConfig
-    """What it is asked with."""
-    way: tuple[MethodConfig, ...] = ()
+    """What it is evaluated with."""
+    trained_with: tuple[MethodConfig, ...] = ()
     """What each of its training stages runs with; none: it is the base."""
     split: str = "test"
-    """Whose questions it is asked."""
+    """Whose questions it answers."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the evidence's training."""
     tier: int = 0
@@ -154,14 +154,16 @@ def arms(config: EvidenceConfig, budget: BudgetConfig) -> list[Arm]:
 def _dense(config: EvidenceConfig) -> Iterator[Arm]:
     dense = MethodConfig()
     yield Arm(name="dense", label="dense base", method=dense)
-    yield Arm(name=CONTROL, label="dense + LoRA", method=dense, way=(dense,) * config.stages)
+    yield Arm(
+        name=CONTROL, label="dense + LoRA", method=dense, trained_with=(dense,) * config.stages
+    )
 
 
 def _controls_of_steps(config: EvidenceConfig) -> Iterator[Arm]:
     """The dense model trained for as many steps as any recipe, but for those of CONTROL."""
     tiers: dict[str, int] = {}
     each = {budget.name: list(_recipes(config, budget)) for budget in config.budgets}
-    for arm in (arm for own in each.values() for arm in own if arm.way):
+    for arm in (arm for own in each.values() for arm in own if arm.trained_with):
         name = control_of(config, arm)
         tiers[name] = min(arm.tier, tiers.get(name, arm.tier))
     dense = MethodConfig()
@@ -172,7 +174,7 @@ def _controls_of_steps(config: EvidenceConfig) -> Iterator[Arm]:
                 name=name,
                 label=f"dense + LoRA, {steps} steps",
                 method=dense,
-                way=(dense,),
+                trained_with=(dense,),
                 train={"steps": steps},
                 tier=tier,
             )
@@ -189,12 +191,12 @@ def _recipes(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
     for recipe in config.recipes:
         if recipe.budget == budget.name:
             method = MethodConfig(plan=recipe.plan, method=recipe.method)
-            way = tuple(MethodConfig(plan=plan) for plan in recipe.stages) or (method,)
+            stages = tuple(MethodConfig(plan=plan) for plan in recipe.stages) or (method,)
             yield Arm(
                 name=f"{recipe.name}-{budget.name}",
                 label=recipe.label,
                 method=method,
-                way=way,
+                trained_with=stages,
                 train=recipe.train,
                 tier=recipe.tier,
             )
@@ -234,7 +236,7 @@ def _trained(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
             name=f"{name}-{budget.name}",
             label=label,
             method=MethodConfig(plan=plan),
-            way=tuple(MethodConfig(plan=str(one)) for one in plans),
+            trained_with=tuple(MethodConfig(plan=str(one)) for one in plans),
         )
     for peer in budget.peers:
         if peer.name in config.trained_peers:
@@ -244,7 +246,7 @@ def _trained(config: EvidenceConfig, budget: BudgetConfig) -> Iterator[Arm]:
                 name=f"{name}-{budget.name}",
                 label=f"{label}, trained",
                 method=method,
-                way=(method,) * config.stages,
+                trained_with=(method,) * config.stages,
             )
 
 
@@ -256,25 +258,25 @@ def _names(peer: PeerConfig) -> tuple[str, str]:
 
 
 def trainings(config: EvidenceConfig, arm: Arm, seed: int) -> list[TrainConfig]:
-    """The arm's training stages: but for what the arm says, the same steps, batches and rates as
-    every other arm's."""
+    """The arm's training stages: the same steps, batches and rates as every other arm's, but for
+    its own settings."""
     each = edit(config.train, arm.train) if arm.train else config.train
     return [
         each.model_copy(
-            update={"plan": way.plan, "method": way.method, "seed": 1000 * seed + number}
+            update={"plan": method.plan, "method": method.method, "seed": 1000 * seed + number}
         )
-        for number, way in enumerate(arm.way, 1)
+        for number, method in enumerate(arm.trained_with, 1)
     ]
 
 
 def evaluated(config: EvidenceConfig, budget: BudgetConfig) -> EvaluateConfig:
     """The questions of a budget to all its arms; trainings of one arm make a row."""
-    asked: list[ArmConfig] = []
+    evaluated_arms: list[ArmConfig] = []
     for arm in arms(config, budget):
         same: dict[str, Any] = {"label": arm.label, **dict(arm.method)}
-        if not arm.way:
-            asked.append(ArmConfig(name=arm.name, checkpoint="base", **same))
-        asked += [
+        if not arm.trained_with:
+            evaluated_arms.append(ArmConfig(name=arm.name, checkpoint="base", **same))
+        evaluated_arms += [
             ArmConfig(
                 name=f"{arm.name}-s{seed}",
                 checkpoint=f"merge-{arm.name}-s{seed}",
@@ -284,12 +286,12 @@ def evaluated(config: EvidenceConfig, budget: BudgetConfig) -> EvaluateConfig:
                 **same,
             )
             for seed in config.seeds
-            if arm.way
+            if arm.trained_with
         ]
     return config.evaluate.model_copy(
         update={
             "title": f"{config.evaluate.title}, {budget.label}",
-            "arms": tuple(asked),
+            "arms": tuple(evaluated_arms),
             "control": CONTROL,
             "splits": (config.questions,),
         }

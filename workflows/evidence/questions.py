@@ -1,6 +1,6 @@
 """The questions of the evidence on one machine: of a split, or each after the turn before it.
 
-A question is asked alone, as the pipeline asks it. SPLIT_turns asks the second and later questions
+A question stands alone, as in the pipeline. SPLIT_turns puts the second and later questions
 of a conversation after the turn before them, with the answer that turn should have had: one turn
 that has been, and a new question about the same picture. Behind an exit such a question sees the
 picture only through text.
@@ -39,7 +39,7 @@ def load_asking(
     batch_size: int,
     pictures: dict[bytes, torch.Tensor],
 ) -> Asking:
-    """All questions of a split, rendered; SPLIT_turns as the module says.
+    """All questions of a split, rendered; SPLIT_turns as described above.
 
     Args:
         processor: with the chat template of the training.

@@ -1,9 +1,9 @@
-"""What the ladder says: accuracy of each arm, and what it keeps of the dense control of as many
+"""The ladder's result: accuracy of each arm, and what it keeps of the dense control of as many
 steps, by budget; the comparisons that were announced; a figure.
 
 Every number comes from the arms' files. A share that is kept is a ratio paired by seed and picture,
 its interval the bootstrap's over both; a comparison is paired by seed, its interval Student's over
-seeds, or of one seed the bootstrap's over pictures. What they mean is said in docs/evidence.md.
+seeds, or of one seed the bootstrap's over pictures. docs/evidence.md explains them.
 """
 
 import io
@@ -69,7 +69,7 @@ class Answered(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a table says of an arm."""
+    """A table's row of an arm."""
 
     arm: Answered
     right: dict[str, float]

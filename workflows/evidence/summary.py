@@ -1,7 +1,7 @@
-"""What the evidence says, over all budgets: a table, the comparisons that were announced, a figure.
+"""The evidence over all budgets: a table, the comparisons that were announced, a figure.
 
 Everything is computed from results.json and samples.parquet of each budget. Comparisons are paired
-by seed, since arms of one seed saw the same batches. docs/evidence-details.md says what they mean.
+by seed, since arms of one seed saw the same batches. docs/evidence-details.md explains them.
 """
 
 import io
@@ -27,7 +27,7 @@ from pipeline.reporting.results import Arm, Interval, Results
 
 REINDEXED = ("random", "pool", "pyramiddrop", "sparsevlm", "visionzip", "divprune")
 """Peers that renumber positions as published: each runs with kept ones as well (`NAME_keep`), so
-that its choice of tokens can be told from that."""
+that its choice of tokens can be distinguished from that."""
 COMPARISONS = (
     ("adsc", "adsc-untrained"),
     ("adsc_reverse", "adsc"),
@@ -43,7 +43,7 @@ COMPARISONS = (
     ("adsc", "visionzip_keep"),
     ("adsc_first-untrained", "adsc-untrained"),
     *((f"{name}_keep-untrained", f"{name}-untrained") for name in REINDEXED),
-    # Not announced: asked after `last` had turned out the worst anchor.
+    # Not announced: evaluated after `last` had turned out the worst anchor.
     ("adsc_first", "fastv"),
     ("adsc_first", "pyramiddrop_keep"),
 )

@@ -42,17 +42,17 @@ log = logging.getLogger(__name__)
 
 
 def write_ladder(config: EvidenceConfig, out: Path) -> None:
-    """The table of what has been run, on the questions that were asked (evidence_retention)."""
+    """The table of what has been run, on the evaluated questions (evidence_retention)."""
     model = load_model(out / "base", None)
     found: list[Answered] = []
     for budget in config.budgets:
         for arm in arms(config, budget):
             scores, seconds = {}, 0.0
-            for seed in config.seeds if arm.way else (None,):
+            for seed in config.seeds if arm.trained_with else (None,):
                 file = result_file(config, out, arm, seed)
                 if file.exists():
-                    said = json.loads(file.read_text())
-                    scores[seed], seconds = said["scores"], said["training_seconds"]
+                    result = json.loads(file.read_text())
+                    scores[seed], seconds = result["scores"], result["training_seconds"]
             if scores:
                 found.append(
                     Answered(
@@ -61,7 +61,7 @@ def write_ladder(config: EvidenceConfig, out: Path) -> None:
                         budget=budget.name,
                         runs_with=arm.method.runs_with,
                         tokens=_average(arm.method, model),
-                        control=control_of(config, arm) if arm.way else CONTROL,
+                        control=control_of(config, arm) if arm.trained_with else CONTROL,
                         seconds=seconds,
                         scores=scores,
                     )
@@ -86,17 +86,17 @@ def write_results(config: EvidenceConfig, out: Path) -> None:
     guesses = majority_answers(PreparedData(out / "prepared" / "train"))
     folders: dict[str, Path] = {}
     for budget in config.budgets:
-        said, commits = _replies(config, out, budget)
-        asked = evaluated(config, budget)
-        there = tuple(arm for arm in asked.arms if arm.name in said)
+        replies, commits = _replies(config, out, budget)
+        chosen = evaluated(config, budget)
+        there = tuple(arm for arm in chosen.arms if arm.name in replies)
         if not any(arm.runs_with for arm in there):
             log.warning("%s is left out: none of its own arms has been run", budget.label)
             continue
         made = results(
-            asked.model_copy(update={"arms": there}),
+            chosen.model_copy(update={"arms": there}),
             questions.entries,
             scenes,
-            {name: _scored(own) for name, own in said.items()},
+            {name: _scored(own) for name, own in replies.items()},
             measured,
             workflow="evidence",
             commit=", ".join(sorted(commits)),
@@ -106,7 +106,7 @@ def write_results(config: EvidenceConfig, out: Path) -> None:
         folder = folders[budget.name] = out / f"budget-{budget.name}"
         folder.mkdir(exist_ok=True)
         (folder / "results.json").write_text(json.dumps(made, indent=1))
-        tables = [_samples(name, own, questions, scenes) for name, own in said.items()]
+        tables = [_samples(name, own, questions, scenes) for name, own in replies.items()]
         pq.write_table(pa.concat_tables(tables), folder / "samples.parquet")
         page = out / f"report-{budget.name}"
         shutil.rmtree(page, ignore_errors=True)
@@ -120,10 +120,10 @@ def write_results(config: EvidenceConfig, out: Path) -> None:
 def _replies(
     config: EvidenceConfig, out: Path, budget: BudgetConfig
 ) -> tuple[dict[str, Replies], set[str]]:
-    """What every arm said that has been run, and by which commits it was asked."""
-    said, commits = {}, set()
+    """The replies of every arm that has been run, and the commits that evaluated it."""
+    replies, commits = {}, set()
     for arm in arms(config, budget):
-        for seed in config.seeds if arm.way else (None,):
+        for seed in config.seeds if arm.trained_with else (None,):
             file = result_file(config, out, arm, seed)
             if not file.exists():
                 log.warning("%s is left out: it has not been run", file.stem)
@@ -131,32 +131,32 @@ def _replies(
             found = json.loads(file.read_text())
             name = arm.name if seed is None else f"{arm.name}-s{seed}"
             # Files of before 2026-11-23 have scores alone.
-            said[name] = Replies(*(found.get(field, []) for field in Replies._fields))
+            replies[name] = Replies(*(found.get(field, []) for field in Replies._fields))
             commits.add(str(found["commit"]))
-    return said, commits
+    return replies, commits
 
 
-def _scored(said: Replies) -> Scored:
-    scores = np.array(said.scores, dtype=float)
-    return Scored(scores, sum(said.seconds) or None, sum(said.generated_tokens) or None)
+def _scored(replies: Replies) -> Scored:
+    scores = np.array(replies.scores, dtype=float)
+    return Scored(scores, sum(replies.seconds) or None, sum(replies.generated_tokens) or None)
 
 
-def _samples(arm: str, said: Replies, questions: Questions, scenes: list[str]) -> pa.Table:
+def _samples(arm: str, replies: Replies, questions: Questions, scenes: list[str]) -> pa.Table:
     """A row a question; null where a file of before holds no more than scores."""
-    many, asked = len(scenes), questions.entries
+    many, entries = len(scenes), questions.entries
     unknown = [None] * many
     return pa.table(
         {
             "arm": [arm] * many,
             "number": range(many),
             "record": scenes,  # whose digest stands for it: intervals go by pictures
-            "kind": [one.kind for one in asked],
-            "prompt": [one.text for one in asked],
-            "expected": [one.expected for one in asked],
-            "answer": pa.array(said.answers or unknown, pa.string()),
-            "score": pa.array(said.scores, pa.float64()),
-            "generated_tokens": pa.array(said.generated_tokens or unknown, pa.int32()),
-            "seconds": pa.array(said.seconds or unknown, pa.float64()),
+            "kind": [one.kind for one in entries],
+            "prompt": [one.text for one in entries],
+            "expected": [one.expected for one in entries],
+            "answer": pa.array(replies.answers or unknown, pa.string()),
+            "score": pa.array(replies.scores, pa.float64()),
+            "generated_tokens": pa.array(replies.generated_tokens or unknown, pa.int32()),
+            "seconds": pa.array(replies.seconds or unknown, pa.float64()),
         }
     )
 
@@ -167,7 +167,7 @@ def _write_controls(config: EvidenceConfig, out: Path, majority: dict[str, Any])
     found = {"majority": majority}
     for arm in [*arms(config, config.budgets[0]), *controls(config)]:
         file = result_file(config, out, arm, None)
-        if arm.method == MethodConfig() and not arm.way and file.exists():
+        if arm.method == MethodConfig() and not arm.trained_with and file.exists():
             scores = np.array(json.loads(file.read_text())["scores"], dtype=float)
             kinds = np.array([one.kind for one in Questions(out / "prepared" / arm.split).entries])
             found[arm.name] = {

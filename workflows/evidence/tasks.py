@@ -24,7 +24,7 @@ from workflows.evidence.config import (
 
 
 class Task(NamedTuple):
-    """One training of one arm, or the asking of an untrained one."""
+    """One training of one arm, or the evaluation of an untrained one."""
 
     arm: Arm
     seed: int | None
@@ -33,8 +33,8 @@ class Task(NamedTuple):
 
 def tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list[Task]:
     """Tier by tier, and within one seed by seed, so that what is cut short has fewer seeds of fewer
-    arms; untrained peers last: they are asked more slowly than an arm is trained where they loop
-    over pictures."""
+    arms; untrained peers last: where they loop over pictures, evaluating one takes longer than
+    training an arm."""
     everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
     everything |= {arm.name: arm for arm in controls(config)}
     if unknown := set(only or ()) - everything.keys():
@@ -42,7 +42,7 @@ def tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list
             f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(everything)}"
         )
     chosen = [arm for name, arm in everything.items() if only is None or name in only]
-    untrained = [arm for arm in chosen if not arm.way]
+    untrained = [arm for arm in chosen if not arm.trained_with]
     ordered: list[tuple[Arm, int | None]]
     ordered = [(arm, None) for arm in untrained if arm.method.method is None]
     ordered += [
@@ -50,7 +50,7 @@ def tasks(config: EvidenceConfig, out: Path, only: Sequence[str] | None) -> list
         for tier in sorted({arm.tier for arm in chosen})
         for seed in config.seeds
         for arm in chosen
-        if arm.way and arm.tier == tier
+        if arm.trained_with and arm.tier == tier
     ]
     ordered += [(arm, None) for arm in untrained if arm.method.method is not None]
     return [Task(arm, seed, result_file(config, out, arm, seed)) for arm, seed in ordered]
@@ -82,7 +82,7 @@ def result_file(config: EvidenceConfig, out: Path, arm: Arm, seed: int | None) -
 
 
 class Replies(NamedTuple):
-    """What an arm said, by question."""
+    """An arm's replies, by question."""
 
     scores: list[float]
     """1 or 0: exact matches of greedy answers; of lists, the share of right entries."""
@@ -102,7 +102,7 @@ def load_model(base: Path, trained: Path | None) -> Any:
 
 
 def processor_of(config: EvidenceConfig, base: Path) -> Any:
-    """Asks as training asked."""
+    """Prompts as in training."""
     processor = AutoProcessor.from_pretrained(base)
     processor.chat_template = find_template(config.prepare.template, processor).text
     return processor

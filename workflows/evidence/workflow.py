@@ -188,19 +188,19 @@ def build(config: EvidenceConfig) -> list[Stage]:
     everything = {arm.name: arm for budget in config.budgets for arm in arms(config, budget)}
     for seed in config.seeds:
         for arm in everything.values():
-            if arm.way:
+            if arm.trained_with:
                 name = f"{arm.name}-s{seed}"
                 merging = MergeConfig(plan=arm.method.plan, method=arm.method.method)
                 each = trainings(config, arm, seed)
                 stages += train_and_merge(f"train-{name}", f"merge-{name}", each, merging)
     for budget in config.budgets:
-        asked = evaluated(config, budget)
-        merged = {arm.checkpoint: arm.checkpoint for arm in asked.arms if arm.trained}
+        chosen = evaluated(config, budget)
+        merged = {arm.checkpoint: arm.checkpoint for arm in chosen.arms if arm.trained}
         stages += [
             EVALUATE.stage(
                 name=f"evaluate-{budget.name}",
                 title=f"evaluate: every arm at {budget.label}",
-                config=asked,
+                config=chosen,
                 needs={"data": "prepare", "base": "base", **merged},
             ),
             REPORT.stage(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.worker import TASK, Work, render_chunks
+from pipeline.data.worker import Work, render_chunk
 from pipeline.durable.identity import canonical
 from pipeline.durable.progress import ProgressHandle
 from pipeline.durable.record import Record
@@ -51,8 +51,12 @@ def claim(config: EvidenceConfig, out: Path) -> None:
         file.write_text(json.dumps(own, indent=1))
     there = json.loads(file.read_text())
     if other := sorted(key for key in own | there if own.get(key) != there.get(key)):
-        told = "; ".join(f"{key} is {there.get(key)} there, {own.get(key)} here" for key in other)
-        raise ValueError(f"{out} holds other data or another base: {told}; take another --out")
+        differences = "; ".join(
+            f"{key} is {there.get(key)} there, {own.get(key)} here" for key in other
+        )
+        raise ValueError(
+            f"{out} holds other data or another base: {differences}; take another --out"
+        )
 
 
 def make_world(config: EvidenceConfig, out: Path, each: Callable[..., Iterable[Any]]) -> None:
@@ -117,7 +121,7 @@ def _render(
 
 
 def _render_one(task: dict[str, Any], work: Work) -> list[pa.Table]:
-    return list(render_chunks(pa.Table.from_pylist([task], schema=TASK), work))
+    return list(render_chunk(task, work))
 
 
 def _train_tower(made: TinyBaseConfig, out: Path, folder: Path) -> None:

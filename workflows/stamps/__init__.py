@@ -1,0 +1,1 @@
+"""The second evidence base: scenes of drawn things on photographs."""

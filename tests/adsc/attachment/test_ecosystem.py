@@ -36,8 +36,10 @@ def test_the_pipeline_runs_compressed(checkpoint):
     last = pipe.model.model.language_model.layers[-1]
     last.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     picture = Image.new("RGB", (40, 50), (200, 30, 90))
-    told = pipe(images=picture, text="w5 <image> w7 w8", max_new_tokens=3, return_full_text=False)
-    assert isinstance(told[0]["generated_text"], str)
+    answers = pipe(
+        images=picture, text="w5 <image> w7 w8", max_new_tokens=3, return_full_text=False
+    )
+    assert isinstance(answers[0]["generated_text"], str)
     assert adsc.plan_of(pipe.model) == PLAN
     assert seen[0] == 3 + 2
 

@@ -81,7 +81,7 @@ def test_a_peer_can_be_suspended_in_the_middle_of_its_use(name):
 
 
 def test_checkpointing_runs_a_layer_again_under_the_plan_that_it_ran_under():
-    """Also when other calls were made before the way back."""
+    """Also when other calls were made before the backward pass."""
     inputs = batch([row(3, 0, 5), row(2, 0, 3, 0, 4)], "right")
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
 

@@ -1,4 +1,4 @@
-"""What torch counts in a real forward: the measure that `estimate_cost` is held against."""
+"""What torch counts in a real forward: what `estimate_cost` is compared with."""
 
 from __future__ import annotations
 

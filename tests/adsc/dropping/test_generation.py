@@ -86,9 +86,9 @@ def test_a_conversation_goes_on_on_the_same_cache(opened, stages, positions):
     model = attached(stages, positions=positions)
     cache = DynamicCache(config=model.config.get_text_config())
     inputs = batch([first])
-    told = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, **GREEDY)
+    generated = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, **GREEDY)
     follow = row(2, 0, 3, seed=5) if image else row(4, seed=5)
-    whole = torch.cat([told, torch.tensor([follow])], dim=1)
+    whole = torch.cat([generated, torch.tensor([follow])], dim=1)
     given: dict[str, Any] = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
     if image:
         given["pixel_values"] = pixels(1, seed=8)
@@ -117,11 +117,11 @@ def test_padded_conversations_go_on_in_a_batch():
     model = attached()
     cache = DynamicCache(config=model.config.get_text_config())
     inputs = batch(MIXED)
-    told = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, **GREEDY)
+    generated = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, **GREEDY)
     follow = batch([row(2, 0, seed=3), row(4, seed=4), row(1, 0, 0, 2, seed=5)], seed=6)
     grown = torch.ones(3, 3, dtype=torch.long)
     given = {
-        "input_ids": torch.cat([told, follow["input_ids"]], dim=1),
+        "input_ids": torch.cat([generated, follow["input_ids"]], dim=1),
         "attention_mask": torch.cat(
             [inputs["attention_mask"], grown, follow["attention_mask"]], dim=1
         ),

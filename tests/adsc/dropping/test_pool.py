@@ -29,7 +29,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Weights and states are float64 on both sides, but transformers' softmax and norms are float32: the
 # worst measured difference is 7.7e-6, for logits of size 5. A wrong member or place is above 1e-2.
 EXACT = {"rtol": 0, "atol": 5e-5}
-# What plans said before they knew pools and exits: text, text form, kept tokens of 4 x 4 and of
+# Plans from before there were pools and exits: text, text form, kept tokens of 4 x 4 and of
 # 3 x 5 after each drop, drops parted by /.
 FROZEN = [
     ("", "", "", ""),
@@ -209,7 +209,7 @@ def test_ragged_tiles_are_whole_rows_and_columns():
     assert share([9, 1, 1], 3) == [1, 1, 1]
 
 
-def test_tiles_without_a_lattice_and_too_few_tokens_are_refused_with_the_way_out():
+def test_tiles_without_a_lattice_and_too_few_tokens_are_refused_with_what_to_do():
     plan = adsc.PruningPlan.parse("1:1/26;pool=tiles")
     with pytest.raises(adsc.PlanError, match="17 tokens came with lattice None; use pool=runs"):
         plan.groups(17)
@@ -258,7 +258,7 @@ def pictures_of(case: Case, model: Any) -> list[Picture]:
 
 
 def regions_of(model: Any, picture: Picture) -> list[tuple[Region, ...]]:
-    """For each unit of a picture its lattices, told from what the model makes of it."""
+    """For each unit of a picture its lattices, derived from what the model makes of it."""
     shapes = {16: (4, 4), 4: (2, 2), 1: (1, 1), 8: (4, 2), 12: (2, 6)}
     if "image_sizes" not in picture.inputs:
         return [(Region(*shapes[n], 0, shapes[n][1]),) for n in picture.units]
@@ -526,9 +526,9 @@ def test_a_conversation_goes_on_on_the_same_cache(text):
     model = adsc.attach(llava(), text)
     cache = DynamicCache(config=model.config.get_text_config())
     inputs = batch([row(3, 0, 5)])
-    told = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, **GREEDY)
+    generated = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, **GREEDY)
     follow = batch([row(2, 0, 3, seed=5)], seed=8)
-    whole = torch.cat([told, follow["input_ids"]], dim=1)
+    whole = torch.cat([generated, follow["input_ids"]], dim=1)
     given = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
     pictures = torch.cat([inputs["pixel_values"], follow["pixel_values"]])
     got = model.generate(
@@ -642,7 +642,7 @@ def test_lora_moves_through_a_pool():
 
 
 def test_rows_that_are_all_padding_are_refused_only_where_there_is_an_exit():
-    """Batches are filled up with such rows, and nobody reads what becomes of them."""
+    """Batches are filled up with such rows, and their outputs are never read."""
     columns = torch.tensor([[False, True, True, True, True, False], [False] * 6])
     valid = torch.tensor([[True] * 6, [False] * 6])
     vision = [(columns, [Image(4, (2, 2))])]

@@ -80,7 +80,7 @@ alone = partial(tiny.alone, tokens=TOKENS)
 
 @dataclass
 class State:
-    """A row on its way through the decoder.
+    """A row in the decoder, layer by layer.
 
     Args:
         ids: of its columns.
@@ -449,8 +449,8 @@ def visionzip(contextual: int) -> Any:
         features = out.hidden_states[-2][0, skip:]
         scores = {}
         for patch in range(TOKENS):
-            asked = paid[:, :1] if clip else paid
-            scores[patch] = float(asked[:, :, patch + skip].mean(1).sum())
+            queries = paid[:, :1] if clip else paid
+            scores[patch] = float(queries[:, :, patch + skip].mean(1).sum())
         dominant = best(scores, m - contextual)
         rest = [patch for patch in range(TOKENS) if patch not in dominant]
         targets = rest[:: max(1, len(rest) // contextual)][:contextual]

@@ -74,11 +74,11 @@ def test_gradient_checkpointing_chooses_once_and_changes_nothing(name, reentrant
     )
     torch.manual_seed(0)
     model = get_peft_model(attached(name), config).train()
-    method, asked = adsc.plan_of(model), []
+    method, calls = adsc.plan_of(model), []
     if name != "stride":
         kind, choose = type(method), type(method).choose
         monkeypatch.setattr(
-            kind, "choose", lambda self, *args: asked.append(0) or choose(self, *args)
+            kind, "choose", lambda self, *args: calls.append(0) or choose(self, *args)
         )
     inputs = supervised()
     wanted = gradients(model, **inputs)
@@ -87,7 +87,7 @@ def test_gradient_checkpointing_chooses_once_and_changes_nothing(name, reentrant
     assert got.keys() == wanted.keys()
     for parameter, gradient in wanted.items():
         torch.testing.assert_close(got[parameter], gradient, rtol=0, atol=1e-6)
-    assert len(asked) == (0 if name == "stride" else 2 * len(method.stages))
+    assert len(calls) == (0 if name == "stride" else 2 * len(method.stages))
 
 
 @pytest.mark.parametrize("name", peers.NAMES)

@@ -1,4 +1,4 @@
-"""Every peer against the literal transcription of its paper, and held to what a plan is held to."""
+"""Every peer against the literal transcription of its paper, under the same tests as a plan."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_labels_say_where_the_question_ends(name):
     """One uncached forward over prompt and answer gives what the cache gave step by step."""
     model = attached(name)
     inputs = batch([row(2, 0, 3, 0, 6)])
-    told = model.generate(**inputs, max_new_tokens=5, **GREEDY)
+    generated = model.generate(**inputs, max_new_tokens=5, **GREEDY)
     width = inputs["input_ids"].shape[1]
-    labels = told.clone()
+    labels = generated.clone()
     labels[:, :width] = -100
-    given = inputs | {"input_ids": told, "attention_mask": torch.ones_like(told)}
+    given = inputs | {"input_ids": generated, "attention_mask": torch.ones_like(generated)}
     with torch.no_grad():
         logits = model(**given, labels=labels).logits
-    assert logits[0, -6:-1].argmax(-1).tolist() == told[0, width:].tolist()
+    assert logits[0, -6:-1].argmax(-1).tolist() == generated[0, width:].tolist()
 
 
 @pytest.mark.parametrize("name", peers.NAMES)
@@ -107,8 +107,8 @@ def test_a_conversation_goes_on_on_the_same_cache(name):
     model = attached(name, positions="keep")
     cache = DynamicCache(config=model.config.get_text_config())
     inputs = batch([row(3, 0, 5)])
-    told = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, **GREEDY)
-    whole = torch.cat([told, torch.tensor([row(2, 0, 3, seed=5)])], dim=1)
+    generated = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, **GREEDY)
+    whole = torch.cat([generated, torch.tensor([row(2, 0, 3, seed=5)])], dim=1)
     given = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
     more = paper.pixels(1, seed=8)
     got = model.generate(

@@ -1,4 +1,4 @@
-"""`adsc doctor`: what is missing is named with a way out, on this machine and on every node."""
+"""`adsc doctor`: what is missing is named with what to do, on this machine and on every node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_machine_that_is_fit(tmp_path: Path) -> None:
     assert left == [".lock"], "the object that was written is deleted"
 
 
-def test_what_is_missing_has_a_way_out(
+def test_what_is_missing_is_named_with_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
@@ -33,7 +33,7 @@ def test_what_is_missing_has_a_way_out(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     words = ["doctor", "--root", str(file / "store"), "--mlflow", "http://127.0.0.1:9"]
     assert main([*words, "--address", "127.0.0.1:9", "--cluster", "--json"]) == 1
-    (found,) = json.loads(capsys.readouterr().out).values()  # no node is asked without a cluster
+    (found,) = json.loads(capsys.readouterr().out).values()  # no node is checked without a cluster
     missing = {one["what"]: one for one in found if one["state"] == "missing"}
     assert missing.keys() == {"store", "Ray", "MLflow"}
     assert all(one["way_out"] for one in missing.values())

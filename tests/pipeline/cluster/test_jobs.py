@@ -56,12 +56,14 @@ def test_what_nodes_cannot_share_or_others_must_not_see_is_refused_in_one_senten
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["submit", "demo", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
-    assert "lovelace" not in said
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+    assert "lovelace" not in printed
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_is_not_there_is_reported_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
     for words in (["status"], ["logs"], ["cancel", "adsc-demo-1"]):
         before = time.monotonic()
@@ -70,12 +72,15 @@ def test_a_cluster_that_is_not_there_is_said_at_once(capsys: pytest.CaptureFixtu
         assert f"nothing answers at {address}" in capsys.readouterr().err
 
 
-def test_a_server_that_is_no_ray_is_said(
+def test_a_server_that_is_no_ray_is_reported(
     s3_endpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status", "--address", s3_endpoint]) == 2
-    said = capsys.readouterr().err
-    assert "check that this is the dashboard of a Ray cluster" in said and "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert (
+        "check that this is the dashboard of a Ray cluster" in printed
+        and "Traceback" not in printed
+    )
 
 
 def test_the_id_follows_from_the_work_and_its_store_and_from_nothing_else() -> None:
@@ -190,8 +195,8 @@ def test_following_passes_everything_on_once_and_tells_of_failures(
     assert re.findall(r"^line (\d+)$", "".join(text), re.M) == [str(n) for n in range(20)]
     address = client.get_address()
     assert main(["logs", "--follow", "--address", address, name]) == 1
-    said = capsys.readouterr()
-    assert "ZeroDivisionError" in said.out and f"{name} FAILED" in said.err
+    printed = capsys.readouterr()
+    assert "ZeroDivisionError" in printed.out and f"{name} FAILED" in printed.err
     assert main(["logs", "--address", address, "adsc-none-1"]) == 2
     assert "knows no job 'adsc-none-1'" in capsys.readouterr().err
     assert main(["status", "--address", address, "--json"]) == 0
@@ -227,7 +232,7 @@ def test_gauges_are_on_the_nodes_metrics_page(client: Any) -> None:
         states = re.findall(r"^ray_adsc_stage_state\{", page, re.M)
         return not missing and len(states) == 2
 
-    until(there, 240, lambda: f"without {missing}; the job said: {client.get_job_logs(name)}")
+    until(there, 240, lambda: f"without {missing}; the job's output: {client.get_job_logs(name)}")
     client.stop_job(name)
     lines = [line for line in page.splitlines() if line.startswith("ray_adsc_")]
     states = {
@@ -294,7 +299,7 @@ def test_cancelled_and_lost_jobs_go_on_on_a_cluster_with_tokens(
         assert stages["prepare"] == "cached" and "running" in stages.values(), shown.stdout
         cancelled = adsc(cluster, "cancel", first)
         assert "STOPPED" in cancelled.stdout, cancelled.stderr
-        # Leases were given back, so nobody has to wait for them to expire.
+        # Leases were given back, so no run waits for them to expire.
         assert not keys(root, r"lease\.json$")
         before = made(root, small.base)
         assert {"pictures", "base", "prepare"} <= set(before)

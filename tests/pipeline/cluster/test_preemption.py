@@ -46,14 +46,14 @@ JOINED = LONG.model_copy(update={"steps": 3000, "checkpoint_every": EVERY_JOINED
 def test_a_drained_node_is_left_with_a_checkpoint_and_fewer_workers_go_on(
     small: Small, tmp_path: Path
 ) -> None:
-    said = run_apart("drained", small, tmp_path)
+    found = run_apart("drained", small, tmp_path)
     # Written when the notice came, between two regular checkpoints, and gone on from.
-    (early,) = [step for step in said["checkpoints"] if step % EVERY]
-    assert said["begun_at"] < early < STEPS
+    (early,) = [step for step in found["checkpoints"] if step % EVERY]
+    assert found["begun_at"] < early < STEPS
     registered = (tmp_path / "run" / "checkpoint_manager_snapshot.json").read_text()
     assert f"step-{early:07d}" in registered
-    assert said["outputs"]["steps"] == STEPS
-    workers = workers_of(tmp_path, said["checkpoints"])
+    assert found["outputs"]["steps"] == STEPS
+    workers = workers_of(tmp_path, found["checkpoints"])
     assert workers[early] == 2 and workers[STEPS] == 1
     train(LONG, sources(small), Plain(tmp_path / "plain"))
     found = load_file(tmp_path / "stage" / "trained" / "adapter" / "adapter_model.safetensors")
@@ -63,10 +63,10 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_fewer_workers_go_on(
 
 @pytest.mark.slow
 def test_a_node_that_joins_is_used(small: Small, tmp_path: Path) -> None:
-    said = run_apart("grows", small, tmp_path)
-    workers = workers_of(tmp_path, said["checkpoints"])
+    found = run_apart("grows", small, tmp_path)
+    workers = workers_of(tmp_path, found["checkpoints"])
     before = max(step for step, count in workers.items() if count == 1)
-    assert before < said["outputs"]["steps"] == JOINED.steps
+    assert before < found["outputs"]["steps"] == JOINED.steps
     assert {count for step, count in workers.items() if step > before} == {2}
     train(JOINED, sources(small), Plain(tmp_path / "plain"))
     # The same to the last bit as long as one worker trains. Two add in another order, which three
@@ -77,7 +77,7 @@ def test_a_node_that_joins_is_used(small: Small, tmp_path: Path) -> None:
 
 
 def run_apart(case: str, small: Small, folder: Path) -> Any:
-    """What a case said, which ran in a process of its own."""
+    """What a case found, which ran in a process of its own."""
     command = [sys.executable, "-m", "tests.pipeline.cluster.test_preemption", case]
     done = subprocess.run(
         [*command, str(small.base), str(small.prepared), str(folder)],
@@ -86,7 +86,7 @@ def run_apart(case: str, small: Small, folder: Path) -> Any:
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "said.json").read_text())
+    return json.loads((folder / "result.json").read_text())
 
 
 def workers_of(folder: Path, steps: list[int]) -> dict[int, int]:
@@ -124,20 +124,20 @@ def main(case: str, base: str, prepared: str, folder: str) -> None:
     while not steps():
         assert thread.is_alive()
         time.sleep(0.2)
-    said: dict[str, Any] = {"begun_at": steps()[-1]}
+    found: dict[str, Any] = {"begun_at": steps()[-1]}
     if spot is None:
         cluster.add_node(num_cpus=1)
     else:
         drain(cluster, spot, steps)
     thread.join()
-    said |= {"checkpoints": steps(), "outputs": outputs}
-    (place / "said.json").write_text(json.dumps(said))
+    found |= {"checkpoints": steps(), "outputs": outputs}
+    (place / "result.json").write_text(json.dumps(found))
     ray.shutdown()
     cluster.shutdown()
 
 
 def drain(cluster: Any, spot: Any, steps: Callable[[], list[int]]) -> None:
-    """Announce that a node goes, wait for the checkpoint that this causes, take it away."""
+    """Announce that a node goes, wait for the checkpoint that this causes, remove it."""
     command = [str(Path(sys.executable).with_name("ray")), "drain-node"]
     command += ["--address", cluster.address, "--node-id", spot.node_id]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]

@@ -35,7 +35,7 @@ CONVERSATIONS = {
     "picture later": [("human", "hello"), ("gpt", "hi"), ("human", "see <image>!"), ("gpt", "ü")],
     "text": [("human", "1 + 1?"), ("gpt", "2")],
 }
-# Templates in the way of common checkpoints, for the two ways of finding the mask.
+# Templates like those of common checkpoints, for both methods of finding the mask.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
@@ -80,7 +80,7 @@ def test_prompts_and_masks_are_those_on_record(name: str) -> None:
     assert made == (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def test_both_ways_to_find_the_mask_agree() -> None:
+def test_both_methods_of_finding_the_mask_agree() -> None:
     marked = CHATML.replace("{{ message.role }}\n", "{{ message.role }}\n{% generation %}")
     marked = marked.replace("<|im_end|>\n", "<|im_end|>{% endgeneration %}{{ '\\n' }}")
     for turns in CONVERSATIONS.values():
@@ -150,7 +150,7 @@ def test_jinja_form_renders_the_same_text(name: str, small: Small) -> None:
     assert mine == segments
 
 
-def test_templates_whose_mask_cannot_be_told_are_refused() -> None:
+def test_templates_whose_mask_is_unknown_are_refused() -> None:
     forgets = CHATML.replace("{{ part.text }}", "{{ part.text if loop.last else '' }}").replace(
         "<|im_start|>{{ message.role }}", "<|im_start|>{{ message.role }}{{ messages | length }}"
     )

@@ -66,34 +66,36 @@ def stages(tmp_path: Path) -> list[Stage]:
     ]
 
 
-def test_what_is_left_is_said_and_done_by_the_next_run(ray_address: str, tmp_path: Path) -> None:
+def test_what_is_left_is_reported_and_done_by_the_next_run(
+    ray_address: str, tmp_path: Path
+) -> None:
     root, uri = str(tmp_path / "store"), f"sqlite:///{tmp_path}/mlflow.db"
     context = toy.context(root, tracking_uri=uri)
 
     def run(context: RunContext = context) -> tuple[str, Record]:
-        with (tmp_path / "said").open("w") as file:
+        with (tmp_path / "output").open("w") as file:
             made = graph.run(stages(tmp_path), context, Console(file=file, width=200))
-        return (tmp_path / "said").read_text(), made["register"]
+        return (tmp_path / "output").read_text(), made["register"]
 
     def states() -> dict[str, str]:
         found = graph.state(open_store(root), stages(tmp_path))
         return {state.name: state.state for state in found}
 
-    said, record = run()
+    output, record = run()
     left = f"register: not done: register the toy ({tmp_path / 'needed'} is missing)"
-    assert left in said and record.outputs["registered"] is None
+    assert left in output and record.outputs["registered"] is None
     assert states() == {"make": "cached", "register": "incomplete"}
-    said, _ = run()  # still missing
-    assert "to complete: register" in said and left in said
-    said, _ = run(toy.context(root, tracking_uri=None))  # not wanted without MLflow
-    assert left in said
+    output, _ = run()  # still missing
+    assert "to complete: register" in output and left in output
+    output, _ = run(toy.context(root, tracking_uri=None))  # not wanted without MLflow
+    assert left in output
     assert (tmp_path / "calls").read_text().split() == ["body", "complete"]
     (tmp_path / "needed").touch()
-    said, record = run()
-    assert "not done" not in said
+    output, record = run()
+    assert "not done" not in output
     assert record.outputs == {"size": 1, "registered": "models:/toy/1", "undone": {}}
     assert states() == {"make": "cached", "register": "cached"}
-    said, record = run()
+    output, record = run()
     assert record.outputs["registered"] == "models:/toy/1"
     assert (tmp_path / "calls").read_text().split() == ["body", "complete", "complete"]
     assert (tmp_path / "log").read_text().split() == ["make"]

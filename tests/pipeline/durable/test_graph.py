@@ -166,13 +166,13 @@ def test_a_waiter_says_who_holds_the_lease(toys: Toys) -> None:
     lease = Lease(toys.store, key, "other", 30)
     assert lease.take()
 
-    def release_when_told() -> None:
+    def release_when_reported() -> None:
         while "held by" not in text.getvalue():
             time.sleep(0.1)
         assert not toys.ran()
         lease.release()
 
-    thread = threading.Thread(target=release_when_told)
+    thread = threading.Thread(target=release_when_reported)
     thread.start()
     graph.run(toys.stages(), toy.context(toys.root), Console(file=text))
     thread.join()
@@ -211,7 +211,7 @@ def test_an_interrupt_gives_the_lease_back(toys: Toys) -> None:
 
 
 def steal(toys: Toys, **changes: Any) -> str:
-    """Take the lease of `make` away: the attempt that lost it."""
+    """Steal the lease of `make`: the attempt that lost it."""
     toys.wait_for("make")
     key = record.lease_key("make", fingerprints(toys.stages(**changes))["make"])
     while True:
@@ -374,7 +374,7 @@ def test_records_carry_no_credentials(any_toys: Toys, tmp_path: Path) -> None:
         fingerprint="0" * 64,
         attempt="a",
         config={"log": "https://ada:lovelace@host/x?token=abc and more"},
-        outputs={"said": f"the key is {os.environ['AWS_SECRET_ACCESS_KEY']}"},
+        outputs={"text": f"the key is {os.environ['AWS_SECRET_ACCESS_KEY']}"},
     )
     record.publish(any_toys.store, made)
     text = (any_toys.store.read(record.record_key("make", "0" * 64)) or b"").decode()
@@ -441,7 +441,7 @@ def test_a_port_in_use() -> None:
     assert free_port(None) > 0
 
 
-def test_an_unwritable_store_is_told_before_anything_runs(toys: Toys, tmp_path: Path) -> None:
+def test_an_unwritable_store_is_reported_before_anything_runs(toys: Toys, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="a part of that path is a file"):
         graph.run(toys.stages(), toy.context(tmp_path / "file" / "runs"), QUIET)

@@ -66,17 +66,17 @@ def test_one_holder_at_a_time(store: Store) -> None:
     assert store.read(KEY) is None
 
 
-def test_a_waiter_is_told_who_holds_it_and_gets_it_after_the_release(store: Store) -> None:
+def test_a_waiter_learns_who_holds_it_and_gets_it_after_the_release(store: Store) -> None:
     first, second = lease_of(store, "first", 3), lease_of(store, "second", 3)
     assert first.take()
-    told: list[tuple[str, float]] = []
+    reported: list[tuple[str, float]] = []
     threading.Timer(4, first.release).start()
     started = time.monotonic()
     # Longer than the lease's life: a holder that is alive keeps it.
-    assert acquire(second, lambda: False, lambda holder, s: told.append((holder.attempt, s)))
+    assert acquire(second, lambda: False, lambda holder, s: reported.append((holder.attempt, s)))
     assert time.monotonic() - started > 3.9
-    assert {attempt for attempt, _ in told} == {"first"}
-    assert told[-1][1] > 3
+    assert {attempt for attempt, _ in reported} == {"first"}
+    assert reported[-1][1] > 3
     second.release()
 
 
@@ -117,12 +117,12 @@ def test_a_stopped_holder_ends_when_it_wakes_up(store: Store) -> None:
     lease.release()
 
 
-def test_a_holder_whose_store_is_away_gives_up_in_time(tmp_path: Path) -> None:
+def test_a_holder_whose_store_is_unavailable_gives_up_in_time(tmp_path: Path) -> None:
     lost = threading.Event()
     (tmp_path / "runs").mkdir()
     lease = Lease(open_store(str(tmp_path / "runs")), KEY, "first", 6.0, on_lost=lost.set)
     assert lease.take()
-    (tmp_path / "runs").rename(tmp_path / "away")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
     (tmp_path / "runs").write_text("a file in its place")
     started = time.monotonic()
     assert lost.wait(60)
@@ -142,7 +142,7 @@ def test_a_refused_write_that_was_done_is_no_loss(store: Store) -> None:
     assert store.read(KEY) is None
 
 
-def test_alive_tells_held_from_abandoned(store: Store) -> None:
+def test_alive_distinguishes_held_from_abandoned(store: Store) -> None:
     lease = lease_of(store, "first", 5)
     assert lease.take()
     store.create("dead/lease.json", store.read(KEY) or b"")

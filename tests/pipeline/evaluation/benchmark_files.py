@@ -72,17 +72,17 @@ def vqav2(folder: Path) -> None:
 
 def textvqa(folder: Path) -> None:
     _pictures(folder / "train_images", "0a.jpg")
-    asked = {"question_id": 34602, "image_id": "0a", "question": "what does the Sign say?",
+    entry = {"question_id": 34602, "image_id": "0a", "question": "what does the Sign say?",
              "answers": ["stop"] * 9 + ["the stop"], "set_name": "val"}  # fmt: skip
-    _write(folder / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [asked]})
+    _write(folder / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [entry]})
 
 
 def vizwiz(folder: Path) -> None:
     _pictures(folder / "val", "VizWiz_val_00000000.jpg")
     answers = [{"answer": "unanswerable", "answer_confidence": "yes"}] * 10
-    asked = {"image": "VizWiz_val_00000000.jpg", "question": "What is this?", "answers": answers,
+    entry = {"image": "VizWiz_val_00000000.jpg", "question": "What is this?", "answers": answers,
              "answer_type": "unanswerable", "answerable": 0}  # fmt: skip
-    _write(folder / "Annotations" / "val.json", [asked])
+    _write(folder / "Annotations" / "val.json", [entry])
 
 
 def pope(folder: Path) -> None:
@@ -126,12 +126,12 @@ def mme(folder: Path) -> None:
 def seedbench(folder: Path) -> None:
     _pictures(folder / "SEED-Bench-image", "145_259")
     choices = {"choice_a": "One", "choice_b": "Two", "choice_c": "Three", "choice_d": "Four"}
-    asked = {**choices, "answer": "B", "data_id": "145_259", "data_type": "image",
+    entry = {**choices, "answer": "B", "data_id": "145_259", "data_type": "image",
              "question": "How many towels?", "question_id": "101669",
              "question_type_id": 5}  # fmt: skip
-    video = asked | {"data_type": "video", "data_id": "1.mp4", "question_type_id": 10}
+    video = entry | {"data_type": "video", "data_id": "1.mp4", "question_type_id": 10}
     types = {"Instances Counting": 5, "Action Recognition": 10}
-    _write(folder / "SEED-Bench.json", {"question_type": types, "questions": [asked, video]})
+    _write(folder / "SEED-Bench.json", {"question_type": types, "questions": [entry, video]})
 
 
 def _table(file: Path) -> None:

@@ -58,8 +58,8 @@ def test_vqav2(tmp_path: Path) -> None:
 
 def test_textvqa_and_vizwiz(tmp_path: Path) -> None:
     (text,) = converted("textvqa", tmp_path / "text")
-    asked = f"What does the sign say?{SHORT}"
-    assert exchanges(text) == [(asked, "\n".join(["stop"] * 9 + ["the stop"]), "text")]
+    prompt = f"What does the sign say?{SHORT}"
+    assert exchanges(text) == [(prompt, "\n".join(["stop"] * 9 + ["the stop"]), "text")]
     (blind,) = converted("vizwiz", tmp_path / "blind")
     ((question, answers, kind),) = exchanges(blind)
     assert question == (
@@ -79,12 +79,12 @@ def test_pope(tmp_path: Path) -> None:
 
 def test_multiple_choice(tmp_path: Path) -> None:
     (science,) = converted("scienceqa", tmp_path / "science")
-    asked = f"Context: A map.\nWhich is north?\nA. Maine\nB. Texas{LETTER}"
+    prompt = f"Context: A map.\nWhich is north?\nA. Maine\nB. Texas{LETTER}"
     assert science["image"] == "5/image.png"
-    assert exchanges(science) == [(asked, "A", "social science")]
+    assert exchanges(science) == [(prompt, "A", "social science")]
     (seed,) = converted("seedbench", tmp_path / "seed")
-    asked = f"How many towels?\nA. One\nB. Two\nC. Three\nD. Four{LETTER}"
-    assert exchanges(seed) == [(asked, "B", "Instances Counting")]
+    prompt = f"How many towels?\nA. One\nB. Two\nC. Three\nD. Four{LETTER}"
+    assert exchanges(seed) == [(prompt, "B", "Instances Counting")]
 
 
 def test_mmbench(tmp_path: Path) -> None:

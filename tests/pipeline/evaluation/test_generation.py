@@ -43,8 +43,8 @@ def test_answers_are_greedy_whatever_the_checkpoint_asks_for(setting: dict[str, 
     greedy = generate_tokens(model, inputs, 8)
     assert greedy[0].tolist() == first[:4] + [tiny.PAD] * 4
     model.generation_config.update(**setting)
-    told = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert told[:, inputs["input_ids"].shape[1] :].tolist() != greedy.tolist()
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert generated[:, inputs["input_ids"].shape[1] :].tolist() != greedy.tolist()
     assert torch.equal(generate_tokens(model, inputs, 8), greedy)
     assert model.generation_config.to_dict().items() >= setting.items()
 
@@ -86,7 +86,7 @@ FEW = {"rounds": 1, "decode_rounds": 1, "decode_tokens": 2}
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("llava", "internvl", "smolvlm")),
     ],
 )
-def test_costs_are_those_of_the_pictures_that_were_asked_about(name: str) -> None:
+def test_costs_are_those_of_the_evaluated_pictures(name: str) -> None:
     """To the byte, in every family: several pictures, of any size, as tiles, or none."""
     case = zoo.CASES[name]
     model = case.model("sdpa")

@@ -66,13 +66,13 @@ def test_vqa_normal_form(answer: str, other: str) -> None:
     assert text_vqa_accuracy(answer, "\n".join([other] * 10)) == 1
 
 
-def test_people_who_said_nothing_count() -> None:
+def test_people_without_an_answer_count() -> None:
     """3 of 10 say dog: 0.9, wherever the two empty answers stand; `benchmarks` writes them as a
     point, which says nothing either."""
-    said = ["dog"] * 3 + ["cat"] * 5
-    for people in (["."] * 2 + said, [*said, ".", "."]):
+    answers = ["dog"] * 3 + ["cat"] * 5
+    for people in (["."] * 2 + answers, [*answers, ".", "."]):
         assert vqa_accuracy("dog", "\n".join(people)) == pytest.approx(0.9)
-    assert vqa_accuracy("two", "\n".join(["two"] * 10)) == 1  # lmms-eval's way, also if all agree
+    assert vqa_accuracy("two", "\n".join(["two"] * 10)) == 1  # as in lmms-eval, also if all agree
 
 
 def test_vqa_normal_form_keeps_what_differs() -> None:
@@ -82,7 +82,7 @@ def test_vqa_normal_form_keeps_what_differs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "read"),
     [
         ("Yes", "yes"),
         ("No, there is none.", "no"),
@@ -92,17 +92,17 @@ def test_vqa_normal_form_keeps_what_differs() -> None:
         ("", "yes"),
     ],
 )
-def test_pope(answer: str, said: str) -> None:
-    assert pope_match(answer, said) == 1
-    assert pope_match(answer, {"yes": "no", "no": "yes"}[said]) == 0
+def test_pope(answer: str, read: str) -> None:
+    assert pope_match(answer, read) == 1
+    assert pope_match(answer, {"yes": "no", "no": "yes"}[read]) == 0
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "read"),
     [("Yes.", "yes"), ("n", "no"), ("No, it", "no"), ("It is", None), ("", None), ("Y", "yes")],
 )
-def test_mme(answer: str, said: str | None) -> None:
-    assert [mme_match(answer, true) for true in ("yes", "no")] == [said == "yes", said == "no"]
+def test_mme(answer: str, read: str | None) -> None:
+    assert [mme_match(answer, true) for true in ("yes", "no")] == [read == "yes", read == "no"]
 
 
 @pytest.mark.parametrize(
@@ -138,39 +138,39 @@ def plain(values: np.ndarray, chosen: np.ndarray) -> float:
 
 def test_pope_figures() -> None:
     """random: 2 hits, 1 false, 0 missed: F1 = 4/5. popular: 1 hit, 0 false, 1 missed: 2/3."""
-    asked = [question("p", "random", e) for e in ("yes", "yes", "no", "no")]
-    asked += [question("p", "popular", e) for e in ("yes", "yes", "no", "no")]
-    found = pope_figures(asked, np.array([1, 1, 0, 1, 1, 0, 1, 1]), plain)
+    entries = [question("p", "random", e) for e in ("yes", "yes", "no", "no")]
+    entries += [question("p", "popular", e) for e in ("yes", "yes", "no", "no")]
+    found = pope_figures(entries, np.array([1, 1, 0, 1, 1, 0, 1, 1]), plain)
     assert found == {"F1": pytest.approx((4 / 5 + 2 / 3) / 2), "answers yes": 4 / 8}
-    nothing = pope_figures(asked[2:4], np.ones(2), plain)
-    assert nothing == {"F1": 0, "answers yes": 0}, "neither said nor true anywhere"
+    nothing = pope_figures(entries[2:4], np.ones(2), plain)
+    assert nothing == {"F1": 0, "answers yes": 0}, "neither answered nor true anywhere"
 
 
 def test_mme_figures() -> None:
     """existence: 3 of 4 questions, 1 of 2 pictures: 75 + 50; count: 0; code: 100 + 100."""
-    asked = [question(p, "existence") for p in ("a", "a", "b", "b")]
-    asked += [question("a", "count")] * 2 + [question("a", "code_reasoning")] * 2
-    found = mme_figures(asked, np.array([1, 1, 1, 0, 0, 0, 1, 1]), plain)
+    entries = [question(p, "existence") for p in ("a", "a", "b", "b")]
+    entries += [question("a", "count")] * 2 + [question("a", "code_reasoning")] * 2
+    found = mme_figures(entries, np.array([1, 1, 1, 0, 0, 0, 1, 1]), plain)
     assert found == {"perception": 125.0, "cognition": 200.0}
 
 
 def test_a_question_counts_if_right_in_every_order() -> None:
-    asked = [question("1", "x"), question("2", "x"), question("1", "x")]
-    assert circular_figures(asked, np.array([1, 1, 0]), plain) == {"circular": 0.5}
+    entries = [question("1", "x"), question("2", "x"), question("1", "x")]
+    assert circular_figures(entries, np.array([1, 1, 0]), plain) == {"circular": 0.5}
 
 
 def test_figures_have_intervals_by_pictures() -> None:
     """Four pictures in draws: those that hold picture 2 twice as often count it twice."""
     pictures = [str(number % 4) for number in range(12)]
-    asked = [question(p, "random", "yes" if n < 6 else "no") for n, p in enumerate(pictures)]
+    entries = [question(p, "random", "yes" if n < 6 else "no") for n, p in enumerate(pictures)]
     scores = np.array([1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1])
-    draws = pope_figures(asked, scores, Bootstrap(pictures, seed=3).draws)["F1"]
+    draws = pope_figures(entries, scores, Bootstrap(pictures, seed=3).draws)["F1"]
     weights = np.random.default_rng(3).integers(4, size=(RESAMPLES, 4))
     again = []
     for drawn in weights[:50]:
         times = np.bincount(drawn, minlength=4)[[int(p) for p in pictures]]
         true = np.arange(12) < 6
-        said = true == (scores > 0)
-        hits, yes = (times * (said & true)).sum(), (times * said).sum() + (times * true).sum()
+        read = true == (scores > 0)
+        hits, yes = (times * (read & true)).sum(), (times * read).sum() + (times * true).sum()
         again.append(2 * hits / yes)
     assert draws.shape == (RESAMPLES,) and draws[:50] == pytest.approx(again)

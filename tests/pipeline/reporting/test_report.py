@@ -286,25 +286,25 @@ def test_one_checkpoint_at_several_budgets_is_one_curve(tmp_path: Path) -> None:
 
 def test_each_budget_is_in_the_remarks(tmp_path: Path) -> None:
     results = Results.read(write(elastic(), tmp_path) / "results.json")
-    (said,) = [line for line in remarks(results) if line.startswith("One checkpoint, 4 budgets")]
-    assert "dense (64.0 vision tokens) answers 92.9 %, 99.8 % of the control's; 29 (29.0" in said
-    assert said.index("29 (") < said.index("16 (") < said.index("8 (")
+    (text,) = [line for line in remarks(results) if line.startswith("One checkpoint, 4 budgets")]
+    assert "dense (64.0 vision tokens) answers 92.9 %, 99.8 % of the control's; 29 (29.0" in text
+    assert text.index("29 (") < text.index("16 (") < text.index("8 (")
     assert "the trained plan answers 81.5 %" in finding(results), "the heaviest"
 
 
 def test_remarks_are_honest(tmp_path: Path) -> None:
     data = made_up()
-    said = " ".join(remarks(Results.read(write(data, tmp_path) / "results.json")))
-    assert "27.1 points more than the untrained base under the same plan" in said
-    assert "the intervals are apart" in said
-    assert "1.49 times as fast as the control's." in said
+    text = " ".join(remarks(Results.read(write(data, tmp_path) / "results.json")))
+    assert "27.1 points more than the untrained base under the same plan" in text
+    assert "the intervals are apart" in text
+    assert "1.49 times as fast as the control's." in text
     for one in data["arms"]:
         one["accuracy"] = interval(0.31, 0.02)
         one["prefill_ms"] = {"median": 100, "low": 90, "high": 110}
-    said = " ".join(remarks(Results.read(write(data, tmp_path) / "results.json")))
-    assert "may not use the picture" in said
-    assert "0.0 points more" in said and "the intervals overlap" in said
-    assert "1.00 times as fast as the control's, but the quartiles overlap" in said
+    text = " ".join(remarks(Results.read(write(data, tmp_path) / "results.json")))
+    assert "may not use the picture" in text
+    assert "0.0 points more" in text and "the intervals overlap" in text
+    assert "1.00 times as fast as the control's, but the quartiles overlap" in text
 
 
 def test_strings_from_outside_are_escaped(tmp_path: Path) -> None:

@@ -30,17 +30,17 @@ def space_of(model: Any = LLAVA, **settings: Any) -> Space:
     return Space(Costs(model, config), config)
 
 
-@pytest.fixture(scope="module", name="held")
-def held_conversations(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", name="splits")
+def prepared_splits(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The splits of `search_data`: 24 training conversations, 6 + 6 of them held out."""
-    out = tmp_path_factory.mktemp("held") / "out"
+    out = tmp_path_factory.mktemp("splits") / "out"
     ctx = stage_context("search-data", out, {"data": (small.prepared, DATA)})
     search_data(ctx, SearchDataConfig(rows=6, confirm_rows=6))
     return out
 
 
-def job_of(small: Small, held: Path, folder: Path, **settings: Any) -> SearchJob:
-    ctx = stage_context("s", folder / "out", {"base": (small.base, {}), "data": (held, DATA)})
+def job_of(small: Small, splits: Path, folder: Path, **settings: Any) -> SearchJob:
+    ctx = stage_context("s", folder / "out", {"base": (small.base, {}), "data": (splits, DATA)})
     config = SearchConfig(average=32, tolerance=0.1, **settings)
     return SearchJob(
         search=config, train=TRAIN, curriculum=CurriculumConfig(stages=2),

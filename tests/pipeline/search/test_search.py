@@ -37,7 +37,7 @@ from pipeline.store import open_store
 from pipeline.store.local import LocalStore
 from pipeline.training.config import TrainConfig
 from tests.pipeline.contexts import stage_context
-from tests.pipeline.search.searches import DATA, LLAVA, TRAIN, held_conversations, job_of, space_of  # noqa: F401
+from tests.pipeline.search.searches import DATA, LLAVA, TRAIN, job_of, prepared_splits, space_of  # noqa: F401
 from tests.small import Small
 from workflows.demo.workflow import demo_paper as demo
 
@@ -364,8 +364,8 @@ def ids(folder: Path) -> list[str]:
     ]
 
 
-def test_conversations_are_held_out(small: Small, held: Path, tmp_path: Path) -> None:
-    parts = [ids(held / name) for name in ("train", "validation", "confirm")]
+def test_conversations_are_held_out(small: Small, splits: Path, tmp_path: Path) -> None:
+    parts = [ids(splits / name) for name in ("train", "validation", "confirm")]
     assert [len(part) for part in parts] == [12, 6, 6]
     assert sorted(itertools.chain(*parts)) == sorted(ids(small.prepared / "train"))
     ctx = stage_context("d", tmp_path / "out", {"data": (small.prepared, DATA)})
@@ -376,10 +376,12 @@ def test_conversations_are_held_out(small: Small, held: Path, tmp_path: Path) ->
 PLAN = "1:1/2,2:1/2"
 
 
-def test_a_trial_is_judged_by_the_models_own_loss(small: Small, held: Path, tmp_path: Path) -> None:
+def test_a_trial_is_judged_by_the_models_own_loss(
+    small: Small, splits: Path, tmp_path: Path
+) -> None:
     from pipeline.training.batches import COLUMNS, collate
 
-    bench = Bench(job_of(small, held, tmp_path, rungs=(2,), rows=6))
+    bench = Bench(job_of(small, splits, tmp_path, rungs=(2,), rows=6))
     rungs = list(bench.trial(0, PLAN))
     assert [rung.resource for rung in rungs] == [2, 6]
     assert rungs[0].confirm is None and rungs[1].confirm is not None
@@ -395,9 +397,9 @@ def test_a_trial_is_judged_by_the_models_own_loss(small: Small, held: Path, tmp_
     assert np.allclose(first.sums, rungs[1].judged.sums[:2])
 
 
-def test_trials_leave_the_base_as_it_was(small: Small, held: Path, tmp_path: Path) -> None:
+def test_trials_leave_the_base_as_it_was(small: Small, splits: Path, tmp_path: Path) -> None:
     """Whatever came before it on an actor, a trial gives the same."""
-    job = job_of(small, held, tmp_path, fidelity="lora", rungs=(1, 3))
+    job = job_of(small, splits, tmp_path, fidelity="lora", rungs=(1, 3))
     job = replace(job, train=TRAIN.model_copy(update={"tune": (r".*multi_modal_projector\..*",)}))
     bench = Bench(job)
     before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
@@ -414,33 +416,35 @@ def test_trials_leave_the_base_as_it_was(small: Small, held: Path, tmp_path: Pat
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_full_trial_trains_the_curriculum(small: Small, held: Path, tmp_path: Path) -> None:
-    job = job_of(small, held, tmp_path, fidelity="curriculum")
+def test_a_full_trial_trains_the_curriculum(small: Small, splits: Path, tmp_path: Path) -> None:
+    job = job_of(small, splits, tmp_path, fidelity="curriculum")
     parts = segments(job, "1:1/4")
     assert [part.plan for part in parts] == ["1:1/8", "1:1/4"]
     assert [it.resource for it in Bench(job).trial(0, "1:1/4")] == [3, 6]
     epochs = TrainConfig(steps=None, epochs=1.0)
     with pytest.raises(TrialRefused, match=r"set how many steps .* search.rungs=\[30,100\]"):
-        segments(replace(job_of(small, held, tmp_path / "b", fidelity="lora"), train=epochs), PLAN)
+        segments(
+            replace(job_of(small, splits, tmp_path / "b", fidelity="lora"), train=epochs), PLAN
+        )
 
 
-def test_accuracy_is_a_share_of_questions(small: Small, held: Path, tmp_path: Path) -> None:
-    bench = Bench(job_of(small, held, tmp_path, objective="accuracy", max_new_tokens=3))
+def test_accuracy_is_a_share_of_questions(small: Small, splits: Path, tmp_path: Path) -> None:
+    bench = Bench(job_of(small, splits, tmp_path, objective="accuracy", max_new_tokens=3))
     judged = bench.judge(PLAN, "validation")
     assert judged.weights.tolist() == [8.0] * 6
     assert 0 <= judged.value <= 1 and np.all(judged.sums <= 8)
 
 
-def test_prefill_is_measured_by_tokens(small: Small, held: Path, tmp_path: Path) -> None:
-    times = Bench(job_of(small, held, tmp_path)).prefill()
+def test_prefill_is_measured_by_tokens(small: Small, splits: Path, tmp_path: Path) -> None:
+    times = Bench(job_of(small, splits, tmp_path)).prefill()
     assert sorted(times) == [4, 8, 16, 32, 48, 64] and all(time > 0 for time in times.values())
 
 
 def test_a_trial_that_raises_is_recorded_and_no_other_ends(
-    small: Small, held: Path, tmp_path: Path
+    small: Small, splits: Path, tmp_path: Path
 ) -> None:
     """The actor's own steps, one after the other in this process."""
-    job = job_of(small, held, tmp_path, trials=9, startup=9, rungs=(2,), rows=6)
+    job = job_of(small, splits, tmp_path, trials=9, startup=9, rungs=(2,), rows=6)
     study, store, worker = study_of(job), open_store(job.storage), object.__new__(Worker)
     while (proposal := study.next()) is not None:
         tried = proposal._replace(plan="9:1/2") if proposal.number == 6 else proposal
@@ -471,22 +475,22 @@ on_ray = pytest.mark.usefixtures("ray_address")
 
 
 def stage_of(
-    small: Small, held: Path, folder: Path, config: SearchConfig, **run: Any
+    small: Small, splits: Path, folder: Path, config: SearchConfig, **run: Any
 ) -> tuple[Any, SearchStageConfig]:
     """A stage's context; every attempt in `folder` shares what trials left."""
     number = len(list(folder.glob("out-*"))) if folder.exists() else 0
-    inputs = {"base": (small.base, {}), "data": (held, DATA)}
+    inputs = {"base": (small.base, {}), "data": (splits, DATA)}
     ctx = stage_context("search", folder / f"out-{number}", inputs)
     ctx.run = replace(ctx.run, root=str(folder), **run)
     return ctx, SearchStageConfig(search=config, train=TRAIN)
 
 
 @on_ray
-def test_a_search_resumes_and_repeats_no_trial(small: Small, held: Path, tmp_path: Path) -> None:
+def test_a_search_resumes_and_repeats_no_trial(small: Small, splits: Path, tmp_path: Path) -> None:
     config = SearchConfig(
         average=32, tolerance=0.1, trials=10, startup=2, rows=6, confirm_rows=6, rungs=(2,)
     )
-    ctx, given = stage_of(small, held, tmp_path, config, num_workers=2)
+    ctx, given = stage_of(small, splits, tmp_path, config, num_workers=2)
     outputs = search(ctx, given)
     results = json.loads((ctx.out / "results.json").read_text())
     assert len(results["trials"]) == 10 and outputs["counts"]["failed"] == 0
@@ -506,7 +510,7 @@ def test_a_search_resumes_and_repeats_no_trial(small: Small, held: Path, tmp_pat
     kept = {key: store.read(key) for key in keys[:7]}
     for key in keys[7:]:
         store.delete(key)
-    again, given = stage_of(small, held, tmp_path, config, num_workers=1)
+    again, given = stage_of(small, splits, tmp_path, config, num_workers=1)
     more = search(again, given)
     assert {key: store.read(key) for key in kept} == kept
     assert len(json.loads((again.out / "results.json").read_text())["trials"]) == 10
@@ -514,11 +518,11 @@ def test_a_search_resumes_and_repeats_no_trial(small: Small, held: Path, tmp_pat
 
 
 @on_ray
-def test_trials_that_fail_are_told_and_all_of_them_end_the_stage(
-    small: Small, held: Path, tmp_path: Path
+def test_trials_that_fail_are_reported_and_all_of_them_end_the_stage(
+    small: Small, splits: Path, tmp_path: Path
 ) -> None:
     config = SearchConfig(average=32, tolerance=0.1, trials=3, fidelity="lora", rungs=(2,))
-    ctx, given = stage_of(small, held, tmp_path, config)
+    ctx, given = stage_of(small, splits, tmp_path, config)
     nowhere = TRAIN.model_copy(update={"tune": ("no.such.parameter",)})
     with pytest.raises(SearchFailed, match=r"none of 3 trials finished: .*match no parameter"):
         search(ctx, given.model_copy(update={"train": nowhere}))
@@ -535,31 +539,31 @@ def study_of(job: SearchJob) -> Study:
 
 @on_ray
 def test_a_trial_whose_worker_is_lost_begins_again(
-    small: Small, held: Path, tmp_path: Path
+    small: Small, splits: Path, tmp_path: Path
 ) -> None:
     """Killed, as a machine that runs out of memory does it; no trial fails."""
-    job = job_of(small, held, tmp_path, trials=6, startup=6, rows=6)
+    job = job_of(small, splits, tmp_path, trials=6, startup=6, rows=6)
     killed: list[str] = []
 
-    def told(trial: Trial) -> None:
+    def note(trial: Trial) -> None:
         if not killed:
             killed.append(trial.worker)
             os.kill(int(trial.worker.rpartition("/")[2]), signal.SIGKILL)
 
     study, store = study_of(job), open_store(job.storage)
-    run_trials(study, job, store, 1, told)
+    run_trials(study, job, store, 1, note)
     assert [trial.number for trial in study.trials] == list(range(6))
     assert {trial.state for trial in study.trials} == {"finished"}
     assert len({trial.worker for trial in study.trials}) == 2
     assert kept_trials(store) == study.trials
-    run_trials(study, job, store, 1, told)  # nothing is left
+    run_trials(study, job, store, 1, note)  # nothing is left
     assert len(study.trials) == 6
 
 
 @on_ray
 @pytest.mark.slow
 def test_a_trial_that_always_loses_its_worker_is_recorded(
-    small: Small, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Small, splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Deadly:
         @property
@@ -567,7 +571,7 @@ def test_a_trial_that_always_loses_its_worker_is_recorded(
             os._exit(1)
 
     monkeypatch.setattr(tuning, "MAX_LOST", 1)
-    job = job_of(small, held, tmp_path, trials=1, rows=6)
+    job = job_of(small, splits, tmp_path, trials=1, rows=6)
     study, store = study_of(job), open_store(job.storage)
     run_trials(study, replace(job, inputs={"base": Deadly()}), store, 1)
     assert [trial.state for trial in kept_trials(store)] == ["failed"]
@@ -576,7 +580,7 @@ def test_a_trial_that_always_loses_its_worker_is_recorded(
 
 @on_ray
 def test_a_trial_that_cannot_be_kept_ends_the_search(
-    small: Small, held: Path, tmp_path: Path
+    small: Small, splits: Path, tmp_path: Path
 ) -> None:
     """A store that refuses is nothing that the trial did."""
 
@@ -586,7 +590,7 @@ def test_a_trial_that_cannot_be_kept_ends_the_search(
                 raise OSError(28, "No space left on device")
             return super().create(key, data)
 
-    job = job_of(small, held, tmp_path, trials=4, startup=4, rows=6)
+    job = job_of(small, splits, tmp_path, trials=4, startup=4, rows=6)
     study, store = study_of(job), Full(Path(job.storage))
     with pytest.raises(OSError, match="No space left on device"):
         run_trials(study, job, store, 1)
@@ -596,16 +600,16 @@ def test_a_trial_that_cannot_be_kept_ends_the_search(
 @on_ray
 @pytest.mark.slow
 def test_a_trial_of_several_workers_is_a_ray_train_run(
-    small: Small, held: Path, tmp_path: Path
+    small: Small, splits: Path, tmp_path: Path
 ) -> None:
     """Its loss is that of one worker, up to the order of additions."""
     config = SearchConfig(
         average=32, tolerance=0.1, trials=1, fidelity="lora", rungs=(2, 3), workers_per_trial=2
     )
-    ctx, given = stage_of(small, held, tmp_path, config, gpus_per_worker=0)
+    ctx, given = stage_of(small, splits, tmp_path, config, gpus_per_worker=0)
     both = search(ctx, given)
     alone = config.model_copy(update={"workers_per_trial": 1})
-    other, given = stage_of(small, held, tmp_path / "one", alone)
+    other, given = stage_of(small, splits, tmp_path / "one", alone)
     one = search(other, given)
     assert both["plan"] == one["plan"]
     assert both["value"] == pytest.approx(one["value"], rel=1e-4)
@@ -615,11 +619,11 @@ def test_a_trial_of_several_workers_is_a_ray_train_run(
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"average": (20, 40)}, {"prefill_ms": (0.1, 1000.0)}])
 def test_fronts_are_found_with_trials_on_s3(
-    small: Small, held: Path, tmp_path: Path, s3_endpoint: str, budget: dict[str, Any]
+    small: Small, splits: Path, tmp_path: Path, s3_endpoint: str, budget: dict[str, Any]
 ) -> None:
     """Two objectives, with costs from the plan and from measured times."""
     config = SearchConfig(**budget, trials=9, startup=2, rows=6, confirm_rows=6, drops=(1, 2))
-    ctx, given = stage_of(small, held, tmp_path, config, num_workers=2)
+    ctx, given = stage_of(small, splits, tmp_path, config, num_workers=2)
     ctx.train_storage = ("s3://lab/search", tmp_path.name)
     outputs = search(ctx, given)
     results = json.loads((ctx.out / "results.json").read_text())
@@ -635,9 +639,9 @@ def test_fronts_are_found_with_trials_on_s3(
     assert (results["prefill_ms"] is not None) == ("prefill_ms" in budget)
 
 
-def test_inputs_of_a_trial_travel(small: Small, held: Path, tmp_path: Path) -> None:
+def test_inputs_of_a_trial_travel(small: Small, splits: Path, tmp_path: Path) -> None:
     import pickle
 
-    job = job_of(small, held, tmp_path)
+    job = job_of(small, splits, tmp_path)
     again = pickle.loads(pickle.dumps(job))
     assert isinstance(again.inputs["base"], Input) and again.search == job.search

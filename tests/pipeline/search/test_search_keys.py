@@ -17,7 +17,7 @@ from pipeline.search.study import Rung, Study, Trial
 from pipeline.search.trial import segments
 from pipeline.search.tuning import Worker
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
-from tests.pipeline.search.searches import held_conversations, job_of, space_of  # noqa: F401
+from tests.pipeline.search.searches import job_of, prepared_splits, space_of  # noqa: F401
 from tests.small import Small
 from workflows.commands.search import best_settings
 from workflows.demo.workflow import demo
@@ -150,10 +150,10 @@ def test_placements_and_keys_are_searched_together() -> None:
     assert all(dict(one.settings).keys() == RANGES.keys() for one in proposed)
 
 
-def test_settings_reach_the_training(small: Small, held: Path, tmp_path: Path) -> None:
+def test_settings_reach_the_training(small: Small, splits: Path, tmp_path: Path) -> None:
     over = {"lora.rank": "2,4", "distill.weight": "0..1"}
     own = SearchConfig(plan="1:1/2", fidelity="lora", rungs=(2, 3), over=over)
-    job = replace(job_of(small, held, tmp_path), search=own)
+    job = replace(job_of(small, splits, tmp_path), search=own)
     settings = (("train.lora.rank", 2), ("train.distill.weight", 0.5))
     parts = segments(job, "1:1/2", settings)
     assert [part.lora.rank for part in parts if part.lora] == [2, 2]

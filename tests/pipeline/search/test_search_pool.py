@@ -54,7 +54,7 @@ def test_placements_with_whole_tiles_come_first() -> None:
     assert sorted(runs.stages) == sorted(found.stages)
 
 
-def test_what_cannot_be_is_refused_with_the_way_out() -> None:
+def test_what_cannot_be_is_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match="leave grid out"):
         SearchConfig(average=128, pool="tiles", anchors=("grid",))
     with pytest.raises(PlanError, match=r"exit_layer = 32, but the decoder has layers 0\.\.31"):

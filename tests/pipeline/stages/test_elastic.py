@@ -133,7 +133,7 @@ def test_the_export_lists_every_budget_with_its_scores(elastic: Elastic) -> None
     assert "It has `28`, `13` (the default), `5` and `dense`." in card
     assert 'adsc.from_pretrained("FOLDER", plan="28")' in card
     tags = version(elastic).tags
-    said = version(elastic).description
+    description = version(elastic).description
     for name in BUDGETS:
         own, arm = measured["budgets"][name], arms[f"elastic_{name}"]
         assert arm.retention is not None
@@ -147,7 +147,7 @@ def test_the_export_lists_every_budget_with_its_scores(elastic: Elastic) -> None
         shares = (arm.accuracy.mean, arm.retention, own["flops_of_control"])
         cells = [name, f"`{arm.plan or 'none'}`", f"{arm.average_vision_tokens:.1f}"]
         cells += [f"{100 * share:.1f} %" for share in shares]
-        assert f"| {' | '.join(cells)} |" in said
+        assert f"| {' | '.join(cells)} |" in description
     assert tags["adsc.plan"] == PLANS[DEFAULT]
 
 

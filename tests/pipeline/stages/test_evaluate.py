@@ -265,7 +265,7 @@ def test_arms_that_make_no_table_are_refused(arms: list[dict[str, Any]], says: s
         EvaluateConfig(arms=tuple(ArmConfig(label="x", checkpoint="base", **arm) for arm in arms))
 
 
-def test_a_plan_that_drops_nothing_is_said() -> None:
+def test_a_plan_that_drops_nothing_is_reported() -> None:
     with pytest.raises(MethodError, match="'plan:' drops nothing: write dense"):
         parse_method("plan:")
 
@@ -368,8 +368,10 @@ def test_a_question_has_its_own_pictures(small: Small, tmp_path: Path) -> None:
     rows = pq.read_table(small.prepared / "test").to_pylist()[:3]
     a, b, c = (row["pictures"][0] for row in rows)
 
-    def talk(*asked: str) -> str:
-        return json.dumps([turn for text in asked for turn in (("human", text), ("gpt", "bag"))])
+    def talk(*questions: str) -> str:
+        return json.dumps(
+            [turn for text in questions for turn in (("human", text), ("gpt", "bag"))]
+        )
 
     rows[0] |= {"pictures": [a, b], "turns": talk("A <image> or B <image>?", "and both?")}
     rows[1] |= {"pictures": [c], "turns": talk("hello", "<image>\nwhat?", "and now?")}
@@ -378,12 +380,12 @@ def test_a_question_has_its_own_pictures(small: Small, tmp_path: Path) -> None:
         row |= {"kinds": [], "id": "same"}
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "0.parquet")
     questions = Questions(tmp_path)
-    asked = questions.load(range(len(questions)))
-    assert [question.pictures for question in asked] == [
+    loaded = questions.load(range(len(questions)))
+    assert [question.pictures for question in loaded] == [
         (a, b), (a, b), (), (c,), (c,), (a,), (c,),
     ]  # fmt: skip
     processor = AutoProcessor.from_pretrained(small.base)
-    assert [render_prompt(question, processor) for question in asked] == [
+    assert [render_prompt(question, processor) for question in loaded] == [
         "USER: A <image>\n or B <image>\n? ASSISTANT:",
         "USER: <image>\n<image>\nand both? ASSISTANT:",
         "USER: hello ASSISTANT:",
@@ -396,7 +398,7 @@ def test_a_question_has_its_own_pictures(small: Small, tmp_path: Path) -> None:
     assert [scenes.index(scene) for scene in scenes] == [0, 0, 2, 3, 3, 5, 3]
 
 
-def test_records_without_kinds_or_pictures_are_asked_too(small: Small, tmp_path: Path) -> None:
+def test_records_without_kinds_or_pictures_are_evaluated_too(small: Small, tmp_path: Path) -> None:
     """LLaVA-665K names no kinds of question, and holds conversations about no picture."""
     rows = pq.read_table(small.prepared / "test").to_pylist()[:2]
     for row in rows:

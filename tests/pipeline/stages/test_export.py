@@ -52,9 +52,9 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(processor, TINY, seed=0).eval()
     adsc.attach(model, PLAN)
     picture = Image.linear_gradient("L").resize((48, 48)).convert("RGB")
-    asked = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    content = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
     prompt = processor.apply_chat_template(
-        [{"role": "user", "content": asked}],
+        [{"role": "user", "content": content}],
         add_generation_prompt=True,  # type: ignore[arg-type]
     )
     probe = dict(processor(text=[prompt], images=[picture], return_tensors="pt"))
@@ -230,8 +230,8 @@ def test_the_command_checks_a_copy(copy: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["worst_difference"] == 0
     damage(copy, "altered")
     assert main([str(copy)]) == 1
-    said = capsys.readouterr()
-    assert "was altered" in said.err and said.out == ""
+    printed = capsys.readouterr()
+    assert "was altered" in printed.err and printed.out == ""
 
 
 def changed(merged: Path, place: Path) -> Path:
@@ -446,8 +446,8 @@ def test_an_alias_moves_only_through_the_gates(
     for name, value in (("retention_low", "0.93"), ("flops_of_control", "0.66")):
         client.set_model_version_tag("tiny", version.version, f"adsc.{name}", value)
     assert promote(exported, "--min-retention", "0.95", "--max-cost", "0.7") == 1
-    said = capsys.readouterr().out
-    assert "refused: champion stays with version none" in said and champion() is None
+    printed = capsys.readouterr().out
+    assert "refused: champion stays with version none" in printed and champion() is None
     assert promote(exported, "--min-retention", "0.9", "--max-cost", "0.6") == 1
     assert promote(exported, "--min-retention", "0.9", "--max-cost", "0.7", "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["refused"] == []
@@ -510,7 +510,7 @@ def test_any_saved_model_can_be_exported(
     assert not list((tmp_path / "copy").glob(".*"))
 
 
-def test_the_stage_publishes_where_it_is_told(
+def test_the_stage_publishes_to_the_address_in_its_config(
     merged: Path, s3_endpoint: str, tmp_path: Path
 ) -> None:
     address = f"s3://lab/{uuid.uuid4().hex}"

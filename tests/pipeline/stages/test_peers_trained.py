@@ -1,4 +1,4 @@
-"""Peers through the pipeline: trained by the loop of plans, merged, asked; their options kept."""
+"""Peers through the pipeline: trained, merged and evaluated with their options."""
 
 import itertools
 from pathlib import Path
@@ -44,7 +44,7 @@ def folders(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return made
 
 
-def test_peers_train_each_in_its_own_way(folders: dict[str, Path]) -> None:
+def test_each_peer_trains_with_its_own_choice(folders: dict[str, Path]) -> None:
     adapters = [trained(folder) for folder in folders.values()]
     assert all(worst_difference(a, b) > 0 for a, b in itertools.pairwise(adapters))
 

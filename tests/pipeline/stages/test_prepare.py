@@ -1,4 +1,4 @@
-"""The prepare stage on real pictures and on broken ones; Ray Data is the real one."""
+"""The prepare stage on real pictures and on broken ones; Ray is the real one."""
 
 import hashlib
 import json
@@ -326,8 +326,8 @@ def test_buckets_tar_files_and_web_servers_give_the_same_shards(
     ):
         inputs = {"data": (tmp_path / "data", {}), "base": (small.base, {})}
         ctx = stage_context("prepare", tmp_path / str(number), inputs)
-        told = {"images": images, "max_quarantined": 0.1, "splits": {"train": place}}
-        assert prepare(ctx, CONFIG.model_copy(update=told))["quarantined"] == {
+        changes = {"images": images, "max_quarantined": 0.1, "splits": {"train": place}}
+        assert prepare(ctx, CONFIG.model_copy(update=changes))["quarantined"] == {
             "missing_picture": 1,
             "path": 1,
         }

@@ -150,7 +150,7 @@ def test_mlflows_database_is_where_its_address_says_or_is_refused() -> None:
         ("~nosuchuserhere/x", "the home folder is unknown"),
     ],
 )
-def test_what_names_no_place_is_refused_with_the_way_out(address: str, says: str) -> None:
+def test_what_names_no_place_is_refused_with_what_to_do(address: str, says: str) -> None:
     with pytest.raises(StoreError) as caught:
         open_store(address)
     assert says in str(caught.value)

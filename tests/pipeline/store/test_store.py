@@ -124,15 +124,15 @@ def test_the_servers_checksum_spares_the_reading_back(
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "weights.bin").write_bytes(os.urandom(size))
     store = open_store(f"s3://lab/{uuid.uuid4().hex}")
-    asked: list[str] = []
+    requests: list[str] = []
     call = type(store)._call
     monkeypatch.setattr(
         type(store),
         "_call",
-        lambda self, name, *a, **k: asked.append(name) or call(self, name, *a, **k),
+        lambda self, name, *a, **k: requests.append(name) or call(self, name, *a, **k),
     )
     store.upload(tmp_path / "source", "a")
-    assert asked == ["upload_file", "head_object"]
+    assert requests == ["upload_file", "head_object"]
 
 
 def test_nothing_to_download(store: Store, tmp_path: Path) -> None:

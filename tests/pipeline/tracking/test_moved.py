@@ -22,9 +22,9 @@ from pipeline.tracking import tracker as tracking
 from pipeline.tracking.spool import Journal
 
 
-def track(root: Path, text: str, said: list[str]) -> tuple[str, str]:
+def track(root: Path, text: str, messages: list[str]) -> tuple[str, str]:
     """A run with an artifact, tracked as a driver does for a store in `root`: address and id."""
-    uri = tracking.prepare(tracking.default_uri(root), "adsc", report=said.append)
+    uri = tracking.prepare(tracking.default_uri(root), "adsc", report=messages.append)
     (root / f"{text}.txt").write_text(text)
     tags = {"adsc.record": str(root / "train-0123" / "record.json")}
     with tracking.stage_run(uri, "adsc", None, "train", tags, root / "tracking") as tracker:
@@ -40,17 +40,17 @@ def artifacts(uri: str, run: str) -> list[str]:
 @pytest.mark.parametrize("how", ["moved", "copied"])
 @pytest.mark.parametrize("name", ["new", "new place#1"])
 def test_artifacts_follow_the_store(how: str, name: str, tmp_path: Path) -> None:
-    old, new, said = tmp_path / "old", tmp_path / name, list[str]()
+    old, new, messages = tmp_path / "old", tmp_path / name, list[str]()
     old.mkdir()
-    _, first = track(old, "first", said)
-    assert said == []
+    _, first = track(old, "first", messages)
+    assert messages == []
     limit = time.monotonic() + 120
     while list(old.glob("tracking/*")) and time.monotonic() < limit:
         time.sleep(0.1)  # the journal's thread still clears up
     before = sorted(old.rglob("*"))
     shutil.move(old, new) if how == "moved" else shutil.copytree(old, new)
-    uri, second = track(new, "second", said)
-    assert said == [
+    uri, second = track(new, "second", messages)
+    assert messages == [
         f"MLflow's database was at {old} before and is at {new} now: its runs, models and "
         "artifacts were pointed to the new place"
     ]
@@ -62,18 +62,18 @@ def test_artifacts_follow_the_store(how: str, name: str, tmp_path: Path) -> None
         assert not old.exists()
     else:
         assert sorted(old.rglob("*")) == before
-    said.clear()
-    track(new, "third", said)
-    assert said == []
+    messages.clear()
+    track(new, "third", messages)
+    assert messages == []
 
 
 def test_a_link_to_the_store_is_no_move(tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     (tmp_path / "store").mkdir()
-    track(tmp_path / "store", "first", said)
+    track(tmp_path / "store", "first", messages)
     (tmp_path / "link").symlink_to("store")
-    track(tmp_path / "link", "second", said)
-    assert said == []
+    track(tmp_path / "link", "second", messages)
+    assert messages == []
 
 
 def test_places_that_a_person_chose_are_left_alone(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_a_file_that_is_no_database_is_left_to_mlflow(tmp_path: Path) -> None:
 
 
 def test_a_journal_that_moved_with_its_store_is_sent_to_the_new_place(tmp_path: Path) -> None:
-    old, new, said = tmp_path / "old", tmp_path / "new", list[str]()
+    old, new, messages = tmp_path / "old", tmp_path / "new", list[str]()
     old.mkdir()
-    uri, run = track(old, "first", said)
+    uri, run = track(old, "first", messages)
     (old / "late.txt").write_text("late")
     header = {"uri": uri, "experiment": "adsc", "run_id": run, "token": "", "owner": False}
     journal = Journal.create(old / "tracking", header)
@@ -106,11 +106,11 @@ def test_a_journal_that_moved_with_its_store_is_sent_to_the_new_place(tmp_path: 
         "tracker.prepare(sys.argv[1], 'adsc'); print(tracker.reconcile(Path(sys.argv[2]), ''))"
     )
     now = tracking.default_uri(new)
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code, now, str(new / "tracking")],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    assert told == "MLflow: 1 items of earlier processes sent\n"
+    assert output == "MLflow: 1 items of earlier processes sent\n"
     assert artifacts(now, run) == ["first.txt", "late.txt"]
     assert not old.exists()
 

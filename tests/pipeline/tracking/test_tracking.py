@@ -234,7 +234,7 @@ def test_two_drivers_may_prepare_one_database_at_once(tmp_path: Path) -> None:
     assert [racer.wait(60) for racer in racers] == [0, 0]
 
 
-def test_a_broken_database_fails_nothing_and_is_said_once(tmp_path: Path) -> None:
+def test_a_broken_database_fails_nothing_and_is_reported_once(tmp_path: Path) -> None:
     address = tracking.prepare(tracking.default_uri(tmp_path), EXPERIMENT)
     with tracking.stage_run(address, EXPERIMENT, None, "train", {}, tmp_path / "spool") as tracker:
         Path(address.removeprefix("sqlite:///")).write_bytes(b"not a database")
@@ -364,7 +364,7 @@ def losses(uri: str, run_id: str | None) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in MlflowClient(uri).get_metric_history(run_id, "loss")]
 
 
-def test_a_server_killed_in_mid_run_is_told_everything_later(
+def test_a_server_killed_in_mid_run_gets_everything_later(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
@@ -393,12 +393,12 @@ def test_a_server_killed_in_mid_run_is_told_everything_later(
         *((step, 1 / (1 + step)) for step in range(1001)),
         (1001, 0.0),
     ]
-    said = run.data.tags["adsc.tracking_problems"]
+    problems = run.data.tags["adsc.tracking_problems"]
     # 1000 metrics, artifact and tag; perhaps samples of the machine's load.
     expected = r"MLflow was unavailable for \d+ s; (10\d\d) items spooled, \1 sent later$"
-    assert re.search(expected, said), said
+    assert re.search(expected, problems), problems
     ours = [record for record in caplog.records if record.name == "pipeline.tracking.tracker"]
-    assert len(ours) == 2  # that it is away, and the sum at the end
+    assert len(ours) == 2  # that it is unavailable, and the sum at the end
     assert run.data.tags["after"] == "the kill"
     assert [a.path for a in MlflowClient(server.uri).list_artifacts(run.info.run_id)] == ["a.txt"]
     assert not list(spool.iterdir())
@@ -430,8 +430,8 @@ def test_runs_begun_and_ended_while_the_server_is_dead(server: Server, tmp_path:
     # Its own threads try again as well: whoever comes first.
     deadline = time.monotonic() + 60
     while list(spool.glob("*.jsonl")):
-        told = tracking.reconcile(spool, server.uri)
-        assert time.monotonic() < deadline, told
+        outcome = tracking.reconcile(spool, server.uri)
+        assert time.monotonic() < deadline, outcome
         time.sleep(0.5)
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -447,7 +447,7 @@ def test_runs_begun_and_ended_while_the_server_is_dead(server: Server, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_server_that_hangs_holds_nobody_up(
+def test_a_server_that_hangs_delays_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")

@@ -99,14 +99,14 @@ def test_an_epoch_reads_each_group_once_and_holds_few(many: Path) -> None:
     whole = sum(group.bytes for group in PreparedData(many).groups)
     data = PreparedData(many, cache_bytes=whole // 4)
     order = Shuffle(data.groups, seed=0, window_bytes=whole // 8)
-    held = []
+    cached = []
     for step in range(2560 // 32):
         rows = order.rows(np.arange(32 * step, 32 * step + 32))
         found = data.rows(rows, ["id", "input_ids"])
         assert [row["input_ids"][0] * 128 + row["input_ids"][1] for row in found] == rows.tolist()
-        held.append(sum(table.nbytes for table in data._cache.values()))
+        cached.append(sum(table.nbytes for table in data._cache.values()))
     assert data.bytes_read == whole
-    assert max(held) < whole // 2  # token ids take more room in memory than encoded
+    assert max(cached) < whole // 2  # token ids take more room in memory than encoded
     # Rows drawn from everywhere would read each group again and again.
     scattered = PreparedData(many, cache_bytes=whole // 4)
     for step in range(10):

@@ -49,7 +49,7 @@ def test_a_checkpoint_is_whole_and_has_no_pickle(small: Small, tmp_path: Path) -
 
 
 class SlowDisk(FolderContext):
-    """Holds every write back until it is told to go on."""
+    """Holds every write back until it is released."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -66,11 +66,11 @@ class SlowDisk(FolderContext):
     ) -> None:
         assert write is not None
 
-        def held(folder: Path) -> None:
+        def delayed(folder: Path) -> None:
             assert self.go_on.wait(60)
             write(folder)
 
-        super().report(step, metrics, held, wait)
+        super().report(step, metrics, delayed, wait)
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self.logged.append(step)
@@ -104,7 +104,7 @@ def test_what_a_dead_process_left_half_written_is_passed_over(small: Small, tmp_
 
 
 class Told(Plain):
-    """Is told to leave while it takes its third step."""
+    """Gets the signal to leave while it takes its third step."""
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         super().log(step, steps, metrics)

@@ -180,7 +180,7 @@ def test_what_was_taught_before_counts_as_what_is_taught_now(small: Small, teach
 
 
 def kept_bytes(objective: Objective, micro: dict[str, torch.Tensor], supervised: int) -> int:
-    """Bytes that autograd keeps for the way back."""
+    """Bytes that autograd keeps for the backward pass."""
     saved: dict[int, int] = {}
     alive = []
 

@@ -30,7 +30,7 @@ def test_a_thread_works_ahead_and_stops_with_its_reader() -> None:
 
     stream = from_thread(load, range(100), ahead=2)
     assert next(stream) == 0
-    assert third.wait(10)  # before anybody asked for it
+    assert third.wait(10)  # before it was requested
     stream.close()
     assert made == [0, 1, 2]
     assert list(from_thread(load, range(3, 6))) == [30, 40, 50]

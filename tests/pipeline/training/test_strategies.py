@@ -130,7 +130,7 @@ def test_ddp_and_all_stages_of_zero_are_one_run(small: Small, tmp_path: Path, al
 def test_a_checkpoint_of_zero_3_on_two_workers_goes_on_with_ddp_on_one(
     small: Small, tmp_path: Path, alone: Path
 ) -> None:
-    """And the other way round, in one process: what a checkpoint holds names no strategy."""
+    """And the reverse, in one process: what a checkpoint holds names no strategy."""
     for number, strategy in enumerate(("zero3", "ddp", "zero2")):
         config = EXACT.model_copy(update={"strategy": strategy})
         context = Plain(tmp_path, die_at=2 * number + 2 if number < 2 else 0)
@@ -201,7 +201,7 @@ def terminated(command: list[str], ready: Callable[[], bool], log: Path) -> int:
             process.kill()
 
 
-def test_deepspeed_is_told_what_the_config_says() -> None:
+def test_deepspeed_gets_what_the_config_says() -> None:
     config = TrainConfig(
         strategy="zero3", offload=OffloadSettings(optimizer="cpu", parameters="/nvme"), clip=0.5
     )

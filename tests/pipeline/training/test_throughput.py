@@ -23,7 +23,7 @@ PLAN = "3:1/2,6:1/4"
 
 def trained(tune: str = "") -> torch.nn.Module:
     model = build(CONFIG, CPU, torch.float32)
-    # Other kernels compute the scores again on the way back, which torch counts and we do not.
+    # Other kernels compute the scores again in the backward pass, which torch counts and we do not.
     model.set_attn_implementation("eager")
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=DECODER_LINEARS)
     made = get_peft_model(model, lora).train()
@@ -112,7 +112,7 @@ def step_batch(rows: list[RowShape], padding: int) -> StepBatch:
     )  # fmt: skip
 
 
-def test_rates_are_of_the_steps_since_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_of_the_steps_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("pipeline.training.throughput.time.monotonic", lambda: now)
     plan = adsc.PruningPlan.parse(PLAN)

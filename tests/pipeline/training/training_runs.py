@@ -42,7 +42,7 @@ class Plain(FolderContext):
     ) -> None:
         super().report(step, metrics, write, wait=True)
         if step == self.die_at:
-            raise InterruptedError("the machine is taken away")
+            raise InterruptedError("the machine is removed")
 
     def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self.losses[step] = metrics["loss"]

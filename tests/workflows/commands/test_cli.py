@@ -56,11 +56,11 @@ def test_every_workflow_passes_a_dry_run(
 def test_all_unknown_keys_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["run", "demo", "--set", "train.learning_rat=1", "--set", "curriculum.ordr=x",
                  "--set", "train.steps=none"])  # fmt: skip
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert code == 2
-    assert "did you mean train.learning_rate?" in said
-    assert "did you mean curriculum.order?" in said
-    assert "train.steps" in said
+    assert "did you mean train.learning_rate?" in printed
+    assert "did you mean curriculum.order?" in printed
+    assert "train.steps" in printed
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_errors_are_one_sentence(
 ) -> None:
     root = [] if arguments[0] == "chat" else ["--root", str(tmp_path)]
     assert main([*arguments, *root]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_options_may_stand_anywhere(
     assert "demo has no stage 'train-9'" in capsys.readouterr().err
 
 
-def test_an_unwritable_store_is_said_at_once(
+def test_an_unwritable_store_is_reported_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -111,7 +111,7 @@ def test_an_unwritable_store_is_said_at_once(
     assert str(tmp_path / "file" / "store") in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_said_at_once(
+def test_a_port_in_use_is_reported_at_once(
     tmp_path: Path,
 ) -> None:
     with socket.socket() as taken:

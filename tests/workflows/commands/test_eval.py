@@ -71,7 +71,7 @@ def test_out_holds_results_samples_and_report(evaluated: Path) -> None:
 def test_json_of_prepared_data_is_what_the_task_file_gave(
     small: Small, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same questions by another way in; and `own` is the plan in the checkpoint's config."""
+    """The same questions from another source; and `own` is the plan in the checkpoint's config."""
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(small.base, checkpoint)
     adsc.attach(adsc.from_pretrained(small.base), PLAN).save_pretrained(checkpoint)
@@ -137,12 +137,12 @@ def test_vllm_is_refused_what_it_cannot_run(
     assert main([*words, "dense"]) == 2
     assert f"{VARIABLE} names {tmp_path / 'python'}" in capsys.readouterr().err
     monkeypatch.setenv(VARIABLE, sys.executable)
-    for method, words_said in (
+    for method, complaint in (
         ("fastv:40", "vLLM runs pruning plans and dense models only"),
         ("plan:1:1/2;positions=reindex", "positions=keep"),
     ):
         assert main([*words, method]) == 2
-        assert words_said in capsys.readouterr().err
+        assert complaint in capsys.readouterr().err
 
 
 def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_task_files_may_repeat_and_share_questions(small: Small, tmp_path: Path)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["num_questions"] == 2 * 8 + 2 * 8
     answers = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
-    asked = Counter((row["split"], row["record"]) for row in answers)
-    assert asked == {("random", first["id"]): 16} | {
+    counts = Counter((row["split"], row["record"]) for row in answers)
+    assert counts == {("random", first["id"]): 16} | {
         ("popular", record["id"]): 8 for record in (first, second)
     }
     by_task = {
@@ -353,14 +353,14 @@ def arms_of(checkpoint: str, methods: list[str] | None) -> list[tuple[str, str, 
     return [(arm.name, arm.plan, arm.budget, arm.curve) for arm in config.arms]
 
 
-def test_an_elastic_checkpoint_is_asked_with_every_plan_and_dense(elastic: str) -> None:
+def test_an_elastic_checkpoint_is_evaluated_with_every_plan_and_dense(elastic: str) -> None:
     curve = "small-elastic"
     dense = ("dense", "", "dense", curve)
     named = [(f"own-{name}", plan, name, curve) for name, plan in NAMED.items()]
     assert arms_of(elastic, None) == [dense, *named]
     assert arms_of(elastic, ["own:9", "dense"]) == [named[1], dense]
     assert arms_of(elastic, ["own:9", "plan:1:1/2"]) == [named[1], ("plan-1-1-2", "1:1/2", "", "")]
-    # Its own plan is the default, as of any checkpoint; and no curve where no name is asked for.
+    # Its own plan is the default, as of any checkpoint; and no curve where no name is given.
     assert arms_of(elastic, ["own", "dense"]) == [
         ("plan-1-1-2-2-1-4", PLAN, "", ""),
         ("dense",) + 3 * ("",),
@@ -423,13 +423,13 @@ def test_own_of_a_hub_id_without_a_readable_config_is_refused(hub: Path) -> None
         hub_arms("dense", "fatsv:22")
 
 
-def test_nobody_is_asked_whether_a_checkpoint_may_run_code(
+def test_no_prompt_offers_to_run_a_checkpoints_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers would ask where a known config names a module for a model that it lacks."""
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
+    prompts: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: prompts.append(text) or "n")
     config = {"model_type": "llama", "auto_map": {"AutoModelForImageTextToText": "evil.Evil"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     evaluation_stages(str(tmp_path), ["dense"], data=prepared())
-    assert not asked
+    assert not prompts

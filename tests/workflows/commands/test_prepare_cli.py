@@ -50,18 +50,18 @@ def test_good_and_bad_records(small: Small, tmp_path: Path, capsys: Captured) ->
     out = tmp_path / "new" / "out"
     command = ["prepare", str(path), *options, "--json", "--out", str(out)]
     assert main([*command, "--max-quarantined", "0.5"]) == 2  # five of nine
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     reasons = {"duplicate": 1, "malformed": 1, "missing_picture": 1, "path": 1, "roles": 1}
     expected = {"in": 9, "out": 4, "quarantined": reasons}
-    assert json.loads(said.out.splitlines()[-1]) == expected
+    assert json.loads(printed.out.splitlines()[-1]) == expected
     kept = tmp_path / "new" / "out.quarantine.jsonl"
-    assert "5 of 9 records are quarantined" in said.err and str(kept) in said.err
+    assert "5 of 9 records are quarantined" in printed.err and str(kept) in printed.err
     assert len(kept.read_text().splitlines()) == 5
     assert [entry.name for entry in out.parent.iterdir()] == [kept.name]
 
     assert main([*command, "--max-quarantined", "0.6"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out.splitlines()[-1]) == expected
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == expected
     assert sorted(entry.name for entry in out.iterdir()) == [
         "00000.parquet",
         "manifest.json",

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.usefixtures("ray_address")
 
 def test_dry_run_lists_the_space_and_the_first_trials(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "demo", "--average", "22", "--dry-run", "--trials", "7"]) == 0
-    said = capsys.readouterr().out
-    assert "345 plans (115 placements, anchors last, first, center)" in said
-    lines = [line.split() for line in said.splitlines() if line.strip()]
+    printed = capsys.readouterr().out
+    assert "345 plans (115 placements, anchors last, first, center)" in printed
+    lines = [line.split() for line in printed.splitlines() if line.strip()]
     table = lines[lines.index(["trial", "from", "plan", "average", "GFLOPs", "KV", "MiB"]) + 1 :]
     assert [row[1] for row in table] == [
         "thirds", "pyramiddrop", "early", "middle", "late", "random", "random",
@@ -29,8 +29,8 @@ def test_dry_run_lists_the_space_and_the_first_trials(capsys: pytest.CaptureFixt
 def test_a_run_with_a_found_plan_has_a_forecast(capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["--set=plan=search", "--set=search.average=192"]
     assert main(["run", "llava15_7b", "--dry-run", "--workers", "8", *changes]) == 0
-    said = capsys.readouterr().out
-    assert "plan = search: costs and training are shown for" in said and "GPU-hours" in said
+    printed = capsys.readouterr().out
+    assert "plan = search: costs and training are shown for" in printed and "GPU-hours" in printed
 
 
 @pytest.mark.parametrize(

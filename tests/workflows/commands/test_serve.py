@@ -61,11 +61,11 @@ def test_what_is_not_ours_is_handed_to_vllm_in_order() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_it_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "anything"]) == 1
-    said = capsys.readouterr().err
-    assert "make vllm" in said and ".venv-vllm/bin/adsc serve CHECKPOINT" in said
+    printed = capsys.readouterr().err
+    assert "make vllm" in printed and ".venv-vllm/bin/adsc serve CHECKPOINT" in printed
 
 
-def test_plan_and_costs_are_told(checkpoint: Path) -> None:
+def test_plan_and_costs_are_printed(checkpoint: Path) -> None:
     lines = serving.described(str(checkpoint), None)
     assert "plan 1:1/4;pool=tiles, 22.0 of 64 vision tokens" in lines[0]
     assert "% less than dense" in lines[1] and "MiB of KV" in lines[1]
@@ -119,7 +119,9 @@ def test_an_address_is_fetched_once_and_verified(
         serving.fetched(options(address, "--expect", "0" * 64))
 
 
-def test_a_server_that_fails_is_told_by_its_last_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_fails_is_reported_by_its_last_error(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     fails = "raise ValueError('No available memory for the cache blocks.')"
     with pytest.raises(serving.ServingError, match=r"ended with 1: ValueError: No available mem"):
         serving.run([sys.executable, "-c", fails])

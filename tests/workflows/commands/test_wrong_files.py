@@ -159,7 +159,7 @@ def test_original_checkpoints_are_known_by_their_hub_ids(tmp_path: Path, capsys:
     assert original_layout({"model_type": "llava_next", "architectures": ["LlavaNext"]}) is None
 
 
-def test_a_flat_folder_of_prepared_data_is_asked_whole(small: Small, tmp_path: Path) -> None:
+def test_a_flat_folder_of_prepared_data_is_evaluated_whole(small: Small, tmp_path: Path) -> None:
     """As `adsc prepare` writes it: shards in the folder itself."""
     flat = tmp_path / "flat"
     shutil.copytree(small.prepared / "test", flat)
@@ -232,9 +232,9 @@ def test_eval_advises_no_option_that_it_lacks(
 ) -> None:
     command = ["eval", str(small.base), "--tasks", questions, "--methods", "dense"]
     assert main([*command, "--root", str(tmp_path / "runs")]) != 0
-    said = capsys.readouterr()
-    assert "fix the task files" in said.err + said.out
-    assert "max_quarantined" not in said.err + said.out
+    printed = capsys.readouterr()
+    assert "fix the task files" in printed.err + printed.out
+    assert "max_quarantined" not in printed.err + printed.out
 
 
 def test_a_linked_folder_of_pictures_is_named_with_the_link(tmp_path: Path) -> None:

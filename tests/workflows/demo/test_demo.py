@@ -104,10 +104,10 @@ def test_the_table_shows_every_arm_and_what_to_type_next(
     undisturbed: Path, small: Small, capsys: Captured
 ) -> None:
     assert main(words("run", undisturbed, small.base, f"--set={ONE_STAGE}")) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in ("dense_lora", "plan_untrained", "plan_trained", "majority answer", "adsc chat"):
-        assert word in said
-    assert said.count("cached") >= 10 and "to run" not in said
+        assert word in printed
+    assert printed.count("cached") >= 10 and "to run" not in printed
 
 
 def test_ls_and_show_find_what_was_made(undisturbed: Path, small: Small, capsys: Captured) -> None:

@@ -51,7 +51,7 @@ def test_one_training_gives_a_checkpoint_for_every_budget(found: dict[str, Recor
     assert str(adsc.plan_of(adsc.from_pretrained(exported))) == PLANS["13"]
 
 
-def test_every_budget_is_asked_and_reported(found: dict[str, Record]) -> None:
+def test_every_budget_is_evaluated_and_reported(found: dict[str, Record]) -> None:
     arms = found["evaluate"].outputs["arms"]
     named = {"elastic_28": "28", "elastic_13": "13", "elastic_dense": "dense"}
     assert arms.keys() == {"dense", "dense_lora", "plan_untrained", *named}

@@ -63,10 +63,10 @@ def test_lists_say_what_the_other_questions_say(ground: str, tmp_path: Path) -> 
         ground=ground,
     )  # fmt: skip
     write_grids(tmp_path, config, QUIET)
-    asked = json.loads((tmp_path / "validation.json").read_text())
+    records = json.loads((tmp_path / "validation.json").read_text())
     lists = json.loads((tmp_path / "validation_list.json").read_text())
     compared = 0
-    for record, listed in zip(asked, lists, strict=True):
+    for record, listed in zip(records, lists, strict=True):
         assert record["image"] == listed["image"] and record["id"] != listed["id"]
         (_, answer) = (turn["value"] for turn in listed["conversations"])
         cells = dict(entry.split(": ") for entry in answer.split(", "))

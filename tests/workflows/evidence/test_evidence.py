@@ -57,7 +57,7 @@ def test_all_arms_are_trained_by_one_recipe() -> None:
     recipes = set()
     for budget in config.budgets:
         for arm in arms(config, budget):
-            if arm.way:
+            if arm.trained_with:
                 stages = trainings(config, arm, seed=2)
                 assert (stages[-1].plan, stages[-1].method) == (arm.method.plan, arm.method.method)
                 recipes.add(tuple(s.model_dump_json(exclude={"plan", "method"}) for s in stages))
@@ -104,7 +104,7 @@ def small_config(small: Small) -> EvidenceConfig:
     )
 
 
-def test_what_can_not_be_run_is_told_before_anything_is_made(
+def test_what_can_not_be_run_is_refused_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -1,5 +1,5 @@
 """The ladder: its arms are within their budgets and have controls of their own steps; one machine
-trains each arm once, whatever is asked; features that are remembered are the tower's."""
+trains each arm once, whatever is evaluated; features that are remembered are the tower's."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def test_names_are_unique_and_every_arm_has_a_control_of_its_own_steps() -> None
         return sum(stage.steps or 0 for stage in evidence.trainings(config, arm, 0))
 
     for arm in everything.values():
-        if arm.way:
+        if arm.trained_with:
             control = everything[control_of(config, arm)]
             assert not control.method.runs_with and steps(control) == steps(arm)
             assert control.tier <= arm.tier, "a share is kept of nothing"
@@ -73,7 +73,9 @@ def test_names_are_unique_and_every_arm_has_a_control_of_its_own_steps() -> None
 def test_all_scales_can_be_built() -> None:
     for variant in ("free", "textures", "lists"):
         config = variant_config(variant)  # type: ignore[arg-type]
-        made = [arm for budget in config.budgets for arm in arms(config, budget) if arm.way]
+        made = [
+            arm for budget in config.budgets for arm in arms(config, budget) if arm.trained_with
+        ]
         assert {arm.split for arm in made} == {"validation"}
         assert all(evidence.trainings(config, arm, 1) for arm in made)
 
@@ -104,7 +106,7 @@ def test_tiers_come_first_and_within_them_seeds(tmp_path: Path) -> None:
 
 
 def small_ladder(small: Small) -> EvidenceConfig:
-    """An arm that is asked with two plans, a peer that looks at the tower and one that doesn't."""
+    """An arm evaluated with two plans, a peer that looks at the tower and one that doesn't."""
     recipes = (
         Recipe(name="drop", label="drop", budget="b", plan="1:1/4", tier=0),
         Recipe(name="twice", label="heavy, then lighter", budget="b", plan="1:1/2",
@@ -135,7 +137,7 @@ def small_ladder(small: Small) -> EvidenceConfig:
 
 
 @pytest.mark.slow
-def test_test_questions_are_asked_later_without_another_training(
+def test_test_questions_are_evaluated_later_without_another_training(
     small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = small_ladder(small)
@@ -163,7 +165,7 @@ def test_test_questions_are_asked_later_without_another_training(
     assert "| heavy, then lighter | `1:1/2` |" in text
 
 
-def test_the_base_teaches_every_arm_from_what_it_said_once(small: Small) -> None:
+def test_the_base_teaches_every_arm_from_logits_computed_once(small: Small) -> None:
     base, distill = small.base, DistillSettings()
     config = TrainConfig(batch_size=4, accumulate=2)
     batch = StepLoader(data=small.prepared / "train", processor=base, config=config)(0)
@@ -204,13 +206,13 @@ def test_remembered_features_are_the_towers_and_it_runs_no_more(small: Small) ->
             adsc.attach(model, plan)
             with torch.no_grad():
                 wanted = model(**batch).logits
-                told = model.generate(**batch, max_new_tokens=4, do_sample=False)
+                generated = model.generate(**batch, max_new_tokens=4, do_sample=False)
             make, runs[:] = model.model.get_image_features, []
             install(model, features)
             with torch.no_grad():
                 torch.testing.assert_close(model(**batch).logits, wanted, rtol=0, atol=1e-5)
                 later = model.generate(**batch, max_new_tokens=4, do_sample=False)
-            assert torch.equal(later, told) and not runs
+            assert torch.equal(later, generated) and not runs
             model.model.get_image_features = make
     install(model, {})
     model(**batches[0])
@@ -226,8 +228,8 @@ def test_second_turns_show_the_turn_before_and_its_right_answer(small: Small) ->
     assert len(asking.questions) == len(plain) - len(plain.data)
     numbers, inputs = asking.batches[0]
     text = processor.tokenizer.decode(inputs["input_ids"][0]).replace(IMAGE_TOKEN, "")
-    asked = asking.questions.entries[numbers[0]]
-    place = plain.entries.index(asked._replace(text=asked.text.split("\n")[-1]))
+    entry = asking.questions.entries[numbers[0]]
+    place = plain.entries.index(entry._replace(text=entry.text.split("\n")[-1]))
     before = plain.entries[place - 1]
     for part in (before.text, before.expected, plain.entries[place].text):
         assert part in text
@@ -249,14 +251,14 @@ def test_shares_are_kept_of_the_control_on_the_seeds_that_both_have(tmp_path: Pa
     ]
     records = ["a", "a", "b", "c"]
     write_retention(found, ["x", "x", "y", "y"], records, tmp_path, "validation", {"b": "less"})
-    told = json.loads((tmp_path / "ladder-validation.json").read_text())
-    rows = {arm["name"]: arm for arm in told["arms"]}
+    table = json.loads((tmp_path / "ladder-validation.json").read_text())
+    rows = {arm["name"]: arm for arm in table["arms"]}
     assert rows["tiles"]["kept"]["mean"] == pytest.approx(3 / 4), "3 of the control's 4"
     assert rows["drop"]["kept"] is None, "no seed of the control is its own"
     assert rows[CONTROL]["kept"] is None
     assert rows["tiles"]["right"]["mean"] == pytest.approx(0.375)
     assert rows["tiles"]["kinds"] == {"x": 0.75, "y": 0.0}
-    (difference,) = (row for row in told["comparisons"] if row["one"] == "tiles")
+    (difference,) = (row for row in table["comparisons"] if row["one"] == "tiles")
     assert difference["mean"] == pytest.approx(0.25) and difference["seeds"] == 2
     assert (tmp_path / "ladder-validation.png").stat().st_size > 5_000
     draws = Bootstrap(records, seed=0)

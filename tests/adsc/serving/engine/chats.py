@@ -51,8 +51,8 @@ CHATS: list[Turns] = [
 def as_prompt(turns: Turns) -> Prompt:
     """What our template makes of it, worked out by hand."""
     text, pictures = "", []
-    for role, said, numbers in turns:
+    for role, words, numbers in turns:
         pictures += numbers
         marks = "<image>\n" * len(numbers)
-        text += f"USER: {marks}{said} ASSISTANT:" if role == "user" else f" {said}</s>"
+        text += f"USER: {marks}{words} ASSISTANT:" if role == "user" else f" {words}</s>"
     return Prompt(text, tuple(pictures))

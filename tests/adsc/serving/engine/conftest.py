@@ -12,7 +12,13 @@ import pytest
 
 from adsc import PruningPlan
 from pipeline.data.templates import begin_with_bos
-from tests.adsc.serving.engine.cases import Answer, Prompt, Reference, prompts, random_checkpoint
+from tests.adsc.serving.engine.cases import (
+    Answer,
+    Prompt,
+    Reference,
+    all_prompts,
+    random_checkpoint,
+)
 from tests.adsc.serving.engine.chats import PLAN
 
 Wanted = Callable[[str], list[Answer]]
@@ -42,18 +48,18 @@ def reference(checkpoint: Path) -> Iterator[Reference]:
 
 
 @pytest.fixture(scope="session")
-def asked() -> list[Prompt]:
-    return prompts()
+def prompts() -> list[Prompt]:
+    return all_prompts()
 
 
 @pytest.fixture(scope="session")
-def wanted(reference: Reference, asked: list[Prompt]) -> Wanted:
+def wanted(reference: Reference, prompts: list[Prompt]) -> Wanted:
     """What transformers answers to all prompts under a plan, worked out once."""
     known: dict[str, list[Answer]] = {}
 
     def answers(plan: str) -> list[Answer]:
         if plan not in known:
-            known[plan] = reference.answers(plan, asked)
+            known[plan] = reference.answers(plan, prompts)
         return known[plan]
 
     return answers

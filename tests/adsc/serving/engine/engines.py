@@ -50,7 +50,7 @@ class Watched:
     def answers(
         self,
         reference: Reference,
-        asked: list[Prompt],
+        prompts: list[Prompt],
         new: int = NEW,
         plans: Sequence[str | None] = (None,),
     ) -> list[tuple[int, ...]]:
@@ -65,9 +65,9 @@ class Watched:
                 detokenize=False,
                 extra_args=None if plan is None else {"adsc_plan": plan},
             )
-            for _, plan in zip(asked, cycle(plans), strict=False)
+            for _, plan in zip(prompts, cycle(plans), strict=False)
         ]
-        sent = [request(reference, prompt) for prompt in asked]
+        sent = [request(reference, prompt) for prompt in prompts]
         found = self.llm.generate(sent, sampling, use_tqdm=False)
         return [tuple(it.outputs[0].token_ids) for it in found]
 

@@ -19,7 +19,7 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 from triton.backends import backends
 
 from adsc import PruningPlan
-from tests.adsc.serving.engine.cases import Reference, prompts
+from tests.adsc.serving.engine.cases import Reference, all_prompts
 from tests.adsc.serving.engine.engines import engine
 
 
@@ -43,7 +43,7 @@ def main(folder: str, *plans: str) -> None:
         with engine(Path(folder), PruningPlan.parse(plan).to_dict()) as served:
             runner = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
             assert type(runner).__module__ == "vllm.v1.worker.cpu.model_runner", type(runner)
-            found.append(served.answers(reference, prompts()[::3], new=4))
+            found.append(served.answers(reference, all_prompts()[::3], new=4))
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -42,49 +42,51 @@ def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_two_dozen_requests_at_once(
-    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    plan: str, checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     with engine(checkpoint, as_dict(plan)) as served:
-        got = served.answers(reference, asked)
+        got = served.answers(reference, prompts)
         assert max(served.requests) >= 20
         assert served.in_use == 0
     assert got == tokens(wanted(plan))
-    assert len(set(got)) == len(asked)
+    assert len(set(got)) == len(prompts)
 
 
 @pytest.mark.parametrize("plan", ["2:1/4,4:1/4", "1:1/4,6:0;pool=tiles"])
-def test_the_trained_base(plan: str, asked: list[Prompt]) -> None:
+def test_the_trained_base(plan: str, prompts: list[Prompt]) -> None:
     """Its tensors have the names that transformers 5.23 writes, which vLLM alone can't place."""
     trained = Reference(BASE)
     with engine(BASE, as_dict(plan)) as served:
-        assert served.answers(trained, asked) == tokens(trained.answers(plan, asked))
+        assert served.answers(trained, prompts) == tokens(trained.answers(plan, prompts))
 
 
 def test_without_a_plan_it_is_vllm(
-    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     with engine(checkpoint) as served:
         assert type(served.scheduler).__module__.startswith("vllm.")
-        assert served.answers(reference, asked) == tokens(wanted(""))
+        assert served.answers(reference, prompts) == tokens(wanted(""))
 
 
 def test_another_plan_answers_otherwise(
-    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     with engine(checkpoint, as_dict("1:1/8;anchor=first")) as served:
-        got = served.answers(reference, asked)
+        got = served.answers(reference, prompts)
     same = [one == other for one, other in zip(got, tokens(wanted("1:1/4")), strict=True)]
-    assert [it for it, prompt in zip(same, asked, strict=True) if not prompt.pictures] == [True] * 5
+    assert [it for it, prompt in zip(same, prompts, strict=True) if not prompt.pictures] == [
+        True
+    ] * 5
     assert sum(same) <= 7  # with pictures an answer agrees by chance at most
 
 
 @pytest.mark.parametrize("plan", ["2:1/2,4:1/2,6:1/2", "2:1/4,6:0"])
 def test_chunks_of_one_token(
-    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    plan: str, checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     few = [number for number, answer in enumerate(wanted(plan)) if answer.wide < 170]
     with engine(checkpoint, as_dict(plan), long_prefill_token_threshold=1) as served:
-        got = served.answers(reference, [asked[number] for number in few])
+        got = served.answers(reference, [prompts[number] for number in few])
         assert max(served.tokens) <= len(few)
     assert len(few) >= 10
     assert got == [wanted(plan)[number].tokens for number in few]
@@ -92,20 +94,22 @@ def test_chunks_of_one_token(
 
 @pytest.mark.parametrize("plan", ["2:1/2,4:1/2,6:1/2", "2:1/9,6:0;pool=tiles"])
 def test_short_steps(
-    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    plan: str, checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     """Steps hold an image and 31 tokens, the least with which means can be served."""
     with engine(checkpoint, as_dict(plan), max_num_batched_tokens=IMAGE + 31) as served:
-        got = served.answers(reference, asked)
+        got = served.answers(reference, prompts)
         assert max(served.tokens) <= IMAGE + 31
         assert len(served.tokens) > 40
     assert got == tokens(wanted(plan))
 
 
 @pytest.mark.parametrize("plan", ["2:1/2,4:1/2,6:1/2", "1:1/4;pool=tiles"])
-def test_preemption(plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt]) -> None:
+def test_preemption(
+    plan: str, checkpoint: Path, reference: Reference, prompts: list[Prompt]
+) -> None:
     """A pool in which requests that begin together cannot end together."""
-    few = asked[:4]  # 70 to 80 tokens, which become 140
+    few = prompts[:4]  # 70 to 80 tokens, which become 140
     groups = {"2:1/2,4:1/2,6:1/2": 4, "1:1/4;pool=tiles": 8}[plan]
     with engine(checkpoint, as_dict(plan), num_gpu_blocks_override=33 * groups) as served:
         assert len(served.scheduler.kv_cache_config.kv_cache_groups) == groups
@@ -118,7 +122,7 @@ def test_preemption(plan: str, checkpoint: Path, reference: Reference, asked: li
 def test_the_scheduler_of_async_engines(
     checkpoint: Path,
     reference: Reference,
-    asked: list[Prompt],
+    prompts: list[Prompt],
     wanted: Wanted,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -130,16 +134,16 @@ def test_the_scheduler_of_async_engines(
     plan = "2:1/4,4:1/4;pool=tiles"
     with engine(checkpoint, as_dict(plan)) as served:
         assert type(served.scheduler).__name__ == "AsyncPlanScheduler"
-        assert served.answers(reference, asked) == tokens(wanted(plan))
+        assert served.answers(reference, prompts) == tokens(wanted(plan))
 
 
 def test_two_workers_share_each_layer(
-    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     """Tensor parallelism; each worker works the steps out by itself."""
     plan = "2:1/9,6:0;pool=tiles"
     with engine(checkpoint, as_dict(plan), tensor_parallel_size=2) as served:
-        assert served.answers(reference, asked) == tokens(wanted(plan))
+        assert served.answers(reference, prompts) == tokens(wanted(plan))
 
 
 def test_the_second_model_runner(checkpoint: Path, wanted: Wanted) -> None:
@@ -157,18 +161,18 @@ def test_the_second_model_runner(checkpoint: Path, wanted: Wanted) -> None:
 
 @pytest.mark.parametrize("plan", ["0:1/2,4:1/4;anchor=first", "2:1/9,6:0;pool=tiles"])
 def test_prefix_caching_ends_at_the_first_image(
-    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    plan: str, checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     """The same prompts again find their text before the first image, and all of a text."""
     with engine(checkpoint, as_dict(plan), enable_prefix_caching=True) as served:
-        first = served.answers(reference, asked)
+        first = served.answers(reference, prompts)
         before = served.metric("prefix_cache_hits")
-        again = served.answers(reference, asked)
+        again = served.answers(reference, prompts)
         hits = served.metric("prefix_cache_hits") - before
         assert served.in_use == 0
     assert first == again == tokens(wanted(plan))
     heads = []
-    for prompt, answer in zip(asked, wanted(plan), strict=True):
+    for prompt, answer in zip(prompts, wanted(plan), strict=True):
         ids = reference.ids(prompt)
         text = ids.index(3) if prompt.pictures else answer.wide - 1
         heads.append(text // BLOCK * BLOCK)
@@ -177,7 +181,7 @@ def test_prefix_caching_ends_at_the_first_image(
 
 @pytest.mark.parametrize("plan", ["1:1/4;pool=tiles", "4:0", "2:1/2,4:1/2,6:1/2"])
 def test_blocks_hold_kept_tokens_alone(
-    plan: str, checkpoint: Path, reference: Reference, asked: list[Prompt]
+    plan: str, checkpoint: Path, reference: Reference, prompts: list[Prompt]
 ) -> None:
     """One request after another, for the blocks that each holds at the end."""
     parsed = PruningPlan.parse(plan)
@@ -185,16 +189,16 @@ def test_blocks_hold_kept_tokens_alone(
     with engine(checkpoint, as_dict(plan)) as served:
         groups = served.scheduler.kv_cache_config.kv_cache_groups
         parts = [group.kv_cache_spec.part for group in groups]
-        for prompt in asked[::4]:
+        for prompt in prompts[::4]:
             served.blocks.clear()
             served.answers(reference, [prompt], new=2)
             text = len(reference.ids(prompt)) - len(prompt.pictures) + 1
-            held = [text + left[part] * len(prompt.pictures) for part in parts]
-            assert max(served.blocks) == sum(ceil(count / BLOCK) for count in held)
+            kept = [text + left[part] * len(prompt.pictures) for part in parts]
+            assert max(served.blocks) == sum(ceil(count / BLOCK) for count in kept)
 
 
 def test_refused_requests_do_no_harm(
-    checkpoint: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    checkpoint: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     from vllm import SamplingParams
 
@@ -202,13 +206,13 @@ def test_refused_requests_do_no_harm(
     with engine(checkpoint, as_dict(plan)) as served:
         scored = SamplingParams(max_tokens=1, prompt_logprobs=1)
         with pytest.raises(ValueError, match="prompt_logprobs"):
-            served.llm.generate([request(reference, asked[0])], scored, use_tqdm=False)
-        text = served.llm.generate([request(reference, asked[8])], scored, use_tqdm=False)
+            served.llm.generate([request(reference, prompts[0])], scored, use_tqdm=False)
+        text = served.llm.generate([request(reference, prompts[8])], scored, use_tqdm=False)
         assert text[0].prompt_logprobs
         with pytest.raises(ValueError, match="ends in an image"):
             served.answers(reference, [Prompt("what is <image>", (0,))])
         # The pictures of what was refused are sent again.
-        assert served.answers(reference, asked[:2]) == tokens(wanted(plan))[:2]
+        assert served.answers(reference, prompts[:2]) == tokens(wanted(plan))[:2]
         assert served.in_use == 0
 
 
@@ -225,28 +229,28 @@ def elastic(tmp_path: Path, checkpoint: Path) -> Path:
 
 
 def test_a_name_chooses_a_plan(
-    elastic: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    elastic: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     with engine(elastic, "tiles") as served:
-        assert served.answers(reference, asked) == tokens(wanted(NAMED["tiles"]))
+        assert served.answers(reference, prompts) == tokens(wanted(NAMED["tiles"]))
     with pytest.raises(ValueError, match="did you mean tiles"), engine(elastic, "tile"):
         pass
 
 
 def test_each_request_may_choose_its_plan(
-    elastic: Path, reference: Reference, asked: list[Prompt], wanted: Wanted
+    elastic: Path, reference: Reference, prompts: list[Prompt], wanted: Wanted
 ) -> None:
     """Requests under three plans and dense share steps and the cache of text before images."""
     names = [None, "tiles", "dense", "first"]
     by_name = [wanted(NAMED.get(name or "16", "")) for name in names]
     with engine(elastic, enable_prefix_caching=True) as served:
         for turn in range(len(names)):
-            order = [(turn + number) % len(names) for number in range(len(asked))]
-            got = served.answers(reference, asked, plans=[names[it] for it in order])
+            order = [(turn + number) % len(names) for number in range(len(prompts))]
+            got = served.answers(reference, prompts, plans=[names[it] for it in order])
             assert got == [by_name[it][number].tokens for number, it in enumerate(order)]
         assert max(served.requests) >= 20
         assert served.in_use == 0
         for name in ("late", "tile"):
             with pytest.raises(ValueError, match="may choose dense, 16, first, tiles;"):
-                served.answers(reference, asked[:1], plans=[name])
+                served.answers(reference, prompts[:1], plans=[name])
         assert served.in_use == 0

@@ -33,7 +33,7 @@ PATIENCE = 900  # seconds that a slow machine may take to load
 class Server:
     process: subprocess.Popen[str]
     address: str
-    said: list[str]
+    output: list[str]
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -48,13 +48,13 @@ class Server:
     def wait(self) -> None:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            assert self.process.poll() is None, "".join(self.said)
+            assert self.process.poll() is None, "".join(self.output)
             try:
                 urllib.request.urlopen(f"{self.address}/health", timeout=5)
                 return
             except OSError:
                 time.sleep(1)
-        raise AssertionError("".join(self.said))
+        raise AssertionError("".join(self.output))
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,11 @@ def server(exported: Path) -> Iterator[Server]:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         cwd=ROOT, start_new_session=True,
     )  # fmt: skip
-    said: list[str] = []
+    output: list[str] = []
     assert process.stdout is not None
     stream = process.stdout
-    threading.Thread(target=lambda: said.extend(stream), daemon=True).start()
-    found = Server(process, f"http://127.0.0.1:{port}", said)
+    threading.Thread(target=lambda: output.extend(stream), daemon=True).start()
+    found = Server(process, f"http://127.0.0.1:{port}", output)
     try:
         found.wait()
         yield found
@@ -97,9 +97,9 @@ def test_eight_clients_at_once(server: Server, reference: Reference) -> None:
 
 
 def test_it_tells_plan_costs_and_what_the_pool_holds(server: Server) -> None:
-    said = "".join(server.said)
-    assert f"plan {PLAN}, " in said and "% less than dense" in said
-    assert "KV pool: " in said and "run together (dense: " in said
+    output = "".join(server.output)
+    assert f"plan {PLAN}, " in output and "% less than dense" in output
+    assert "KV pool: " in output and "run together (dense: " in output
 
 
 def test_what_is_refused_is_the_clients_error(server: Server) -> None:
@@ -115,4 +115,4 @@ def test_ctrl_c_ends_it(server: Server) -> None:
     """The last test of this server: a terminal sends the signal to the whole group."""
     os.killpg(server.process.pid, signal.SIGINT)
     assert server.process.wait(120) == 0
-    assert "Traceback" not in "".join(server.said[-30:])
+    assert "Traceback" not in "".join(server.output[-30:])
