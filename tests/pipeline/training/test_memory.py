@@ -13,8 +13,17 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import LlamaConfig, LlamaModel
 
 from adsc.costs.decoder import Decoder
-from pipeline.training.config import LoraSettings
-from pipeline.training.memory import layer_bytes, selective_bytes, worth_keeping
+from pipeline.training.adapters import prepare_trainable
+from pipeline.training.config import LoraSettings, TrainConfig
+from pipeline.training.memory import (
+    Hardware,
+    fitted,
+    layer_bytes,
+    selective_bytes,
+    worth_keeping,
+)
+from pipeline.training.plans import StepPlans
+from tests.adsc.tiny import TOKENS, llava
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -93,3 +102,24 @@ def test_selective_checkpointing_keeps_what_the_formula_says(
     decoder = Decoder.from_config(model.config)
     assert selective_bytes(decoder, settings) == pytest.approx(kept / POSITIONS, rel=0.05)
     assert selective_bytes(decoder, settings) < 0.5 * layer_bytes(decoder, settings)
+
+
+def test_what_is_chosen_follows_from_room_and_the_longest_rows() -> None:
+    """Where nothing fits the least is tried; long texts, which no plan drops, make fewer rows."""
+    base = llava()
+    config = TrainConfig(memory="auto", batch_size=32, lora=LoraSettings(rank=4), plan="1:1/4")
+    trainable = prepare_trainable(base, config.lora, config.tune)
+    plans = StepPlans(config, trainable, 1)
+
+    def found(gib: float, long_text: int | None = None, **changes: Any) -> tuple[Any, Any]:
+        tried = config.model_copy(update=changes)
+        hardware, model = Hardware(gib, 1e15), base.config
+        made = fitted(tried, trainable, model, plans, hardware, 1, 20, long_text)
+        return made.micro_tokens, made.activation_checkpointing
+
+    row = TOKENS + 20
+    assert found(1) == (32 * row, False)
+    assert found(1e-6) == (row, True)
+    least, most = found(0.004, long_text=400)[0], found(0.004)[0]
+    assert least < most
+    assert found(1, memory=None) == (None, False)
