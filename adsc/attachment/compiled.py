@@ -100,18 +100,19 @@ def compile_layers(model: M, **options: Any) -> M:
     Raises:
         UnsupportedModel: an unknown architecture, or a layer whose forward something else replaced.
     """
-    uncompile_layers(model)
-    # A process's setting; torch.compile takes one for a function only from torch 2.13 on.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, LIMIT)
-    compiled = functools.cache(lambda f: torch.compile(f, **{"dynamic": True} | options))
-    for number, layer in enumerate(_layers(model)):
+    layers = _layers(uncompile_layers(model))
+    for number, layer in enumerate(layers):
         if "forward" in vars(layer):
             raise UnsupportedModel(
                 f"something has replaced the forward of decoder layer {number} "
                 f"({layer.forward!r}), and compiling the layer would undo it; load the model "
                 "without device_map and kernels for layers, or leave its layers eager"
             )
+    # A process's setting; torch.compile takes one for a function only from torch 2.13 on.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, LIMIT)
+    compiled = functools.cache(lambda f: torch.compile(f, **{"dynamic": True} | options))
+    for number, layer in enumerate(layers):
         forward, checkpoints = type(layer).forward, _forward_checkpoints(layer)
         own = compiled(forward.__wrapped__ if checkpoints else forward)
         layer.forward = CompiledForward(number, layer.forward, own, checkpoints)
@@ -127,8 +128,8 @@ def uncompile_layers(model: M) -> M:
 
 
 def _forward_checkpoints(layer: nn.Module) -> bool:
-    """Whether a layer's class has its forward wrapped for activation checkpointing; transformers
-    before 5.23 wraps `__call__`, hooks included."""
+    """Whether a layer's class has its forward wrapped for activation checkpointing; older
+    transformers wrap `__call__`, hooks included."""
     kind = GradientCheckpointingLayer
     return isinstance(layer, kind) and kind.__call__ is nn.Module.__call__
 
