@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adsc import peers
     from adsc.attachment.adapters import PlanWarning
     from adsc.attachment.attach import attach, detach, name_plans, plan_of, plans_of
+    from adsc.attachment.compiled import compile_layers, uncompile_layers
     from adsc.attachment.running import running, suspended
     from adsc.attachment.static_cache import static_cache
     from adsc.checkpoint import CheckpointError, from_pretrained
@@ -35,6 +36,7 @@ __all__ = [
     "UnsupportedModel",
     "VisionTokenError",
     "attach",
+    "compile_layers",
     "detach",
     "estimate_cost",
     "from_pretrained",
@@ -47,6 +49,7 @@ __all__ = [
     "solve_plans",
     "static_cache",
     "suspended",
+    "uncompile_layers",
 ]
 
 _HOMES = {
@@ -60,6 +63,7 @@ _HOMES = {
     "UnsupportedModel": "adsc.errors",
     "VisionTokenError": "adsc.errors",
     "attach": "adsc.attachment.attach",
+    "compile_layers": "adsc.attachment.compiled",
     "detach": "adsc.attachment.attach",
     "estimate_cost": "adsc.costs.cost",
     "from_pretrained": "adsc.checkpoint",
@@ -71,6 +75,7 @@ _HOMES = {
     "solve_plans": "adsc.solve",
     "static_cache": "adsc.attachment.static_cache",
     "suspended": "adsc.attachment.running",
+    "uncompile_layers": "adsc.attachment.compiled",
 }
 """Name -> the module that has it."""
 

@@ -213,7 +213,7 @@ def static_decode_rows(options: argparse.Namespace) -> list[Row]:
     return [row | {"compile s": compile_seconds[row["case"]]} for row in rows] + checks
 
 
-def _waits(call: Callable[[], Any]) -> int:
+def waits(call: Callable[[], Any]) -> int:
     """How often a call makes the host wait for the device."""
     call()
     torch.cuda.synchronize()
@@ -234,7 +234,7 @@ def synchronisation_rows(options: argparse.Namespace) -> list[Row]:
     config = llava_config("tiny")
     model = build(config, options.device, options.dtype)
     inputs = prompts(config, 2, 20, options.device, options.dtype)
-    waits = {}
+    found = {}
     for name, plan in {
         "dense": None,
         "one drop": "2:1/2",
@@ -247,14 +247,14 @@ def synchronisation_rows(options: argparse.Namespace) -> list[Row]:
             run.set_back()
             run.decode()
 
-        waits[name] = (_waits(lambda one=one: last_logits(one, inputs)), _waits(step))
+        found[name] = (waits(lambda one=one: last_logits(one, inputs)), waits(step))
     rows: list[Row] = [
         {"check": "synchronisations", "case": name, "prefill": prefill, "step": decode}
-        for name, (prefill, decode) in waits.items()
+        for name, (prefill, decode) in found.items()
     ]
 
     def over(name: str, base: str, place: int) -> Callable[[], float]:
-        return lambda: float(waits[name][place] - waits[base][place])
+        return lambda: float(found[name][place] - found[base][place])
 
     what = "more synchronisations"
     rows.append(check(what, "prefill, one drop over dense", 1.0, over("one drop", "dense", 0)))

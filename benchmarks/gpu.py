@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import agreement, capture, decode, pooling, prefill, serve, train
+from benchmarks import agreement, capture, decode, pooling, prefill, serve, steps, train
 from benchmarks.agreement import failed
 from benchmarks.measure import Row, report, synchronize, table, tables
 from benchmarks.models import DTYPES
@@ -151,6 +151,10 @@ def _checkpointed(options: argparse.Namespace) -> list[Row]:
     return train.measure(options, checkpointing=True)
 
 
+def _selective(options: argparse.Namespace) -> list[Row]:
+    return train.measure(options, checkpointing="selective")
+
+
 _STEPS = {"rounds": 5, "steps": 64}
 PARTS = {
     "ceilings": Part(run=ceilings, about="rates of a matrix product and of a copy", settings={}),
@@ -198,6 +202,14 @@ PARTS = {
         about="torch.compile of prefill, no recompiles; 12 of the layers",
         settings={"batch": 8, "layers": 12},
     ),
+    "prefill-layers-1": Part(
+        run=steps.compiled_prefill_rows,
+        about="prefill through compiled layers",
+        settings={"batch": 1},
+    ),
+    "prefill-layers-8": Part(
+        run=steps.compiled_prefill_rows, about="the same", settings={"batch": 8}
+    ),
     "train-4": Part(
         run=train.measure, about="LoRA step", settings={"batch": 4, "rank": 64, "rounds": 7}
     ),
@@ -205,6 +217,39 @@ PARTS = {
         run=_checkpointed,
         about="with checkpointing",
         settings={"batch": 32, "rank": 64, "rounds": 5},
+    ),
+    "train-layers-4": Part(
+        run=steps.compiled_rows,
+        about="compiled layers",
+        settings={"batch": 4, "rank": 64, "rounds": 7},
+    ),
+    "train-layers-14": Part(
+        run=steps.compiled_rows,
+        about="at the dense batch that fits 80 GB, goal: 0.9 of the bound",
+        settings={"batch": 14, "rank": 64, "rounds": 5},
+    ),
+    "train-liger-4": Part(
+        run=steps.liger_rows,
+        about="Liger's kernels",
+        settings={"batch": 4, "rank": 64, "rounds": 7},
+    ),
+    "train-selective-32": Part(
+        run=_selective,
+        about="with selective checkpointing",
+        settings={"batch": 32, "rank": 64, "rounds": 5},
+    ),
+    "train-filled": Part(
+        run=steps.filled_rows,
+        about="memory = auto, compiled; goals: MFU 0.45 dense, 0.40 with 192",
+        settings={"batch": 64, "rank": 64, "rounds": 5},
+    ),
+    "distilling": Part(
+        run=steps.distilling_rows,
+        about="a distilling step over a plain one, goal: 1.4",
+        settings={"batch": 8, "rank": 64, "rounds": 5},
+    ),
+    "step-waits": Part(
+        run=steps.waiting_rows, about="how often the host waits in a step", settings={"rank": 4}
     ),
     "serve": Part(run=served, about="vLLM with plans against dense", settings={"rounds": 5}),
 }

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 import adsc
 from benchmarks.measure import Case, Row, report, speedup, take_turns
@@ -37,15 +39,27 @@ def overhead_plans(layers: int) -> dict[str, adsc.PruningPlan | None]:
 
 
 def measure(
-    options: argparse.Namespace, *, budgets: bool = True, overhead: bool = True
+    options: argparse.Namespace,
+    *,
+    budgets: bool = True,
+    overhead: bool = True,
+    change: Callable[[nn.Module], Any] | None = None,
 ) -> list[Row]:
-    """A row for each plan; `options` as `main` reads them."""
+    """A row for each plan; `options` as `main` reads them.
+
+    Args:
+        budgets: whether plans are measured.
+        overhead: whether what drops nothing is.
+        change: what is done to each model before it is timed.
+    """
     config = llava_config(options.geometry)
     model = build(config, options.device, options.dtype)
     inputs = prompts(config, options.batch, options.text, options.device, options.dtype)
     chosen = overhead_plans(config.text_config.num_hidden_layers) if overhead else {}
     chosen |= plans(config) if budgets else {}
     models = {"dense": model} | {name: twin(model, plan) for name, plan in chosen.items()}
+    for one in models.values() if change else ():
+        change(one)
     cases = [
         Case(name=name, call=lambda one=one: prefill(one, inputs)) for name, one in models.items()
     ]

@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import adsc
 from benchmarks.measure import Case, Row, report, speedup, take_turns
 from benchmarks.models import build, llava_config, parsed, parser, plans, prompts, twin
+from pipeline.training.config import Checkpointing
+from pipeline.training.memory import checkpoint_activations
 from pipeline.training.throughput import peak_flops
 
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+CHANGED = "dense, changed"
 _ATEN = torch.ops.aten
 
 
@@ -117,23 +121,36 @@ def with_adapters(model: nn.Module, rank: int) -> Any:
     return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
 
 
-def peak_bytes(run: Training, device: torch.device) -> int | None:
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
     """The CUDA allocator's peak during a step; None elsewhere."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    run.step()
+    step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
 
 
-def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list[Row]:
-    """A row for each plan; `options` as `main` reads them."""
+def measure(
+    options: argparse.Namespace,
+    *,
+    checkpointing: Checkpointing = False,
+    change: Callable[[nn.Module], Any] | None = None,
+) -> list[Row]:
+    """A row for each plan; `options` as `main` reads them.
+
+    Args:
+        checkpointing: false, true or `selective`.
+        change: what is done to each model but one more dense one: the changed dense model is
+            compared with that, and plans with the changed dense model.
+    """
     config = llava_config(options.geometry)
     model = with_adapters(build(config, options.device, options.dtype), options.rank)
     chosen = plans(config)
     models = {"dense": model} | {name: twin(model, plan) for name, plan in chosen.items()}
+    if change:
+        models = {"dense": model, CHANGED: twin(model)} | models
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     size = (options.text, options.device, options.dtype)
@@ -143,7 +160,10 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
     }
     if checkpointing:
         for one in models.values():
-            one.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(one, checkpointing)
+    for name, one in models.items():
+        if change and name != "dense":
+            change(one)
     inputs = prompts(config, options.batch, *size)
     runs = {name: Training(one, inputs, optimizer) for name, one in models.items()}
     cases = [Case(name=name, call=run.step) for name, run in runs.items()]
@@ -153,8 +173,9 @@ def measure(options: argparse.Namespace, *, checkpointing: bool = False) -> list
     rows = []
     for name, run in runs.items():
         seconds = statistics.median(times[name])
-        ratio, bound = speedup(times, name), flops["dense"] / flops[name]
-        memory = peak_bytes(run, options.device)
+        base = CHANGED if change and name in chosen else "dense"
+        ratio, bound = speedup(times, name, base), flops["dense"] / flops[name]
+        memory = peak_bytes(run.step, options.device)
         rows.append(
             {"case": name, "plan": str(chosen.get(name, ""))}
             | ratio
@@ -392,6 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--turn", type=int, default=12, help="steps of a launcher's turn")
     made.add_argument("--rank", type=int, default=16, help="of the adapters")
     made.add_argument("--checkpointing", action="store_true", help="recompute each layer")
+    made.add_argument("--compiled", action="store_true", help="compile each layer")
     options = parsed(made, arguments)
     if options.turn <= WARM:
         made.error(f"--turn {options.turn}: the first {WARM} steps of a turn are not counted")
@@ -399,7 +421,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.part != "steps":
         rows += launchers(options)
     if options.part != "launchers":
-        rows += measure(options, checkpointing=options.checkpointing)
+        change = adsc.compile_layers if options.compiled else None
+        rows += measure(options, checkpointing=options.checkpointing, change=change)
         rows.append(mfu_row(options))
     report("train", vars(options), rows, options.device, options.json)
 

@@ -2,15 +2,12 @@
 
 Closed forms on a config: no weights are loaded. FLOPs come from the cost model and are exact up to
 two assumptions of the caller, the length of the text and the achieved share of a GPU's peak. Memory
-is an estimate (a test compares the part of a layer with what autograd really saves), good enough to
-see what can't fit. Deliberately not a planner: it changes nothing in the config.
-
-Legend: d hidden width, m MLP width.
+is pipeline/training/memory.py's estimate. The config is changed where it says so itself
+(`memory = auto`), as training would change it on that GPU.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,28 +17,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import adsc
-from adsc.costs.decoder import Decoder
 from adsc.costs.geometries import HUB_IDS, geometry
-from adsc.method import Method
-from adsc.plan import PruningPlan
 from pipeline.packaged import resolve
 from pipeline.training.adapters import prepare_trainable
 from pipeline.training.batches import RowShape
-from pipeline.training.config import LoraSettings, TrainConfig
-from pipeline.training.objective import CHUNK
+from pipeline.training.config import TrainConfig
+from pipeline.training.memory import Hardware, chosen, fitted, memory_bytes
 from pipeline.training.plans import StepPlans
 from pipeline.training.throughput import PEAKS, TrainingCost
-
-USABLE = 0.92
-"""Share of a GPU's memory usable for training: the rest is the context and fragmentation."""
-
-
-class Hardware(NamedTuple):
-    """A GPU: its memory, and its peak in dense bf16 FLOP/s."""
-
-    memory_gib: float
-    peak_flops: float
-
 
 HARDWARE = {
     "a100-40gb": Hardware(40, PEAKS["A100"]),
@@ -91,6 +74,8 @@ class StageForecast(NamedTuple):
     gpu_hours: float
     memory_gib: float
     """Per GPU, with a micro-batch of conversations of average length."""
+    chosen: str = ""
+    """Micro-batch and checkpointing that `memory = auto` chooses."""
 
 
 def model_config(source: str) -> Any | None:
@@ -135,9 +120,14 @@ def forecast(
             )
         steps = config.steps_for(records or 0)
         plans = StepPlans(config, prepared, steps)
-        checkpointing = config.activation_checkpointing
+        size = (assumed.workers, assumed.text_tokens)
+        config = fitted(config, prepared, model, plans, hardware, *size)
         cost = TrainingCost(
-            prepared, model, plans.target, checkpointing=checkpointing, distill=config.distill
+            prepared,
+            model,
+            plans.target,
+            checkpointing=config.activation_checkpointing is True,
+            distill=config.distill,
         )
         dense = adsc.estimate_cost(model, "", assumed.text_tokens).per_layer[0].vision_tokens
         row = [RowShape(assumed.text_tokens, dense, 1)]
@@ -159,10 +149,11 @@ def forecast(
                 teacher_share=float(taught / computed),
                 gpu_hours=float(seconds / 3600),
                 memory_gib=max(
-                    sum(memory_bytes(prepared, model, config, plan, assumed).values())
+                    sum(memory_bytes(prepared, model, config, plan, *size).values())
                     for plan, _ in plans.shares()
                 )
                 / 2**30,
+                chosen=chosen(config) if config.memory else "",
             )
         )
     return rows
@@ -172,73 +163,3 @@ def _written(config: TrainConfig) -> str:
     if config.plans:
         return f"one of {', '.join(config.plans)} a step"
     return f"up to {config.plan}" if config.grow else config.runs_with
-
-
-def memory_bytes(
-    trainable: nn.Module,
-    model: Any,
-    config: TrainConfig,
-    plan: PruningPlan | Method,
-    assumed: Assumptions,
-) -> dict[str, float]:
-    """Memory of each GPU at the end of a forward pass, by kind, in bytes.
-
-    Args:
-        trainable: the base with its adapter, on the meta device.
-        model: the base's transformers config.
-        config: the training stage.
-        plan: the plan of a step.
-    """
-
-    def shards(stage: int) -> int:
-        """Number of GPUs that share what ZeRO shards from `stage` on."""
-        return assumed.workers if config.zero_stage >= stage else 1
-
-    sizes = [(p.numel(), p.requires_grad) for p in trainable.parameters()]
-    trained = sum(size for size, moves in sizes if moves)
-    frozen = sum(size for size, moves in sizes if not moves)
-    width = 2 if config.precision == "bf16" else 4
-    memory = {
-        "base": width * frozen / shards(3),
-        "trained": 4 * trained / shards(3),
-        "gradients": 4 * trained / shards(2),
-        "moments": 8 * trained / shards(1),
-    }
-    if config.offload.optimizer:
-        memory["moments"] = 0.0
-    if config.offload.parameters:
-        memory["base"] = memory["trained"] = 0.0
-    decoder = Decoder.from_config(model.get_text_config())
-    cost = adsc.estimate_cost(model, plan, assumed.text_tokens)
-    rows = math.ceil(config.batch_size / assumed.workers / config.accumulate)
-    if config.micro_tokens is not None:
-        full = cost.per_layer[0].vision_tokens + assumed.text_tokens
-        rows = max(1, min(rows, config.micro_tokens // full))
-    tokens = [rows * layer.tokens for layer in cost.per_layer]
-    each = layer_bytes(decoder, config.lora) * width / 2
-    if config.activation_checkpointing:
-        # Each layer's input, and all of the layer being recomputed.
-        memory["activations"] = width * decoder.hidden * sum(tokens) + each * max(tokens)
-    else:
-        memory["activations"] = each * sum(tokens)
-    # Logits in the model's type, in fp32 for the loss, and their gradient; a teacher's in fp32.
-    logits = min(decoder.vocabulary * tokens[-1], CHUNK)
-    memory["logits"] = (width + 8) * logits
-    if config.distill is not None and plan.stages:
-        memory["logits"] += 8 * logits
-        memory["teacher"] = width * decoder.hidden * rows * assumed.text_tokens
-    return memory
-
-
-def layer_bytes(decoder: Decoder, lora: LoraSettings | None) -> float:
-    """Bytes that autograd saves per position of one decoder layer: with bf16 autocast, LoRA on all
-    its linear layers, and an attention kernel that saves no scores.
-
-    Counted from what a LLaMA layer saves: inputs and outputs of its matrix products in bf16, those
-    of norms and activation in fp32; dropout saves a mask and its output for each input.
-    """
-    d, m, kv = decoder.hidden, decoder.mlp, decoder.kv_heads * decoder.head_dim
-    kept = 30 * d + 6 * kv + 9 * m
-    if lora is not None:
-        kept += 14 * lora.rank + (24 * d + 4 * m if lora.dropout else 0)
-    return kept

@@ -38,6 +38,8 @@ from adsc.families.family import Family
 from adsc.method import Method
 from adsc.plan import PruningPlan
 
+SKIPS = "allow_is_causal_skip"  # of mask builders, from transformers 5.23 on
+_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 TYPES = "mm_token_type_ids"  # 0 is text: what Qwen's processors write, and who passes embeddings
 
 
@@ -183,6 +185,8 @@ class Call:
         }
         if self.samples is not None:
             how["position_ids"] = self.order(drop, hidden)
+        if SKIPS in _MASK_ARGUMENTS and self.segments and self.segments[drop].valid is not None:
+            how[SKIPS] = False  # rows are ragged: to look whether nothing pads would only wait
         build = create_sliding_window_causal_mask if sliding else create_causal_mask
         if self.blocks is None:
             return build(**how)

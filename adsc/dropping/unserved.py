@@ -37,8 +37,8 @@ def check_call(decoder: Any, own: type) -> None:
         if _is_compiled(module, own):
             raise UnsupportedModel(
                 f"{name} is compiled on its own, and a call's schedule can't cross its border: "
-                "compile the whole model instead, model = torch.compile(model), or call "
-                "torch.compile before attaching where layers are wrapped one by one"
+                "compile the whole model instead, model = torch.compile(model), or its layers "
+                "behind their hooks, adsc.compile_layers(model)"
             )
 
 

@@ -108,6 +108,8 @@ class EvaluationJob:
     """Formats the questions; None uses the base's processor."""
     batch_size: int
     max_new_tokens: int
+    compiled: bool = False
+    """Whether decoder layers are compiled."""
     engine: str = "transformers"
 
 
@@ -191,6 +193,8 @@ class Worker:
             self._loaded = None  # the old one's memory first
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = adsc.from_pretrained(self._job.inputs[checkpoint].folder).to(device).eval()
+            if self._job.compiled:
+                adsc.compile_layers(model)
             self._loaded = checkpoint, model
         return self._loaded[1]
 

@@ -64,6 +64,9 @@ class EvaluateConfig(Config):
     """Questions answered at a time."""
     max_new_tokens: int = Field(8, gt=0)
     """Longest answer in tokens."""
+    compile: Literal["layers"] | None = Field(None, json_schema_extra=ADDED)
+    """layers: torch.compile for each decoder layer, for answers and for what is timed; null runs
+    eagerly. Other kernels round elsewhere, so single answers may differ."""
     shard_questions: int = Field(512, gt=0)
     """Questions in a piece of work: what a killed run repeats at most, for each worker."""
     prefill_batch: int = Field(32, gt=0)

@@ -135,6 +135,7 @@ def _job(ctx: StageContext, config: EvaluateConfig) -> EvaluationJob:
         chat_template=template,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
+        compiled=config.compile == "layers",
         engine=config.engine,
     )
 

@@ -6,6 +6,7 @@ global batches. A picture is decoded here, once. Reading shards is pipeline/data
 carrying batches to the trainer pipeline/training/feed.py's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -21,7 +22,7 @@ from pipeline.data.pictures import decode_picture
 from pipeline.data.prepared import PreparedData, Shuffle
 from pipeline.training.config import TrainConfig
 
-PACKED = ("eager", "sdpa", "flash_attention_2")
+PACKED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 """Attention backends that tell rows of a packed micro-batch apart; flex_attention does, too, but
 torch can't train with it on every device."""
 COLUMNS = ("id", "pictures", "input_ids", "labels")
@@ -105,6 +106,13 @@ class StepLoader:
     def steps(self) -> int:
         """Optimizer steps of the whole training."""
         return self.config.steps_for(len(self._prepared))
+
+    @property
+    def text_tokens(self) -> tuple[int, int]:
+        """Tokens of a row that are no vision tokens, on average and of the hundredth that has most
+        of them."""
+        text = self._prepared.length - self._prepared.vision_tokens
+        return math.ceil(float(np.mean(text))), math.ceil(float(np.quantile(text, 0.99)))
 
     @property
     def supervised(self) -> int:

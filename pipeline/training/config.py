@@ -69,6 +69,7 @@ def _expression(text: str) -> str:
     return text
 
 
+Checkpointing = bool | Literal["selective"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Expression = Annotated[str, AfterValidator(_expression)]
 
@@ -216,13 +217,24 @@ class TrainConfig(MethodConfig):
     packing: bool = Field(False, json_schema_extra=OPERATIONAL)
     """Rows of a micro-batch follow one another in one row without padding; only with attention
     backends that keep them apart."""
-    activation_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
+    activation_checkpointing: Checkpointing = Field(False, json_schema_extra=OPERATIONAL)
     """Recompute activations in the backward pass instead of keeping them; saves memory, costs up to
-    a third more time."""
-    attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
-        "sdpa", json_schema_extra=OPERATIONAL
-    )
-    """Attention kernel, by transformers' name."""
+    a third more time. selective keeps the results of attention and of large matrix products and
+    recomputes what is cheap."""
+    memory: Literal["auto"] | None = Field(None, json_schema_extra=OPERATIONAL)
+    """auto: `micro_tokens` and `activation_checkpointing` are chosen for the workers' GPUs, in the
+    place of what they and `accumulate` are set to; on a CPU nothing is chosen."""
+    attention: Literal[
+        "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"
+    ] = Field("sdpa", json_schema_extra=OPERATIONAL)
+    """Attention kernel, by transformers' name. Where flash attention can't run (its package, a GPU
+    or bf16 is missing), the next older one or sdpa does, with a warning."""
+    kernels: Literal["liger"] | None = Field(None, json_schema_extra=OPERATIONAL)
+    """liger: its fused RMSNorm, SwiGLU and rotary embedding (package liger-kernel, on a GPU); null:
+    torch's. Not with `compile`, which fuses the same."""
+    compile: Literal["layers"] | None = Field(None, json_schema_extra=OPERATIONAL)
+    """layers: torch.compile for each decoder layer, whatever the plan of a step; null runs eagerly.
+    Compiled dropout draws other numbers. Not with zero3."""
     checkpoint_every: int = Field(100, gt=0, json_schema_extra=OPERATIONAL)
     """Optimizer steps between checkpoints; at most that many are lost when a process dies."""
     keep_checkpoints: int = Field(2, gt=0, json_schema_extra=OPERATIONAL)
@@ -253,6 +265,22 @@ class TrainConfig(MethodConfig):
         if self.strategy != "zero3" and self.offload.parameters:
             raise ValueError(
                 f"offload.parameters needs strategy zero3, which splits them; it is {self.strategy}"
+            )
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                f"compile = {self.compile} with activation_checkpointing = selective, which looks "
+                "at operators that a compiled layer no longer has: set one of them to null or false"
+            )
+        if self.compile and self.kernels:
+            raise ValueError(
+                f"compile = {self.compile} with kernels = {self.kernels}: both fuse the same "
+                "operators; set one of them to null"
+            )
+        if self.compile and self.strategy == "zero3":
+            raise ValueError(
+                f"compile = {self.compile} with strategy zero3, which gathers the parameters of a "
+                "layer while it runs and can't be compiled: choose ddp, zero1 or zero2, or set "
+                "compile to null"
             )
         return self
 

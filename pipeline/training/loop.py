@@ -8,12 +8,13 @@ strategy (pipeline/training/strategy.py) by which workers share the model.
 """
 
 import math
+import os
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,10 +24,13 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 import adsc
+from adsc.attachment.kernels import best_attention, use_liger
+from pipeline.data.conversations import IGNORED
 from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
 from pipeline.training.batches import StepBatch, StepLoader, check_packing
 from pipeline.training.checkpoints import Snapshot, read_moments, read_state
 from pipeline.training.config import MOMENTS, TrainConfig
+from pipeline.training.memory import checkpoint_activations, fitted_here
 from pipeline.training.movement import check_moved, checksums
 from pipeline.training.objective import Losses, Objective
 from pipeline.training.plans import StepPlans
@@ -107,6 +111,8 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
         ValueError: nothing to train, or a start or checkpoint that doesn't fit.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        _let_segments_grow()
     strategy = strategy_for(config, device)
     load = StepLoader(
         data=sources.data,
@@ -123,6 +129,8 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
             f"{sources.data} has no supervised token, so there is nothing to train or to distil "
             "on: prepare conversations with answers"
         )
+    config = fitted_here(config, sources.base, steps, load.text_tokens, device)
+    load = replace(load, config=config)
     objective, plans = _prepare(config, sources, strategy, device, steps)
     try:
         run = _Run(config, steps, context, strategy, load, objective, plans)
@@ -154,27 +162,25 @@ def _prepare(
             "train.plan, or leave train.distill out"
         )
     model = sources.model
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    attention = best_attention(config.attention, device, dtype)
     with strategy.loading():
         model = model or AutoModelForImageTextToText.from_pretrained(
-            sources.base,
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            attn_implementation=config.attention,
+            sources.base, dtype=dtype, attn_implementation=attention
         )
     if config.packing:
-        check_packing(model.config.model_type, config.attention)
+        check_packing(model.config.model_type, attention)
     plans = StepPlans(config, model, steps)
     adsc.attach(model, plans.target)
-    if config.activation_checkpointing:
-        # transformers before 5.23 knows the old name only.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
-        enable()
+    if config.kernels == "liger":
+        use_liger(model)
+    checkpoint_activations(model, config.activation_checkpointing)
     # Here, so that the adapter's initial values don't depend on how the base was loaded.
     torch.manual_seed(config.seed)
     trainable: Any = prepare_trainable(model, config.lora, config.tune)
     in_step = config.strategy == "zero3"
     objective = Objective(trainable, config.distill, device, in_step)
-    objective.install(half=config.precision == "bf16")
+    objective.install(half=config.precision == "bf16", compiled=config.compile == "layers")
     groups = [
         [p for n, p in trainable.named_parameters() if p.requires_grad and (".lora_" in n) is lora]
         for lora in (True, False)
@@ -244,8 +250,8 @@ class _Run:
         config, context = self.config, self.context
         started = time.monotonic()
         losses: list[np.ndarray] = []
-        model, checkpointing = self.strategy.model, config.activation_checkpointing
-        cost = cost_of(model, config.distill, checkpointing=checkpointing)
+        again = config.activation_checkpointing is True
+        cost = cost_of(self.strategy.model, config.distill, checkpointing=again)
         teaching = self.objective.teaching
         throughput = Throughput(
             cost, teaching.device, context.world_size, teaching if config.distill else None
@@ -297,19 +303,22 @@ class _Run:
         device, plan = self.objective.teaching.device, self.plans(step)
         own = torch.zeros(len(Losses._fields), device=device)
         for i, micro in enumerate(batch.micro):
-            inputs = {name: tensor.to(device) for name, tensor in micro.items()}
+            # Found here, where it makes nobody wait.
+            places = np.flatnonzero(micro["labels"].numpy() != IGNORED)
+            inputs = _on(device, micro | {"places": torch.from_numpy(places)})
             with strategy.micro_batch(last=i == len(batch.micro) - 1):
                 # The objective makes calls of its own, each under its plan.
                 with adsc.suspended(strategy.model):
                     made = strategy.model(**inputs, plan=plan, supervised=batch.supervised)
                 strategy.backward(made["loss"])
             own += torch.stack([made[name].detach() for name in Losses._fields])
-        both = torch.cat([own, torch.tensor([float(context.due())], device=device)])
+        seen = torch.cat([own, torch.full((1,), float(context.due()), device=device)])
         if context.world_size > 1:
-            dist.all_reduce(both)
-        *losses, due = both.tolist()
+            dist.all_reduce(seen)
+        found = torch.as_tensor(strategy.step(list(self.rates(step).values())), device=device)
+        # The one time in a step that the loop waits for the device.
+        *losses, due, norm = torch.cat([seen, found.to(seen.dtype).view(1)]).tolist()
         total = losses[0]
-        norm = strategy.step(list(self.rates(step).values()))
         usual = statistics.median(self.norms) if len(self.norms) >= FEW else float("inf")
         if not (np.isfinite(total) and np.isfinite(norm)) or norm > config.diverged_norm * usual:
             ids = _blamed(own[0].item(), batch.ids, context.world_size)
@@ -354,6 +363,21 @@ class _Run:
         self.strategy.restore(weights, read_moments(folder / MOMENTS))
         self.norms.extend(state["norms"])
         return int(state["step"])
+
+
+def _on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the host on a device; a GPU copies from pinned memory while the host goes on."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()}
+
+
+def _let_segments_grow() -> None:
+    """Let CUDA's allocator grow its segments, since the lengths of batches change: less is lost to
+    fragments. Somebody's own setting stays."""
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def _blamed(loss: float, ids: list[str], world_size: int) -> list[str]:

@@ -70,8 +70,15 @@ class Objective:
         self.teaching = Stopwatch(device)
         """Time that teachers took."""
 
-    def install(self, *, half: bool) -> None:
-        """Take the place of the model's forward; `half` computes under bf16 autocast."""
+    def install(self, *, half: bool, compiled: bool = False) -> None:
+        """Take the place of the model's forward.
+
+        Args:
+            half: compute under bf16 autocast.
+            compiled: compile each decoder layer.
+        """
+        if compiled:
+            adsc.compile_layers(self._model)
         forward: Any = self.__call__
         if half:
             # Inside the module, where DeepSpeed leaves it alone.
@@ -79,7 +86,8 @@ class Objective:
         self._model.forward = forward
 
     def remove(self) -> None:
-        """Give the model its own forward back."""
+        """Give the model and its layers their own forward back."""
+        adsc.uncompile_layers(self._model)
         vars(self._model).pop("forward", None)
 
     def __call__(
@@ -89,6 +97,7 @@ class Objective:
         supervised: int,
         plan: PruningPlan | Method,
         taught: Tensor | None = None,
+        places: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """The losses of a micro-batch, as a mapping, which DDP and DeepSpeed look into.
@@ -99,39 +108,47 @@ class Objective:
             plan: of this step.
             taught: (L, D) what `teach` of a dense teacher found for these inputs; None runs the
                 teacher.
+            places: (L,) of the labels among B * S; None looks for them, and waits for the device.
             inputs: the model's other inputs.
         """
+        if places is None:
+            places = _places(labels)
         given = inputs | {"labels": labels, "use_cache": False}
         distill = self._distill if plan.stages else None
         goals, known = taught, None
         if distill is not None and goals is None:
-            goals, known = self.teach(given)
+            goals, known = self.teach(given, places)
         with adsc.running(self._model, plan):
             made = hidden_states(self._model, given)
-        before = made.before(labels.shape[1])
-        supervises = labels != IGNORED
-        wanted = supervises & (before >= 0)
-        states, targets = made.at(before[wanted]), labels[wanted]
-        found = wanted[supervises]
-        goals = goals[found] if distill is not None and goals is not None else None
-        known = known[found] if known is not None else None
+        before = made.before(labels.shape[1]).flatten().index_select(0, places)
+        # A label that no state predicts counts for nothing.
+        targets = labels.flatten().index_select(0, places).masked_fill(before < 0, IGNORED)
+        states = made.at(before.clamp(min=0))
+        if distill is None:
+            goals = None
+        elif goals is not None:
+            known = before >= 0 if known is None else known & (before >= 0)
         sums = self._sums(states, targets, goals, known) / supervised
         weight = distill.weight if distill is not None else 0.0
         loss = sums[0] + weight * sums[1] if distill is not None else sums[0]
         return Losses(loss, sums[0].detach(), sums[1].detach())._asdict()
 
-    def teach(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def teach(
+        self, given: Mapping[str, Any], places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The teacher's states (L, D) before each of the L labels, row by row, and (L,) where there
         are such: a teacher that dropped what stands before a label says nothing of it.
 
         Args:
             given: a model's inputs with `labels`.
+            places: (L,) of the labels among B * S; None looks for them.
         """
         running = adsc.running(self._model, self._teacher)
         with self.teaching, self._as_teacher(self._model), running:
             made = hidden_states(self._model, given)
         labels = given["labels"]
-        numbers = made.before(labels.shape[1])[labels != IGNORED]
+        places = _places(labels) if places is None else places
+        numbers = made.before(labels.shape[1]).flatten().index_select(0, places)
         return made.at(numbers.clamp(min=0)), numbers >= 0
 
     def _sums(
@@ -167,7 +184,7 @@ class Objective:
             known: (N,) where there are such; None: everywhere.
         """
         logits = self._head(states).float()
-        entropy = cross_entropy(logits, targets, reduction="sum")
+        entropy = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
         if goals is None or self._distill is None:
             return torch.stack([entropy, torch.zeros_like(entropy)])
         heat = self._distill.temperature
@@ -198,6 +215,11 @@ class Objective:
                 one.training = True
             for layer in adapters:
                 layer.enable_adapters(True)
+
+
+def _places(labels: Tensor) -> Tensor:
+    """(L,) where labels are among B * S."""
+    return (labels != IGNORED).flatten().nonzero().squeeze(1)
 
 
 def _uncached_autocast() -> Any:

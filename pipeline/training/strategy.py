@@ -43,9 +43,9 @@ class Strategy(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`; over workers, gradients are summed."""
 
-    def step(self, rates: list[float]) -> float:
+    def step(self, rates: list[float]) -> torch.Tensor | float:
         """One optimizer step at a rate for each group; returns the gradient's norm before
-        clipping."""
+        clipping, on the device where that waits for nothing."""
 
     def weights(self) -> Tensors:
         """Whole trained tensors in fp32 on the CPU, by name; empty on ranks other than 0."""
@@ -69,9 +69,13 @@ def _world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _adamw(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+def _adamw(config: TrainConfig, groups: list[dict[str, Any]], fused: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=fused or None,
     )
 
 
@@ -81,14 +85,19 @@ class Ddp:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world_size = _world()
+        self.fused = device.type == "cuda"
+        """Whether AdamW is one kernel for all parameters."""
 
     def loading(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare(self, model: nn.Module, groups: list[dict[str, Any]]) -> None:
+        if self.config.compile:
+            # A compiled layer is a graph small enough; DDP would split it for its buckets.
+            torch._dynamo.config.optimize_ddp = False
         self._own = model.to(self.device)
         self.model = DistributedDataParallel(self._own) if self.world_size > 1 else self._own
-        self.optimizer = _adamw(self.config, groups)
+        self.optimizer = _adamw(self.config, groups, fused=self.fused)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -101,7 +110,7 @@ class Ddp:
         # DDP averages over workers what is to be summed.
         (loss * self.world_size).backward()
 
-    def step(self, rates: list[float]) -> float:
+    def step(self, rates: list[float]) -> torch.Tensor:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for _, parameter in self._trained():
@@ -110,7 +119,7 @@ class Ddp:
         norm = nn.utils.clip_grad_norm_([p for _, p in self._trained()], self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm.detach()
 
     def weights(self) -> Tensors:
         if self.rank != 0:
@@ -134,8 +143,10 @@ class Ddp:
                 own[name].copy_(tensor)
         for name, state in moments.items():
             self.optimizer.state[own[name]] = {
-                # AdamW wants its count on the CPU.
-                key: value.clone() if key == "step" else value.to(self.device, copy=True)
+                # AdamW wants its count on the CPU, unless it is fused.
+                key: value.clone()
+                if key == "step" and not self.fused
+                else value.to(self.device, copy=True)
                 for key, value in state.items()
             }
 
@@ -220,7 +231,8 @@ class Zero:
             del kept
 
     def prepare(self, model: nn.Module, groups: list[dict[str, Any]]) -> None:
-        self.optimizer = _adamw(self.config, groups)
+        # Fused, AdamW would want its count on the device of parameters that ZeRO may move off.
+        self.optimizer = _adamw(self.config, groups, fused=False)
         self._engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.settings()
         )

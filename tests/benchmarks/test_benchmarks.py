@@ -16,7 +16,17 @@ CPU = torch.device("cpu")
 TINY = ["--geometry", "tiny", "--device", "cpu", "--text", "20"]
 MACHINE = ("device", "torch", "transformers", "commit", "date")
 # Parts that take seconds; `--all` on a CPU runs the others as well.
-QUICK = ("ceilings", "families", "static-caches", "prefill-8", "decode-1", "graphs-1", "train-4")
+QUICK = (
+    "ceilings",
+    "families",
+    "static-caches",
+    "prefill-8",
+    "decode-1",
+    "graphs-1",
+    "train-4",
+    "train-filled",
+    "step-waits",
+)
 
 
 def test_each_benchmark_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,8 +45,9 @@ def add_options(run: argparse.ArgumentParser) -> None:
 
 def show(console: Console, config: Any, options: argparse.Namespace) -> int:
     """Print both tables; returns 1 if a training stage doesn't fit in a GPU's memory."""
-    from pipeline.forecast import USABLE, Assumptions, forecast, model_config
+    from pipeline.forecast import Assumptions, forecast, model_config
     from pipeline.recipe import CompressConfig, branches
+    from pipeline.training.memory import USABLE
 
     if not isinstance(config, CompressConfig):
         return 0
@@ -90,8 +91,8 @@ def show(console: Console, config: Any, options: argparse.Namespace) -> int:
         return 0
     console.print(
         f"{most.name} needs about {most.memory_gib:.0f} GiB, but training can use only "
-        f"{room:.0f} GiB on {assumed.gpu}: lower train.micro_tokens or raise train.accumulate, set "
-        "train.activation_checkpointing=true, or shard the weights with train.strategy=zero3",
+        f"{room:.0f} GiB on {assumed.gpu}: set train.memory=auto (or lower train.micro_tokens, set "
+        "train.activation_checkpointing=true), or shard the weights with train.strategy=zero3",
         style="red",
         markup=False,
     )
@@ -180,6 +181,9 @@ def _show_forecast(
         sum(row.gpu_hours * row.teacher_share for row in rows) / hours,
     )
     console.print(table)
+    for row in rows:
+        if row.chosen:
+            console.print(f"{row.name}: train.memory = auto chooses {row.chosen}", markup=False)
     data = f"{records:,} records with " if records else "conversations with "
     console.print(
         f"assumed: {data}one picture and {assumed.text_tokens} text tokens; "

@@ -163,6 +163,15 @@ def test_any_number_of_workers_gives_the_same_answers(
     assert answers_of(tmp_path).equals(answers_of(evaluated))
 
 
+@pytest.mark.slow  # a C++ compiler takes minutes
+def test_compiled_layers_give_the_same_answers(
+    evaluated: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    config = SHARDED.model_copy(update={"compile": "layers"})
+    evaluate(stage_context("evaluate", tmp_path / "out", inputs), config)
+    assert answers_of(tmp_path).equals(answers_of(evaluated))
+
+
 def test_a_second_attempt_answers_only_unfinished_shards(
     evaluated: Path, inputs: Inputs, tmp_path: Path
 ) -> None:

@@ -163,10 +163,11 @@ def test_a_start_that_would_be_lost_is_refused(small: Small, tmp_path: Path) -> 
 
 def test_activation_checkpointing_changes_memory_only(small: Small, tmp_path: Path) -> None:
     train(CONFIG, sources(small), Plain(tmp_path / "plain"))
-    config = CONFIG.model_copy(update={"activation_checkpointing": True})
-    train(config, sources(small), Plain(tmp_path / "checkpointed"))
-    worst = worst_difference(trained(tmp_path / "plain"), trained(tmp_path / "checkpointed"))
-    assert worst < 1e-6  # measured: 0, dropout included
+    for how in (True, "selective"):
+        config = CONFIG.model_copy(update={"activation_checkpointing": how})
+        train(config, sources(small), Plain(tmp_path / str(how)))
+        worst = worst_difference(trained(tmp_path / "plain"), trained(tmp_path / str(how)))
+        assert worst < 1e-6  # measured: 0, dropout included
 
 
 def test_llava_preset() -> None:
@@ -185,6 +186,11 @@ def test_llava_preset() -> None:
         ({"steps": None}, "set one and the other to null"),
         ({"offload": {"optimizer": "cpu"}}, "offload needs a ZeRO strategy"),
         ({"strategy": "zero2", "offload": {"parameters": "cpu"}}, "needs strategy zero3"),
+        ({"compile": "layers", "strategy": "zero3"}, "compile = layers with strategy zero3"),
+        (
+            {"compile": "layers", "activation_checkpointing": "selective"},
+            "operators that a compiled layer no longer has",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other(changes: dict[str, object], says: str) -> None:

@@ -39,6 +39,7 @@ EXACT = CONFIG.model_copy(
     }
 )
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+COMPILED = ("ddp", "zero2")
 
 
 def command_line(small: Small, config: TrainConfig, folder: Path) -> list[object]:
@@ -88,12 +89,15 @@ def strategies(base: str, data: str, folder: str) -> None:
     where = Sources(base=Path(base), data=Path(data))
     config = EXACT.model_copy(update={"accumulate": 2})
 
-    def run(strategy: str, name: str) -> None:
-        change = {"strategy": strategy}
+    def run(strategy: str, name: str, **more: object) -> None:
+        change = {"strategy": strategy, **more}
         train(config.model_copy(update=change), where, Plain(Path(folder) / name, rank, 2))
 
     for strategy in STRATEGIES:
         run(strategy, strategy)
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        for strategy in COMPILED:
+            run(strategy, f"{strategy}-compiled", compile="layers")
     for first, second in (("ddp", "zero3"), ("zero3", "zero3"), ("zero3", "zero2")):
         torch.distributed.barrier()
         name = f"{first}-{second}"
@@ -115,6 +119,8 @@ def test_ddp_and_all_stages_of_zero_are_one_run(small: Small, tmp_path: Path, al
         # Measured, weights and moments: 7e-8, 1e-7 and 1e-6 (ZeRO-3).
         assert losses(tmp_path / strategy) == pytest.approx(losses(tmp_path / "ddp"), abs=1e-5)
         assert worst_difference(result(tmp_path / strategy), reference) < 1e-4
+    for strategy in COMPILED:
+        assert worst_difference(result(tmp_path / f"{strategy}-compiled"), reference) < 1e-4
     # Resumed equals uninterrupted, under the same strategy and under another one. Measured: 1e-6.
     for name in ("ddp-zero3", "zero3-zero3", "zero3-zero2"):
         assert worst_difference(result(tmp_path / name), reference) < 1e-4
