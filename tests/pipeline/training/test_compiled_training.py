@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "taught, micro-batches": {"distill": DistillSettings(), "accumulate": 2},
     "bf16": {"precision": "bf16"},
-    "peer": {"plan": "", "method": PeerConfig(name="fastv", average=16)},
+    "peer": {"plan": "", "method": PeerConfig(name="fastv", average=40)},
 }
 
 
