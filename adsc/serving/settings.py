@@ -3,7 +3,7 @@
 A plan with d drops cuts the decoder into parts 0..d; a token that is dropped before a layer is gone
 in that layer's part and in all later ones. Everything here is fixed when a checkpoint is loaded.
 What can't be served as it was trained is refused by name: served without its plan, a checkpoint
-answers otherwise, and nobody would be told.
+answers otherwise, without a warning.
 
 Legend: n vision tokens of one image, P parts of the decoder.
 """

@@ -45,6 +45,11 @@ class State(NamedTuple):
     record: Record | None
     """Of a finished stage."""
 
+    @property
+    def row(self) -> dict[str, str]:
+        """What is shown of it."""
+        return {"name": self.name, "state": self.state, "path": self.path}
+
 
 def topological_order(stages: Sequence[Stage]) -> list[Stage]:
     """The stages in topological order, checked: each comes after its needs.

@@ -36,6 +36,7 @@ def variants() -> Iterator[tuple[str, Workflow]]:
         # A relative folder is one of the directory that the command was started in.
         changes = ["data.folder=/data/llava"] if name.startswith("llava") else []
         yield name, load_workflow(name, changes)
+    yield "demo, its former rate", load_workflow("demo", ["train.learning_rate=2e-3"])
     for fidelity in ("untrained", "lora", "curriculum"):
         yield f"demo, search, {fidelity}", demo().edit({**SEARCH, "search.fidelity": fidelity})
     yield "demo, one training", demo().edit({"curriculum.order": "fixed", "curriculum.stages": 1})

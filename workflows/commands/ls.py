@@ -52,8 +52,8 @@ def _list_stages(options: argparse.Namespace) -> None:
     terminal.note(former(workflow, options.changes, store))
     states = graph.state(store, workflow.stages())
     if options.json:
-        print(json.dumps([state._asdict() for state in states]))
+        print(json.dumps([state.row for state in states]))
         return
-    terminal.print_rows(("name", "state", "path"), *states)
+    terminal.print_rows(("name", "state", "path"), *(state.row.values() for state in states))
     if unsent := send_pending(options.root, chosen(None), RunContext.cache):
         print(unsent)

@@ -11,7 +11,7 @@ import math
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def console(data: bool = False) -> Console:
     return console if console.is_terminal else Piped(width=200)
 
 
-def print_rows(*rows: Sequence[object]) -> None:
+def print_rows(*rows: Collection[object]) -> None:
     """Print rows as aligned lines that are never wrapped, so that paths can be copied."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:

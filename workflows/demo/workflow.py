@@ -2,8 +2,8 @@
 questions.
 
 Hypothesis: at two thirds fewer vision tokens, means of tiles after the first layer, distilled from
-the dense base, keep at least 97 % of what the dense model keeps that was LoRA-tuned for as many
-steps, and 98 % with `--set train.steps=450`. The paper's recipe (drops, a reverse curriculum, no
+the dense base, keep at least 98 % of what the dense model keeps that was LoRA-tuned for as many
+steps. The paper's recipe (drops, a reverse curriculum, no
 teacher) is trained and evaluated beside it; `demo_paper` is that recipe alone.
 """
 
@@ -44,7 +44,9 @@ def demo() -> Workflow:
     config = DemoConfig(
         plan="1:1/4;pool=tiles",
         curriculum=CurriculumConfig(order="fixed", stages=1),
-        train=_train(steps=150, distill=DistillSettings()),
+        # On validation questions 4e-3 is better than 2e-3 for this plan and for the paper's, and
+        # no worse for the control; 8e-3 is too much for the control (docs/evidence.md).
+        train=_train(steps=150, distill=DistillSettings(), learning_rate=4e-3),
         compare={"paper": paper},
         **_SHARED,
     )
@@ -65,11 +67,12 @@ def demo_paper() -> Workflow:
     )
 
 
-def _train(**changes: Any) -> TrainConfig:
+def _train(steps: int, learning_rate: float = 2e-3, **changes: Any) -> TrainConfig:
     return TrainConfig(
+        steps=steps,
         batch_size=16,
         accumulate=4,  # as fast, and a third of a worker's memory less
-        learning_rate=2e-3,
+        learning_rate=learning_rate,
         lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
         checkpoint_every=25,
         **changes,

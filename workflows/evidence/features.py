@@ -2,7 +2,7 @@
 and what the dense base, which teaches the distilled arms, makes of the training batches.
 
 What is remembered is what the model itself computed, in batches of another size: equal up to the
-order of float additions (tests/workflows/test_evidence_features.py has the bound). Methods that
+order of float additions (tests/workflows/evidence/test_ladder.py has the bound). Methods that
 look at the tower (`LOOKING`) or stages that train it get none of it.
 """
 

@@ -1,7 +1,7 @@
 """What a plan asks of the engine's configuration, and which of vLLM's features go with none.
 
-vLLM asks here when it has read a checkpoint's config and the command line, before anything is
-loaded. Families that are not served are asked, too: vLLM would serve them dense.
+vLLM calls this when it has read a checkpoint's config and the command line, before anything is
+loaded. Families that are not served are checked, too: vLLM would serve them dense.
 """
 
 from __future__ import annotations

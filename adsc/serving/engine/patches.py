@@ -5,7 +5,7 @@ built from which rows reach which part. The second runner asks a model for a sta
 them (`state`); the first has no such place between knowing a step's requests and building metadata.
 
 `InputProcessor.process_inputs`: requests that a plan can't serve must be refused where the client
-is told, in the front end. vLLM has a hook for platforms there, none for models.
+gets the error, in the front end. vLLM has a hook for platforms there, none for models.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_the_same_work_is_one_job_and_after_it_ended_the_next(client: Any) -> No
 
 
 def test_finished_work_is_not_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The store answers, so that no cluster is asked, and none answers here."""
+    """The store answers, so that no cluster is contacted, and none runs here."""
     words = ["submit", "demo", "--root", str(tmp_path), "--shared-root", "--mlflow", "off"]
     address = ["--address", "http://127.0.0.1:9"]
     prints = fingerprints(load_workflow("demo").stages())
@@ -180,8 +180,8 @@ def test_finished_work_is_not_submitted(tmp_path: Path, capsys: pytest.CaptureFi
         made = Record(stage=name, fingerprint=fingerprint, attempt="1")
         records.publish(open_store(str(tmp_path)), made)
     assert main([*words, *address]) == 0
-    said = capsys.readouterr().out
-    assert said.count(" cached ") == len(prints) and "nothing was submitted" in said
+    printed = capsys.readouterr().out
+    assert printed.count(" cached ") == len(prints) and "nothing was submitted" in printed
 
 
 @pytest.mark.ray

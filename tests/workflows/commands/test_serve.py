@@ -119,6 +119,17 @@ def test_an_address_is_fetched_once_and_verified(
         serving.fetched(options(address, "--expect", "0" * 64))
 
 
+def test_a_cpu_gets_a_small_cache_unless_a_flag_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert serving.environment(["--port", "1"])["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    for flag in ("--gpu-memory-utilization=0.5", "--kv-cache-memory-bytes"):
+        assert "VLLM_CPU_KVCACHE_SPACE" not in serving.environment([flag])
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "9")
+    assert serving.environment([])["VLLM_CPU_KVCACHE_SPACE"] == "9"
+
+
 def test_a_server_that_fails_is_reported_by_its_last_error(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

@@ -93,6 +93,6 @@ def _finished(workflow: Workflow, root: str) -> bool:
         return False
     if any(state.state != "cached" for state in states):
         return False
-    terminal.print_rows(("name", "state", "path"), *states)
+    terminal.print_rows(("name", "state", "path"), *(state.row.values() for state in states))
     print("every stage is finished: nothing was submitted")
     return True
