@@ -1,4 +1,5 @@
-"""What is trained of a model, and how it is stored: a LoRA adapter, fully tuned parts, or both.
+"""What is trained of a model, and how it is stored: a LoRA adapter, fully tuned parts, or both; and
+a check that exactly this moved.
 
 A folder of trained weights holds `adapter/` (PEFT's own format) if there is an adapter, and
 `tuned.safetensors` (parameter name of the base model -> tensor) if parts are tuned in full.
@@ -6,10 +7,12 @@ A folder of trained weights holds `adapter/` (PEFT's own format) if there is an 
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -187,3 +190,51 @@ def merge_trained(model: nn.Module, folder: Path) -> nn.Module:
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     return model
+
+
+class MovementError(ValueError):
+    """Other parameters moved than the config declares."""
+
+
+def checksums(
+    parts: Iterable[tuple[str, nn.Parameter, torch.Tensor]],
+) -> dict[str, tuple[bool, float]]:
+    """Per parameter: whether it is to move, and a number that changes when it does.
+
+    Under ZeRO-3 a rank sums up the part of a parameter that it holds; what moved anywhere moved.
+    """
+    sums = {}
+    with torch.no_grad():
+        for name, parameter, part in parts:
+            weights = torch.arange(1, part.numel() + 1, device=part.device) % 8191 + 1
+            value = (part.flatten().double() * weights).sum().item()
+            sums[name] = (parameter.requires_grad, value)
+    return sums
+
+
+def check_moved(
+    before: dict[str, tuple[bool, float]], after: dict[str, tuple[bool, float]]
+) -> None:
+    """Compare checksums; every rank calls it.
+
+    Raises:
+        MovementError: on every rank, naming some parameters.
+    """
+    flags = torch.tensor([float(after[name][1] != was) for name, (_, was) in before.items()])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        flags = flags.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    moved = {name for name, flag in zip(before, flags.tolist(), strict=True) if flag}
+    leaked = [name for name, (trained, _) in before.items() if not trained and name in moved]
+    if leaked:
+        raise MovementError(
+            f"{len(leaked)} frozen parameters moved, such as {leaked[:3]}: report this bug"
+        )
+    still = [name for name, (trained, _) in before.items() if trained and name not in moved]
+    # In a fresh adapter's first step B is zero, and so is the gradient of A.
+    still = [name for name in still if ".lora_A." not in name]
+    if still:
+        raise MovementError(
+            f"{len(still)} parameters were to be trained but did not move, such as {still[:3]}: "
+            "the model does not use them; leave them out of train.tune or train.lora.targets"
+        )

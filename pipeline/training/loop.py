@@ -26,12 +26,17 @@ from transformers import AutoModelForImageTextToText
 import adsc
 from adsc.attachment.kernels import best_attention, use_liger
 from pipeline.data.conversations import IGNORED
-from pipeline.training.adapters import prepare_trainable, read_trained, trained_parts
+from pipeline.training.adapters import (
+    check_moved,
+    checksums,
+    prepare_trainable,
+    read_trained,
+    trained_parts,
+)
 from pipeline.training.batches import StepBatch, StepLoader, check_packing
 from pipeline.training.checkpoints import Snapshot, read_moments, read_state
 from pipeline.training.config import MOMENTS, TrainConfig
 from pipeline.training.memory import checkpoint_activations, fitted_here
-from pipeline.training.movement import check_moved, checksums
 from pipeline.training.objective import Losses, Objective
 from pipeline.training.plans import StepPlans
 from pipeline.training.strategy import Strategy, strategy_for

@@ -127,7 +127,7 @@ def memory_bytes(
         memory["base"] = memory["trained"] = 0.0
     decoder = Decoder.from_config(model.get_text_config())
     cost = adsc.estimate_cost(model, plan, text_tokens)
-    rows = math.ceil(config.batch_size / workers / config.accumulate)
+    rows: float = math.ceil(config.batch_size / workers / config.accumulate)
     if config.micro_tokens is not None:
         full = cost.per_layer[0].vision_tokens + text_tokens
         rows = max(1, min(rows, config.micro_tokens / full))
@@ -135,7 +135,7 @@ def memory_bytes(
     each = layer_bytes(decoder, config.lora) * width / 2
     if config.activation_checkpointing:
         # Each layer's input or what is kept of it, and all of the layer being computed again.
-        left = width * decoder.hidden
+        left: float = width * decoder.hidden
         if config.activation_checkpointing == "selective":
             left += selective_bytes(decoder, config.lora) * width / 2
         memory["activations"] = left * sum(tokens) + each * max(tokens)

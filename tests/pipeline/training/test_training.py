@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from pipeline.training.adapters import merge_trained
+from pipeline.training.adapters import MovementError, merge_trained
 from pipeline.training.loop import Diverged, Sources, rate_factor, train
-from pipeline.training.movement import MovementError
 from tests.pipeline.training.training_runs import (
     CONFIG,
     LORA,
