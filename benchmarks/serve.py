@@ -213,6 +213,43 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def by_request(folder: Path, plan: str, options: argparse.Namespace) -> None:
+    """Prefill of four requests under a plan and of the same four that choose `dense`, in turns in
+    one engine; prints processor seconds and what one request holds."""
+    from vllm import SamplingParams
+
+    llm = engine(folder, plan, options)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool, plain = scheduler.kv_cache_manager.block_pool, scheduler.schedule
+    whole = (CONCURRENCY + 2) * request_bytes(options)
+    block = whole / scheduler.kv_cache_config.num_blocks  # bytes
+    free, seen = pool.get_num_free_blocks(), []
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        seen.append(free - pool.get_num_free_blocks())
+        return output
+
+    def seconds(count: int, choice: dict[str, str] | None) -> float:
+        sampling = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args=choice
+        )
+        start = time.process_time()
+        llm.generate(requests(count), sampling, use_tqdm=False)
+        return time.process_time() - start
+
+    scheduler.schedule = schedule
+    seconds(1, None)
+    held = max(seen)
+    turns = [(seconds(4, {"adsc_plan": "dense"}), seconds(4, None)) for _ in range(options.turns)]
+    dense, own = (statistics.median(them) for them in zip(*turns, strict=True))
+    print(
+        f"{plan}: prefill {dense / own:.2f}x ({dense:.2f} s, {own:.2f} s); a request holds {held} "
+        f"blocks, {held * block / 2**20:.1f} MiB"
+    )
+    llm.llm_engine.engine_core.shutdown()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plans", nargs="*", default=PLANS)
@@ -221,6 +258,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--eager", action="store_true", help="nothing compiled, dense neither")
+    parser.add_argument(
+        "--by-request", action="store_true", help="prefill alone, dense chosen by the request"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     for name, value in SETTINGS.items():
@@ -233,6 +273,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder, options.width, options.layers)
+        if options.by_request:
+            for plan in options.plans:
+                by_request(folder, plan, options)
+            return
         engines = {name: engine(folder, plan, options) for name, plan in texts.items()}
         result["prefill"] = timed(engines, 1, options.turns, warm=1)
         result["generate"] = timed(engines, 32, options.turns, warm=0)
