@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = {
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other would count as work
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -130,7 +130,7 @@ def memory_bytes(
     rows = math.ceil(config.batch_size / workers / config.accumulate)
     if config.micro_tokens is not None:
         full = cost.per_layer[0].vision_tokens + text_tokens
-        rows = max(1, min(rows, config.micro_tokens // full))
+        rows = max(1, min(rows, config.micro_tokens / full))
     tokens = [rows * layer.tokens for layer in cost.per_layer]
     each = layer_bytes(decoder, config.lora) * width / 2
     if config.activation_checkpointing:

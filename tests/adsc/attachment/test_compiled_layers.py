@@ -30,7 +30,11 @@ def gradients(model, inputs, plan):
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [False, pytest.param(True, marks=pytest.mark.slow)],  # a fast training recomputes, too
+    ids=["kept", "recomputed"],
+)
 def test_training_calls_are_equal_and_share_their_graphs(checkpointing):
     """Every plan with every batch: no break in a graph, and no more of them than the limit."""
     torch._dynamo.reset()
