@@ -279,8 +279,6 @@ def log_headline(track: Tracker, stages: Sequence[Stage], finished: Mapping[str,
     """Log what workflows are compared by, from the records of all stages, whenever they ran:
     seconds of each, GPU-hours, and what their kinds choose (`Kind.headline`)."""
     records = [finished[stage.name] for stage in stages]
-    track.metrics({"seconds": {record.stage: record.seconds for record in records}})
-    track.metrics({"gpu_hours": sum(record.seconds * record.gpus for record in records) / 3600})
     for stage, record in zip(stages, records, strict=True):
         if stage.kind.headline is not None:
             headline = stage.kind.headline(record)
@@ -288,6 +286,9 @@ def log_headline(track: Tracker, stages: Sequence[Stage], finished: Mapping[str,
             track.params(headline.params)
             if headline.data is not None:
                 track.dataset(*headline.data)
+    # Last: MLflow lists metrics in the order in which they came.
+    track.metrics({"gpu_hours": sum(record.seconds * record.gpus for record in records) / 3600})
+    track.metrics({"seconds": {record.stage: record.seconds for record in records}})
 
 
 def send_pending(root: str, tracking_uri: str | None, cache: str) -> str | None:

@@ -41,7 +41,7 @@ class Workflow:
         return {
             key: value
             for key, value in flatten(self.config.model_dump(mode="json")).items()
-            if any(key == one or key.startswith(f"{one}.") for one in wanted)
+            if value != "None" and any(key == one or key.startswith(f"{one}.") for one in wanted)
         }
 
     def stages(self) -> list[Stage]:

@@ -153,8 +153,9 @@ class Tracker:
     def params(self, values: Mapping[str, Any]) -> None:
         """Log a nested config under dotted keys; credentials are hidden, long values cut with a
         mark."""
-        named = {_name(key): _cut(value) for key, value in flatten(values).items()}
-        self._add("params", values=named)
+        if values:
+            named = {_name(key): _cut(value) for key, value in flatten(values).items()}
+            self._add("params", values=named)
 
     def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log numbers; nested names are joined by `/`, which MLflow groups by. None is left out."""
