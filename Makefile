@@ -26,8 +26,8 @@ TESTS ?= -n 2 --dist loadfile --no-loadscope-reorder
 test: install ## the tests that CI runs
 	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu' --durations=20
 
-test-unit: install ## the tests that start no Ray
-	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu and not ray'
+test-unit: install ## the tests that start no Ray and take no seconds, two minutes
+	$(BIN)/pytest $(TESTS) -m 'not slow and not gpu and not ray and not heavy'
 
 test-slow: install ## the tests marked slow, minutes each
 	$(BIN)/pytest -m slow

@@ -30,14 +30,51 @@ LONGEST = ("workflows", "pipeline")
 """Folders of `tests`, the longest files first; the others follow."""
 
 
+HEAVY = frozenset(
+    [
+        "attachment/test_adapters",
+        "attachment/test_after_import",
+        "attachment/test_compiled",
+        "attachment/test_compiled_layers",
+        "attachment/test_processes",
+        "attachment/test_running",
+        "attachment/test_trainers",
+        "attachment/test_trl",
+        "benchmarks/test_benchmarks",
+        "benchmarks/test_table",
+        "commands/test_startup",
+        "durable/test_lease",
+        "evaluation/test_generation",
+        "infra/test_store_policy",
+        "reporting/test_report",
+        "search/test_search",
+        "stages/test_export",
+        "store/test_store",
+        "tests/test_wheel",
+        "tracking/test_moved",
+        "tracking/test_tracking",
+        "training/test_compiled_training",
+        "training/test_distill",
+        "training/test_strategies",
+        "training/test_throughput",
+        "training/test_training",
+    ]
+)
+"""Files whose tests start processes, servers or compilers, or train: seconds each. So do those of
+tests/faults."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray, and run its files first.
+    """Mark what starts Ray and what takes seconds, and run the files with Ray first.
 
     They take minutes: of two processes, none should be left with one of them at the end.
     """
     for item in items:
         if "ray_address" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+        folder = item.path.parent.name
+        if folder == "faults" or f"{folder}/{item.path.stem}" in HEAVY:
+            item.add_marker(pytest.mark.heavy)
     starts_ray = {
         item.path
         for item in items

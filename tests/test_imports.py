@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import HEAVY
+
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "adsc": {"pipeline", "workflows", "infra", "ray", "mlflow", "boto3", "pydantic"},
@@ -184,3 +186,8 @@ def test_these_tests_see_what_they_refuse(tmp_path: Path) -> None:
     shared = tmp_path / "test_six.py"
     shared.write_text("from tests.a.test_seven import made\nfrom tests.a.eight import test_nine")
     assert list(other_tests(shared)) == ["tests.a.test_seven", "test_nine"]
+
+
+def test_files_that_are_left_out_of_the_unit_tests_exist() -> None:
+    known = {f"{path.parent.name}/{path.stem}" for path in (ROOT / "tests").rglob("test_*.py")}
+    assert known >= HEAVY

@@ -16,8 +16,6 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 
-from triton.backends import backends
-
 from adsc import PruningPlan
 from tests.adsc.serving.engine.cases import Reference, all_prompts
 from tests.adsc.serving.engine.engines import engine
@@ -37,6 +35,8 @@ class Backend:
 
 
 def main(folder: str, *plans: str) -> None:
+    from triton.backends import backends  # reads the settings above
+
     backends["cpu"] = Backend
     reference, found = Reference(Path(folder)), []
     for plan in plans:
