@@ -13,9 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-
 from adsc import PruningPlan
 from tests.adsc.serving.engine.cases import Reference, all_prompts
 from tests.adsc.serving.engine.engines import engine
@@ -35,7 +32,8 @@ class Backend:
 
 
 def main(folder: str, *plans: str) -> None:
-    from triton.backends import backends  # reads the settings above
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    from triton.backends import backends  # reads these settings
 
     backends["cpu"] = Backend
     reference, found = Reference(Path(folder)), []
