@@ -1,6 +1,7 @@
-"""vLLM's second model runner on a CPU, its Triton kernels in Triton's interpreter.
+r"""vLLM's second model runner on a CPU, its Triton kernels in Triton's interpreter.
 
-    python -m tests.adsc.serving.engine.run_v2 CHECKPOINT PLAN...
+    TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
+        python -m tests.adsc.serving.engine.run_v2 CHECKPOINT PLAN...
 
 Prints the tokens of every third prompt under each plan, as one line of JSON. A process of its own,
 since Triton reads its settings when it is imported.
@@ -9,7 +10,6 @@ since Triton reads its settings when it is imported.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -32,8 +32,7 @@ class Backend:
 
 
 def main(folder: str, *plans: str) -> None:
-    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    from triton.backends import backends  # reads these settings
+    from triton.backends import backends  # no part of the environment in which tests are collected
 
     backends["cpu"] = Backend
     reference, found = Reference(Path(folder)), []

@@ -4,6 +4,7 @@ the plan, the chunks and the company; and blocks for kept tokens alone."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,11 +149,13 @@ def test_two_workers_share_each_layer(
 
 def test_the_second_model_runner(checkpoint: Path, wanted: Wanted) -> None:
     plans = ["2:1/2,4:1/2,6:1/2", "2:1/9,6:0;pool=tiles"]
+    settings = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.adsc.serving.engine.run_v2", str(checkpoint), *plans],
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | settings,
     )
     assert done.returncode == 0, done.stderr
     for plan, got in zip(plans, json.loads(done.stdout.splitlines()[-1]), strict=True):
