@@ -155,35 +155,24 @@ def request_bytes(options: argparse.Namespace) -> int:
     return 2 * options.layers * options.width * size * (576 + TEXT + 24)
 
 
-def capacity(llm: Any, whole: int, size: int) -> dict[str, float]:
-    """Blocks and bytes that one request holds, and how many run together in `size` bytes of the
-    engine's `whole` pool, whose other blocks are taken away."""
+def capacity(llm: Any, whole: int) -> dict[str, float]:
+    """Blocks and bytes that one request holds at most; the engine's pool has `whole` bytes."""
     from vllm import SamplingParams
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     config, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
-    block = whole / config.num_blocks  # bytes
-    pool.get_new_blocks(pool.get_num_free_blocks() - int(size / block))
-    free, plain = pool.get_num_free_blocks(), scheduler.schedule
-    seen: list[tuple[int, int]] = []
+    free, plain, seen = pool.get_num_free_blocks(), scheduler.schedule, list[int]()
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
         output = plain(*args, **kwargs)
-        seen.append((len(scheduler.running), free - pool.get_num_free_blocks()))
+        seen.append(free - pool.get_num_free_blocks())
         return output
 
     scheduler.schedule = schedule
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     llm.generate(requests(1), sampling, use_tqdm=False)
-    blocks = max(used for _, used in seen)
-    seen.clear()
-    llm.generate(requests(24), sampling, use_tqdm=False)
-    return {
-        "groups": len(config.kv_cache_groups),
-        "blocks": blocks,
-        "mib": blocks * block / 2**20,
-        "together": max(running for running, _ in seen),
-    }
+    size = max(seen) * whole / config.num_blocks
+    return {"groups": len(config.kv_cache_groups), "blocks": max(seen), "mib": size / 2**20}
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -207,7 +196,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "groups": held["groups"],
                 "blocks of a request": held["blocks"],
                 "MiB of a request": round(held["mib"], 1),
-                f"together in {result['pool_mib']} MiB": held["together"],
+                f"would fit in {result['pool_mib']} MiB": int(result["pool_mib"] / held["mib"]),
             }
         )
     return found
@@ -281,8 +270,7 @@ def main() -> None:
         result["prefill"] = timed(engines, 1, options.turns, warm=1)
         result["generate"] = timed(engines, 32, options.turns, warm=0)
         result["capacity"] = {
-            name: capacity(llm, (CONCURRENCY + 2) * held, POOLED * held)
-            for name, llm in engines.items()
+            name: capacity(llm, (CONCURRENCY + 2) * held) for name, llm in engines.items()
         }
         for llm in engines.values():
             llm.llm_engine.engine_core.shutdown()
