@@ -105,7 +105,7 @@ def engine(folder: Path, plan: str, options: argparse.Namespace) -> Any:
         seed=0,
         mm_processor_cache_gb=0,
         disable_log_stats=False,
-        kv_cache_memory_bytes=(CONCURRENCY + 2) * request_bytes(options),
+        kv_cache_memory_bytes=pool_bytes(options),
         gpu_memory_utilization=0.2,  # free when an engine starts, beside those before it
         enforce_eager=options.eager,
         hf_overrides={"adsc": PruningPlan.parse(plan).to_dict()},
@@ -155,13 +155,16 @@ def request_bytes(options: argparse.Namespace) -> int:
     return 2 * options.layers * options.width * size * (576 + TEXT + 24)
 
 
-def capacity(llm: Any, whole: int) -> dict[str, float]:
-    """Blocks and bytes that one request holds at most; the engine's pool has `whole` bytes."""
-    from vllm import SamplingParams
+def pool_bytes(options: argparse.Namespace) -> int:
+    """Bytes of an engine's pool of keys and values."""
+    return (CONCURRENCY + 2) * request_bytes(options)
 
+
+def blocks_held(llm: Any) -> list[int]:
+    """A list that gets, after each step from now on, the blocks that requests hold."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    config, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
-    free, plain, seen = pool.get_num_free_blocks(), scheduler.schedule, list[int]()
+    pool, plain = scheduler.kv_cache_manager.block_pool, scheduler.schedule
+    free, seen = pool.get_num_free_blocks(), list[int]()
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
         output = plain(*args, **kwargs)
@@ -169,10 +172,24 @@ def capacity(llm: Any, whole: int) -> dict[str, float]:
         return output
 
     scheduler.schedule = schedule
+    return seen
+
+
+def mib(llm: Any, blocks: int, options: argparse.Namespace) -> float:
+    """What so many blocks take."""
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    return blocks * pool_bytes(options) / config.num_blocks / 2**20
+
+
+def capacity(llm: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Blocks and MiB that one request holds at most, and the groups that they are in."""
+    from vllm import SamplingParams
+
+    seen = blocks_held(llm)
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     llm.generate(requests(1), sampling, use_tqdm=False)
-    size = max(seen) * whole / config.num_blocks
-    return {"groups": len(config.kv_cache_groups), "blocks": max(seen), "mib": size / 2**20}
+    groups = len(llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups)
+    return {"groups": groups, "blocks": max(seen), "mib": mib(llm, max(seen), options)}
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,16 +225,7 @@ def by_request(folder: Path, plan: str, options: argparse.Namespace) -> None:
     from vllm import SamplingParams
 
     llm = engine(folder, plan, options)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    pool, plain = scheduler.kv_cache_manager.block_pool, scheduler.schedule
-    whole = (CONCURRENCY + 2) * request_bytes(options)
-    block = whole / scheduler.kv_cache_config.num_blocks  # bytes
-    free, seen = pool.get_num_free_blocks(), []
-
-    def schedule(*args: Any, **kwargs: Any) -> Any:
-        output = plain(*args, **kwargs)
-        seen.append(free - pool.get_num_free_blocks())
-        return output
+    seen = blocks_held(llm)
 
     def seconds(count: int, choice: dict[str, str] | None) -> float:
         sampling = SamplingParams(
@@ -227,14 +235,13 @@ def by_request(folder: Path, plan: str, options: argparse.Namespace) -> None:
         llm.generate(requests(count), sampling, use_tqdm=False)
         return time.process_time() - start
 
-    scheduler.schedule = schedule
     seconds(1, None)
     held = max(seen)
     turns = [(seconds(4, {"adsc_plan": "dense"}), seconds(4, None)) for _ in range(options.turns)]
     dense, own = (statistics.median(them) for them in zip(*turns, strict=True))
     print(
         f"{plan}: prefill {dense / own:.2f}x ({dense:.2f} s, {own:.2f} s); a request holds {held} "
-        f"blocks, {held * block / 2**20:.1f} MiB"
+        f"blocks, {mib(llm, held, options):.1f} MiB"
     )
     llm.llm_engine.engine_core.shutdown()
 
@@ -257,8 +264,8 @@ def main() -> None:
     if options.eager:
         os.environ["VLLM_CPU_CI_ENV"] = "1"  # the sampler on a CPU
     texts = {"dense": ""} | {plan: plan for plan in options.plans}
-    held = request_bytes(options)
-    result: dict[str, Any] = {"plans": list(texts), "pool_mib": POOLED * held >> 20}
+    pooled = POOLED * request_bytes(options)
+    result: dict[str, Any] = {"plans": list(texts), "pool_mib": pooled >> 20}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder, options.width, options.layers)
@@ -269,9 +276,7 @@ def main() -> None:
         engines = {name: engine(folder, plan, options) for name, plan in texts.items()}
         result["prefill"] = timed(engines, 1, options.turns, warm=1)
         result["generate"] = timed(engines, 32, options.turns, warm=0)
-        result["capacity"] = {
-            name: capacity(llm, (CONCURRENCY + 2) * held) for name, llm in engines.items()
-        }
+        result["capacity"] = {name: capacity(llm, options) for name, llm in engines.items()}
         for llm in engines.values():
             llm.llm_engine.engine_core.shutdown()
     for row in rows(result):

@@ -113,6 +113,7 @@ class Engine:
         """End the process and give its memory back."""
         self._process.kill()
         self._process.wait()
+        self._log.close()
 
     def _ask(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         stdin = self._process.stdin

@@ -134,8 +134,9 @@ def train(config: TrainConfig, sources: Sources, context: TrainContext) -> bool:
             f"{sources.data} has no supervised token, so there is nothing to train or to distil "
             "on: prepare conversations with answers"
         )
-    config = fitted_here(config, sources.base, steps, load.text_tokens, device)
-    load = replace(load, config=config)
+    if config.memory == "auto":
+        config = fitted_here(config, sources.base, steps, load.text_tokens, device)
+        load = replace(load, config=config)
     objective, plans = _prepare(config, sources, strategy, device, steps)
     try:
         run = _Run(config, steps, context, strategy, load, objective, plans)

@@ -256,13 +256,13 @@ def fitted_here(
     it is.
 
     Args:
-        config: of the training.
+        config: of the training, with `memory = auto`.
         base: folder of the base.
         steps: of the training.
         text_tokens: of a conversation, on average and of the longest.
         device: of this worker.
     """
-    if config.memory != "auto" or device.type != "cuda":
+    if device.type != "cuda":
         return config
     room = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
     workers = dist.get_world_size() if dist.is_initialized() else 1

@@ -44,8 +44,8 @@ def demo() -> Workflow:
     config = DemoConfig(
         plan="1:1/4;pool=tiles",
         curriculum=CurriculumConfig(order="fixed", stages=1),
-        # On validation questions 4e-3 is better than 2e-3 for this plan and for the paper's, and
-        # no worse for the control; 8e-3 is too much for the control (docs/evidence.md).
+        # On validation questions (one seed) 4e-3 is better than 2e-3 for this plan and for the
+        # paper's, and no worse for the control, for which 8e-3 is too much (docs/evidence.md).
         train=_train(steps=150, distill=DistillSettings(), learning_rate=4e-3),
         compare={"paper": paper},
         **_SHARED,

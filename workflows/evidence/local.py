@@ -172,20 +172,25 @@ def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], proces
         model = load_model(base, None)
         features = remember(model, pictures)
         install(model, features)
-        for stage in stages:
-            stream = streams[_stream_of(stage)]
-            if _taught_by_base(stage):
-                for at in range(stage.steps or 0):
-                    if TAUGHT not in stream[at].micro[0]:
-                        micro = [teach_ahead(model, one, pictures) for one in stream[at].micro]
-                        stream[at] = replace(stream[at], micro=micro)
-        log.info("the teacher has been asked")
+        for stage in filter(_taught_by_base, stages):
+            _teach(streams[_stream_of(stage)], stage.steps or 0, model, pictures)
+        log.info("the teacher has answered")
     return World(out, config, streams, asked, pictures, features)
 
 
 def _stream_of(stage: TrainConfig) -> tuple[int, int]:
     """What its batches follow from: the seed, and where rows are sorted by length its steps."""
     return stage.seed, (stage.steps or 0) if stage.group_by_length else 0
+
+
+def _teach(
+    stream: list[StepBatch], steps: int, model: Any, pictures: dict[bytes, torch.Tensor]
+) -> None:
+    """Put into a stream's first steps what the dense base teaches there, where it isn't yet."""
+    for step, batch in enumerate(stream[:steps]):
+        if TAUGHT not in batch.micro[0]:
+            taught = [teach_ahead(model, micro, pictures) for micro in batch.micro]
+            stream[step] = replace(batch, micro=taught)
 
 
 def _taught_by_base(stage: TrainConfig) -> bool:

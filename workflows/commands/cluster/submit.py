@@ -87,8 +87,12 @@ def _finished(workflow: Workflow, root: str) -> bool:
     from pipeline.durable import graph
     from pipeline.store import StoreError, open_store
 
+    stages = workflow.stages()
     try:
-        states = graph.state(open_store(root), workflow.stages())
+        store = open_store(root)
+        if len(graph.finished(store, stages)) < len(stages):
+            return False  # without waiting for the heartbeats of a job that runs
+        states = graph.state(store, stages)
     except StoreError:  # the cluster's nodes may have access that this machine lacks
         return False
     if any(state.state != "cached" for state in states):
