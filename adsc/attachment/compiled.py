@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adsc.attachment.attach import base_model
+from adsc.dropping.cache_record import CACHE_NAMES
 from adsc.dropping.decoders import gathered
 from adsc.errors import UnsupportedModel
 from adsc.families.table import find_family
@@ -54,10 +55,11 @@ class CompiledForward:
         layer: Any = self._eager.__self__
         if kwargs.get("output_attentions"):
             return self._eager(*args, **kwargs)
-        if (cache := kwargs.get("past_key_values")) is not None:
-            if not _grows(cache, self._number):
-                return self._eager(*args, **kwargs)
-            kwargs = kwargs | {"past_key_values": CachePart(cache.layers[self._number])}
+        for name in CACHE_NAMES:
+            if (cache := kwargs.get(name)) is not None:
+                if not _grows(cache, self._number):
+                    return self._eager(*args, **kwargs)
+                kwargs = kwargs | {name: CachePart(cache.layers[self._number])}
         run = functools.partial(self._compiled, layer, **kwargs)
         if self._checkpoints and layer.gradient_checkpointing and layer.training:
             return layer._gradient_checkpointing_func(run, *args)
@@ -70,8 +72,10 @@ class CachePart:
     def __init__(self, layer: DynamicLayer) -> None:
         self.layer = layer
 
-    def update(self, keys: Tensor, values: Tensor, _: int, *more: Any) -> tuple[Tensor, Tensor]:
-        return self.layer.update(keys, values, *more)
+    def update(
+        self, keys: Tensor, values: Tensor, _: int, *more: Any, **how: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.layer.update(keys, values, *more, **how)
 
 
 def _grows(cache: Any, number: int) -> bool:

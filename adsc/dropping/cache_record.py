@@ -13,7 +13,7 @@ Legend: B rows, H slots of a cache layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a cache among the arguments of a call: the first from 5.24 on, where the
+second still works, and the second before."""
+
+
+def cache_in(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model, a decoder or a layer; None if there is none."""
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
 
 
 class CacheError(ValueError):

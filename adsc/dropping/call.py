@@ -28,7 +28,13 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from adsc.dropping.cache_record import CacheError, CacheRecord, record_of
+from adsc.dropping.cache_record import (
+    CACHE_NAMES,
+    CacheError,
+    CacheRecord,
+    cache_in,
+    record_of,
+)
 from adsc.dropping.choice import Choice, Scene
 from adsc.dropping.layout import Layout
 from adsc.dropping.segment import Segment
@@ -40,6 +46,7 @@ from adsc.plan import PruningPlan
 
 SKIPS = "allow_is_causal_skip"  # of mask builders, from transformers 5.23 on
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_CACHE = next(name for name in CACHE_NAMES if name in _MASK_ARGUMENTS)
 TYPES = "mm_token_type_ids"  # 0 is text: what Qwen's processors write, and who passes embeddings
 
 
@@ -146,7 +153,7 @@ class Call:
         self, drop: int, number: int, layer: nn.Module | None, hidden: Tensor, how: dict[str, Any]
     ) -> Scene:
         assert self.choice is not None
-        cache, rotary = how.get("past_key_values"), None
+        cache, rotary = cache_in(how), None
         if layer is not None:
             rotary = how["position_embeddings"]
             if drop >= 0:
@@ -180,7 +187,7 @@ class Call:
             "config": config,
             "inputs_embeds": hidden,
             "attention_mask": self.keys(drop, layer, hidden, cache),
-            "past_key_values": cache,
+            _CACHE: cache,
             "layer_idx": layer,
         }
         if self.samples is not None:
@@ -337,7 +344,7 @@ def begin(
     tokens = inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     rows, width = tokens.shape[:2]
-    cache = inputs.get("past_key_values")
+    cache = cache_in(inputs)
     if cache is not None and not isinstance(cache, Cache):
         raise CacheError(f"{type(cache).__name__} is not a transformers Cache; pass a DynamicCache")
     before = record_of(cache)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adsc.dropping.cache_record import CACHE_NAMES
 from adsc.errors import UnsupportedModel
 
 ARGUMENTS = {
@@ -23,7 +24,7 @@ ARGUMENTS = {
     "attention_mask",
     "position_ids",
     "position_embeddings",
-    "past_key_values",
+    *CACHE_NAMES,
     "use_cache",
     "cache_position",
     "output_attentions",
@@ -90,7 +91,10 @@ def _check_layer(name: str, number: int, layer: Any) -> None:
     if not named:  # a wrapper's, which tells nothing
         return
     where = f"layer {number} of {name} ({type(bare(layer)).__name__})"
-    if missing := {"attention_mask", "position_embeddings", "past_key_values"} - named:
+    missing = {"attention_mask", "position_embeddings"} - named
+    if named.isdisjoint(CACHE_NAMES):
+        missing |= {" or ".join(CACHE_NAMES)}
+    if missing:
         raise UnsupportedModel(
             f"{where} does not take {', '.join(sorted(missing))}: masks, rotary tables and caches "
             "of a plan are handed to layers under these names"

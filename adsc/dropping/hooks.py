@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adsc.dropping.blocks import current
-from adsc.dropping.cache_record import CacheError, keep_record, record_of
+from adsc.dropping.cache_record import CacheError, cache_in, keep_record, record_of
 from adsc.dropping.call import TYPES, Call, begin
 from adsc.dropping.decoders import check_rotary
 from adsc.dropping.layout import Layout, all_columns, chosen_columns, moved, own_sides
@@ -113,7 +113,7 @@ class EnterModel:
             if not _flattens(wanted):
                 return chosen_columns(wanted, call.width, device)
         elif wanted:
-            if wanted == 1 and inputs.get("past_key_values") is not None:
+            if wanted == 1 and cache_in(inputs) is not None:
                 _check_end(call)
             return chosen_columns(wanted, call.width, device)
         if full or _flattens(wanted):
@@ -182,7 +182,7 @@ class EnterLayer:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call: Call | None = kwargs.get(CALL)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if call is None:
             if record_of(cache) is not None:
                 raise CacheError(

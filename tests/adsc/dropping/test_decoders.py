@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import adsc
+from adsc.dropping.cache_record import CACHE_NAMES
 from adsc.peers.attention import keys, probabilities
 from tests.adsc.tiny import IMAGE, batch, row
 from tests.adsc.zoo import VISION
@@ -92,7 +93,7 @@ WORK = (
     "olmoe",
 )
 REFUSED = {
-    "gpt_neox": r"layer 0 of GPTNeoXModel \(GPTNeoXLayer\) does not take past_key_values",
+    "gpt_neox": r"layer 0 of GPTNeoXModel \(GPTNeoXLayer\) does not take cache or past_key_values",
     "deepseek_v2": "complex numbers",
     "lfm2": "layers of kind conv",
     "gpt2": "no list of decoder layers",
@@ -175,6 +176,50 @@ def test_a_plan_equals_plain_transformers_on_what_is_left(kind):
         whole = model(**inputs, position_ids=numbers, use_cache=False)
         torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1], **CLOSE)
         torch.testing.assert_close(last.logits[1, -1], alone.logits[0, -1], **CLOSE)
+
+
+def with_the_other_name(model: Any) -> Any:
+    """The model with decoder layers that take their cache under the name of CACHE_NAMES that this
+    transformers does not use."""
+    layers = model.model.language_model.layers
+    kind = type(layers[0])
+    signature = inspect.signature(kind.forward)
+    (here,) = (name for name in CACHE_NAMES if name in signature.parameters)
+    (other,) = (name for name in CACHE_NAMES if name != here)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert here not in kwargs
+        return kind.forward(self, *args, **{here: kwargs.pop(other)}, **kwargs)
+
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            one.replace(name=other) if name == here else one
+            for name, one in signature.parameters.items()
+        ]
+    )
+    for layer in layers:
+        layer.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {other if k == here else k: kwargs[k] for k in kwargs}),
+            with_kwargs=True,
+        )
+    return model
+
+
+@pytest.mark.parametrize("plan", ["0:1/2,2:1/2", "1:1/4"])
+def test_a_layer_may_take_its_cache_under_either_name(plan):
+    """transformers 5.24 calls it `cache`, older ones `past_key_values`."""
+    inputs = batch([row(3, 0, 5, 0, 2), row(4, 0, 1)])
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    wanted = adsc.attach(llava_with("llama"), plan).generate(**inputs, **how)
+    got = adsc.attach(with_the_other_name(llava_with("llama")), plan).generate(**inputs, **how)
+    assert torch.equal(got.sequences, wanted.sequences)
+    for one, two in zip(got.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    held = [layer.get_seq_length() for layer in got.past_key_values.layers]
+    assert held == [layer.get_seq_length() for layer in wanted.past_key_values.layers]
+    assert held[0] > held[-1] or plan.startswith("0")
 
 
 @pytest.mark.parametrize("kind", REFUSED)
