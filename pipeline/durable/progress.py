@@ -68,7 +68,8 @@ class ProgressHandle:
 
 
 class Display:
-    """One bar per stage on a terminal; elsewhere a line per stage about every ten seconds."""
+    """One bar per stage on a terminal; elsewhere a line per stage about every ten seconds, if it
+    says anything new."""
 
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -86,7 +87,7 @@ class Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._first: dict[str, tuple[float, float]] = {}
-        self._lines: dict[str, tuple[float, str]] = {}
+        self._lines: dict[str, tuple[float, str, str]] = {}
 
     def __enter__(self) -> Display:
         self._bars.start()
@@ -131,7 +132,7 @@ class Display:
         since, start = now, report.done
         if report.total:  # what came before, such as starting workers, tells nothing of the speed
             since, start = self._first.setdefault(stage, (now, report.done))
-        last, state = self._lines.get(stage, (0.0, ""))
+        last, state, shown = self._lines.get(stage, (0.0, "", ""))
         if state == report.state and now - last < _LINE_EVERY:
             return
         text = report.state
@@ -140,8 +141,10 @@ class Display:
             if report.done > start and now > since:
                 left = (now - since) * (report.total - report.done) / (report.done - start)
                 text += f", {left:.0f} s left"
-        self._lines[stage] = (now, report.state)
-        self._titled(stage, f"{text}  {report.note}".rstrip())
+        text = f"{text}  {report.note}".rstrip()
+        self._lines[stage] = (now, report.state, text)
+        if text != shown:
+            self._titled(stage, text)
 
     def _titled(self, stage: str, text: str, style: str = "") -> None:
         title = self._titles[stage].ljust(self._width)

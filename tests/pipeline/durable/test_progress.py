@@ -38,6 +38,22 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
+def test_a_line_that_says_nothing_new_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr("pipeline.durable.progress.time.monotonic", lambda: clock)
+    screen, file = console(terminal=False)
+    with Display(screen, {"train": "train"}) as display:
+        for second in range(100):
+            clock = 100.0 + second
+            starting = Report(state="running", note="starting workers")
+            at_work = Report(state="running", done=3, total=8, note="loss 1.2")
+            display.update({"train": starting if second < 50 else at_work})
+    assert file.getvalue().splitlines() == [
+        "train  running  starting workers",
+        "train  running 38 % (3/8)  loss 1.2",
+    ]
+
+
 def test_a_bar_on_a_terminal() -> None:
     screen, file = console(terminal=True)
     with Display(screen, {"make": "make the numbers", "train": "train"}) as display:
