@@ -7,6 +7,7 @@ neither waits nor tries again: `pipeline.tracking.tracker` says what to send,
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.redact import redact
-from pipeline.tracking import moved
+from pipeline.tracking import moved, view
 from pipeline.tracking.address import TrackingError, check_path, database_of, explained
 from pipeline.tracking.handle import RunHandle
 from pipeline.tracking.spool import Item, Unavailable
@@ -285,7 +286,9 @@ def _create_experiment(tracking_uri: str, experiment: str, artifacts: str | None
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
-            client.create_experiment(experiment, artifact_location=artifacts)
+            client.create_experiment(
+                experiment, artifact_location=artifacts, tags={view.TAG: view.saved_view()}
+            )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
                 raise
@@ -295,6 +298,9 @@ def _create_experiment(tracking_uri: str, experiment: str, artifacts: str | None
             f"experiment {experiment!r} at {redact(tracking_uri)} was deleted; choose another "
             f"name, or restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
         )
+    if view.TAG not in found.tags:  # made before there was one; who may not change it goes without
+        with contextlib.suppress(MlflowException):
+            client.set_experiment_tag(found.experiment_id, view.TAG, view.saved_view())
     return str(found.artifact_location)
 
 

@@ -124,10 +124,13 @@ def _browsing(uri: str, run: str, programs: Path) -> list[str]:
     """Where the workflow's run and the list of runs are shown, and what serves them."""
     from pipeline.redact import redact
     from pipeline.tracking.address import page_address
+    from pipeline.tracking.view import ADDRESS
 
     if not uri:
         return []
-    pages = [(run, "this workflow's run"), (run.rpartition("/")[0], "the list of runs")]
+    pages = [(run, "this workflow's run")]
+    if run:
+        pages.append((f"{run.rpartition('/')[0]}{ADDRESS}", "all workflows"))
     if uri.startswith("http"):
         served, lines = uri, [] if run else [redact(uri)]
     else:
