@@ -17,6 +17,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from workflows.commands import terminal
@@ -56,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    options = _parse(arguments)
-    options.command = shlex.join(["adsc", *arguments])
     try:
+        options = _parse(arguments)
+        options.command = shlex.join(["adsc", *arguments])
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
         return terminal.interrupted()
@@ -87,6 +88,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             return options
         return parser.parse_intermixed_args(words)
     overview, _ = _overview()
+    if arguments in ([], ["help"]):
+        overview.print_help()
+        overview.exit()
+    if not arguments[0].startswith("-"):
+        near = get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise ValueError(f"command {arguments[0]!r} is unknown; {hint}")
     return overview.parse_args(arguments)
 
 

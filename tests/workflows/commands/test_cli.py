@@ -66,6 +66,8 @@ def test_all_unknown_keys_are_named_at_once(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["rnu", "demo"], "command 'rnu' is unknown; did you mean run?"),
+        (["xyz"], "command 'xyz' is unknown; there are run, eval, "),
         (["run", "demmo"], "workflow 'demmo' is unknown; did you mean demo?"),
         (["run", "demo", "--set", "plan"], "is not KEY=VALUE"),
         (["run", "demo", "--set", "plan=9:1/2"], "layer 9"),
@@ -81,10 +83,20 @@ def test_all_unknown_keys_are_named_at_once(capsys: pytest.CaptureFixture[str]) 
 def test_errors_are_one_sentence(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = [] if arguments[0] == "chat" else ["--root", str(tmp_path)]
+    root = [] if arguments[0] in ("chat", "xyz") else ["--root", str(tmp_path)]
     assert main([*arguments, *root]) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
+def test_without_a_command_there_is_the_overview(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert "finished stages are not repeated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

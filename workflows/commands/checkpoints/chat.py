@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="exported checkpoint: a folder or s3://...")
     parser.add_argument("image", help="a picture: a file or s3://...")
     parser.add_argument(
-        "question", nargs="*", help="default: read questions from stdin, one a line"
+        "question", nargs="*", default=[], help="default: read questions from stdin, one a line"
     )
     parser.add_argument(
         "--plan",
