@@ -285,8 +285,8 @@ class TrainConfig(MethodConfig):
         return cls(**recipe | changes)
 
     def check_teacher(self) -> None:
-        """Raise PlanError if the teacher has fewer vision tokens than a plan that it teaches, at any
-        layer. Nothing is known of a plan that is still to be found."""
+        """Raise PlanError if the teacher has fewer vision tokens at any layer than a plan that it
+        teaches. Nothing is known of a plan that is still to be found."""
         if self.distill is None or not isinstance(self.plan, str):
             return
         from adsc.curriculum import grown_plan

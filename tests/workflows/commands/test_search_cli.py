@@ -1,6 +1,7 @@
 """`adsc search` as people call it: the dry run, what is refused, a search, and the run after it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_dry_run_lists_the_space_and_the_first_trials(capsys: pytest.CaptureFixt
     assert all(21 < float(row[3]) < 23 for row in table)
     assert main(["search", "llava15_7b", "--average", "64", "--dry-run"]) == 0
     assert "left out: pyramiddrop" in capsys.readouterr().out
+
+
+def test_dry_run_lists_the_settings_of_trials(capsys: pytest.CaptureFixture[str]) -> None:
+    over = ["lora.rank=8,16", "train.distill.weight=0..1"]
+    assert main(["search", "demo", "--over", *over, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "plan 1:1/4;pool=tiles: 8 layers, 64 vision tokens; 64 trials, lora" in printed
+    assert "training keys: train.lora.rank=8,16 train.distill.weight=0..1" in printed
+    drawn = re.findall(r"train\.lora\.rank=(8|16) train\.distill\.weight=([\d.e-]+)", printed)
+    assert len(drawn) == 5 and len({weight for _, weight in drawn}) == 5
 
 
 def test_a_run_with_a_found_plan_has_a_forecast(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +118,24 @@ def test_a_run_goes_on_from_the_search(
     assert all(run.info.status == "FINISHED" for run in below)
     best = next(run for run in below if run.data.params["plan"] == results["plan"])
     assert best.data.metrics["objective"] == pytest.approx(results["value"])
+
+
+@pytest.mark.slow
+def test_a_search_of_training_keys_ends_with_the_run_that_sets_them(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [*SMALL_DEMO, f"base.source={small.base}", *SEARCH[2:]]
+    over = ["--over", "lora.rank=2,16", "train.distill.weight=0..1", "--rungs", "1", "2"]
+    words = ["--root", str(tmp_path), *(f"--set={change}" for change in changes)]
+    assert main(["search", "demo", *over, "--trials", "3", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "3 trainings with 1:1/4,2:1/2 were tried (0 failed)" in printed
+    assert "  adsc run demo --set plan=1:1/4,2:1/2" in printed
+    # The same search is finished.
+    assert main(["search", "demo", *over, "--trials", "3", "--json", *words]) == 0
+    results = json.loads(capsys.readouterr().out)
+    settings = {one["number"]: len(one["settings"]) for one in results["trials"]}
+    assert settings == {0: 0, 1: 2, 2: 2}, "the first is the workflow's own"
 
 
 def test_only_what_the_search_needs_is_run() -> None:
