@@ -120,24 +120,6 @@ def test_a_run_goes_on_from_the_search(
     assert best.data.metrics["objective"] == pytest.approx(results["value"])
 
 
-@pytest.mark.slow
-def test_a_search_of_training_keys_ends_with_the_run_that_sets_them(
-    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes = [*SMALL_DEMO, f"base.source={small.base}", *SEARCH[2:]]
-    over = ["--over", "lora.rank=2,16", "train.distill.weight=0..1", "--rungs", "1", "2"]
-    words = ["--root", str(tmp_path), *(f"--set={change}" for change in changes)]
-    assert main(["search", "demo", *over, "--trials", "3", *words]) == 0
-    printed = capsys.readouterr().out
-    assert "3 trainings with 1:1/4,2:1/2 were tried (0 failed)" in printed
-    assert "  adsc run demo --set plan=1:1/4,2:1/2" in printed
-    # The same search is finished.
-    assert main(["search", "demo", *over, "--trials", "3", "--json", *words]) == 0
-    results = json.loads(capsys.readouterr().out)
-    settings = {one["number"]: len(one["settings"]) for one in results["trials"]}
-    assert settings == {0: 0, 1: 2, 2: 2}, "the first is the workflow's own"
-
-
 def test_only_what_the_search_needs_is_run() -> None:
     from workflows.demo.workflow import demo
 
