@@ -31,7 +31,10 @@ from pipeline.search.keys import with_settings
 from pipeline.training.config import TrainConfig
 from pipeline.training.curriculum import WITHIN_ONE, CurriculumConfig, configs_of, plans_of
 
-RESERVED = ("train", "control", "merge", "plan", "dense", "base")
+RESERVED = (
+    *("train", "control", "merge", "plan", "dense", "base"),
+    *("dense_lora", "plan_untrained", "plan_trained"),
+)
 """Names that no compared recipe can have: those of other arms and stages."""
 Compared = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,30}$")]
 """Name of a compared recipe: its arm has it, and its stages' names begin with it."""
@@ -113,15 +116,17 @@ class CompressConfig(Config):
         given = [name for name, value in filled.items() if value]
         if given:
             raise ValueError(f"{', '.join(given)} follow from `plan` and `curriculum`: set those")
-        if taken := [name for name in self.compare if name in RESERVED]:
+        budgets = {f"elastic_{name}" for name in (*self.curriculum.elastic, DENSE)}
+        if taken := [name for name in self.compare if name in budgets.union(RESERVED)]:
             raise ValueError(f"compare.{taken[0]}: that name is taken; choose one such as paper")
         if isinstance(self.plan, FoundPlan) and self.plan != FoundPlan():
             raise ValueError(
                 f"plan = {self.plan}: the target is the found plan itself; write plan = search, "
                 "and let curriculum.order and curriculum.extreme set the pressure of each training"
             )
-        for ends in zip(*(it.values[:2] for it in self.search.ranges.values()), strict=False):
-            with_settings(self.train, list(zip(self.search.ranges, ends, strict=True)))
+        for key, one in self.search.ranges.items():
+            for value in one.values:
+                with_settings(self.train, [(key, value)])
         if self.searched and self.curriculum.order in ("explicit", "elastic"):
             raise ValueError(
                 f"plan = search and curriculum.order = {self.curriculum.order} contradict: plans "

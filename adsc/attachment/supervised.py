@@ -39,6 +39,9 @@ class Hidden(NamedTuple):
         number[:, 0] = -1
         if self.kept is None:
             return number
+        # In front of the first column of a row that is padded on the left nothing stands.
+        padded = nn.functional.pad(self.kept[:, :-1] < 0, (1, 0))
+        number = number.masked_fill(padded, -1)
         place = torch.where(self.kept >= 0, self.kept, width)
         # With logits="full" a column also stands where those after it were dropped: the first of
         # its slots is the one behind what predicts it.

@@ -23,7 +23,14 @@ from adsc.dropping.blocks import current
 from adsc.dropping.cache_record import CacheError, cache_in, keep_record, record_of
 from adsc.dropping.call import TYPES, Call, begin
 from adsc.dropping.decoders import check_rotary
-from adsc.dropping.layout import Layout, all_columns, chosen_columns, moved, own_sides
+from adsc.dropping.layout import (
+    Layout,
+    all_columns,
+    chosen_columns,
+    follows,
+    moved,
+    own_sides,
+)
 from adsc.dropping.outputs import carry_kept
 from adsc.dropping.segments import is_captured
 from adsc.dropping.unserved import check_call
@@ -156,7 +163,9 @@ def _cut_labels(inputs: dict[str, Any], call: Call, family: Family, model: nn.Mo
     if call.layout is not None:
         return call.layout.pair(labels, last)
     labels = labels.gather(1, last.columns.to(labels.device))
-    return labels if last.valid is None else labels.masked_fill(~last.valid.to(labels.device), -100)
+    if last.valid is None:
+        return labels
+    return labels.masked_fill(~follows(last.valid).to(labels.device), IGNORED)
 
 
 def _warn_of_counted(given: Tensor, labels: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adsc.dropping.outputs import slots_of_columns
 from adsc.dropping.segment import Segment
@@ -55,7 +55,7 @@ class Layout:
         if self.slots is not None:
             _, columns = self.place(last)
             columns = columns.to(labels.device)
-            return labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
+            return labels.gather(1, columns.clamp(min=0)).masked_fill(~follows(columns >= 0), -100)
         assert self.columns is not None
         kept = last.columns
         kept = kept if last.valid is None else kept.masked_fill(~last.valid, self.width)
@@ -64,6 +64,12 @@ class Layout:
         labels = labels.masked_fill(places <= first, -100)
         wanted = self.columns.to(labels.device).expand(len(labels), -1)
         return labels.gather(1, wanted)
+
+
+def follows(stands: Tensor) -> Tensor:
+    """(B, N) bool: where a column stands, of those that are behind another one; of what only pads,
+    nothing is predicted. The first of all slots is no label anyway."""
+    return stands & nn.functional.pad(stands[:, :-1], (1, 0), value=True)
 
 
 def all_columns(width: int, device: torch.device) -> Layout:

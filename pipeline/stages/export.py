@@ -58,6 +58,8 @@ EVALUATION = "evaluation.json"
 """Measurements of this checkpoint and of the models it was compared with."""
 DATA = "data_manifest.json"
 """What it was trained on: the manifest of the prepared data."""
+OWN_ARM = "plan_trained"
+"""The exported checkpoint among a compression's arms, unless it is elastic (pipeline/recipe.py)."""
 PLAN_FIELDS = {"stages", "anchor", "positions", "pool"}
 """Of a plan in config.json; a peer method has others."""
 
@@ -266,7 +268,7 @@ def _write_probe(folder: Path) -> None:
 
 def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
     """The measurements, and those of the checkpoint itself: `arm` and `own`, None if the
-    evaluation has no trained model with this plan, or several."""
+    evaluation has no trained model with this plan, or several of which none is the recipe's own."""
     outputs: dict[str, Any] = {"arm": None, "control": None, "own": None, "budgets": {}}
     outputs |= {name: evaluated.outputs.get(name) for name in ("arms", "majority")}
     text = open_store(evaluated.uri).read("results.json")
@@ -287,9 +289,11 @@ def evaluation(evaluated: Input, plan: str) -> dict[str, Any]:
         for arm in arms.values()
         if arm["trained"] and arm.get("budget")
     }
-    if len(same_plan) != 1:
+    # Other recipes may be compared at the same plan; and two names may stand for it.
+    own = [arm for arm in same_plan if arm["name"] == OWN_ARM or arm.get("budget")][:1]
+    if len(own or same_plan) != 1:
         return outputs
-    (arm,) = same_plan
+    (arm,) = own or same_plan
     return outputs | {
         "arm": arm["name"],
         "control": control["name"],

@@ -6,7 +6,7 @@ Fields marked OPERATIONAL decide how a stage is computed and not what: they are 
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -125,23 +125,6 @@ def teacher_plan(distill: DistillSettings) -> "PruningPlan":
     return PruningPlan() if distill.teacher == DENSE else PruningPlan.parse(distill.teacher)
 
 
-def check_teacher(distill: DistillSettings, plans: Iterable[str]) -> None:
-    """Raise ValueError if a teacher has fewer vision tokens than a student, at any layer."""
-    from adsc.plan import PruningPlan
-
-    teacher = teacher_plan(distill)
-    for text in plans:
-        student = PruningPlan.parse(text)
-        for layer, _ in teacher.stages:
-            own, other = teacher.share_at(layer), student.share_at(layer)
-            if own < other:
-                raise ValueError(
-                    f"distill.teacher = {distill.teacher} keeps {own} of the vision tokens at "
-                    f"layer {layer}, and the plan {text}, which it teaches, {other}: name a milder "
-                    "teacher, or dense"
-                )
-
-
 class GrowSettings(Config):
     """Compression that grows from step to step, towards the plan (adsc.curriculum.grown_plan)."""
 
@@ -257,9 +240,7 @@ class TrainConfig(MethodConfig):
         if self.grow and self.method:
             raise ValueError("grow and method: a peer's choice does not grow; set plan, or no grow")
         check_plans(self.plans, self.weights)
-        if self.distill is not None and not self.method:
-            own = [self.plan] if isinstance(self.plan, str) and self.plan else []
-            check_teacher(self.distill, self.plans.values() or own)
+        self.check_teacher()
         if self.strategy == "ddp" and (self.offload.optimizer or self.offload.parameters):
             raise ValueError("offload needs a ZeRO strategy: set strategy to zero2 or zero3")
         if self.strategy != "zero3" and self.offload.parameters:
@@ -302,6 +283,28 @@ class TrainConfig(MethodConfig):
             "activation_checkpointing": True,
         }
         return cls(**recipe | changes)
+
+    def check_teacher(self) -> None:
+        """Raise PlanError if the teacher has fewer vision tokens at any layer than a plan that it
+        teaches. Nothing is known of a plan that is still to be found."""
+        if self.distill is None or not isinstance(self.plan, str):
+            return
+        from adsc.curriculum import grown_plan
+        from adsc.plan import PlanError, PruningPlan
+
+        teacher = teacher_plan(self.distill)
+        students = [PruningPlan.parse(plan) for plan in self.plans.values() or [self.plan]]
+        if self.grow is not None:
+            students = [grown_plan(plan, 0, self.grow.extreme) for plan in students]
+        for student in filter(lambda plan: plan.stages, students):
+            for layer, _ in teacher.stages:
+                own, other = teacher.share_at(layer), student.share_at(layer)
+                if own < other:
+                    raise PlanError(
+                        f"distill.teacher = {self.distill.teacher} keeps {own} of the vision "
+                        f"tokens at layer {layer}, and the plan {student}, which it teaches, "
+                        f"{other}: name a milder teacher, or dense"
+                    )
 
     @property
     def zero_stage(self) -> int:

@@ -97,6 +97,7 @@ def configs_of(
 
     Raises:
         ConfigError: changes for another number of stages, or keys that `train` lacks.
+        PlanError: a teacher that is heavier than a plan that it teaches.
     """
     changes = config.training or ({},) * len(plans)
     if len(changes) != len(plans):
@@ -114,7 +115,7 @@ def configs_of(
         pruned = {"plans": dict(config.elastic), "weights": dict(config.weights)}
     elif config.order == "grow":
         pruned = {"grow": GrowSettings(extreme=config.extreme, settle=config.settle)}
-    return [
+    made = [
         edit(train, change).model_copy(
             # Each stage draws its own batches.
             update={"plan": plan, "seed": 1000 * train.seed + number}
@@ -122,3 +123,6 @@ def configs_of(
         )
         for number, (plan, change) in enumerate(zip(plans, changes, strict=True), 1)
     ]
+    for one in made:
+        one.check_teacher()
+    return made

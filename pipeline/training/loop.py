@@ -167,6 +167,7 @@ def _prepare(
             "train.distill without a plan or a peer: there is no compressed model to teach; set "
             "train.plan, or leave train.distill out"
         )
+    config.check_teacher()  # of a plan that a search found, too
     model = sources.model
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     attention = best_attention(config.attention, device, dtype)

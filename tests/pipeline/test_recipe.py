@@ -98,3 +98,12 @@ def test_an_elastic_checkpoint_is_merged_with_its_names_and_evaluated_with_all()
 def test_elastic_plans_that_can_not_be(changes: dict[str, object], message: str) -> None:
     with pytest.raises((ConfigError, PlanError), match=message):
         elastic(**changes)
+
+
+@pytest.mark.parametrize("name", ["plan_trained", "dense_lora", "elastic_64", "elastic_dense"])
+def test_a_compared_recipe_has_no_name_of_another_arm(name: str) -> None:
+    elastic = {"curriculum.order": "elastic", "curriculum.elastic": {"64": TARGET}}
+    compared = {"compare": {name: {"label": "other", "plan": "1:1/4"}}}
+    with pytest.raises(ConfigError, match=rf"compare\.{name}: that name is taken"):
+        demo().edit(elastic | compared)
+    demo().edit({"compare": {"elastic_64": {"label": "other", "plan": "1:1/4"}}})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adsc.plan import PruningPlan
+from adsc.plan import PlanError, PruningPlan
 from pipeline.config import ConfigError
 from pipeline.durable import record as records
 from pipeline.durable.graph import fingerprints
@@ -103,12 +103,20 @@ def test_a_training_that_began_as_the_paper_s_is_not_begun_anew(
 
 
 @pytest.mark.parametrize(
-    "change", ["train.distill.weight=0.5", "curriculum.training=[{learning_rate: 1e-4}]"]
+    ("name", "change"),
+    [
+        ("llava15_7b", "train.distill.weight=0.5"),
+        ("llava15_7b", "curriculum.training=[{learning_rate: 1e-4}]"),
+        ("llava15_7b_64", "train.distill={teacher: '1:1/2'}"),
+    ],
 )
-def test_changes_that_only_the_present_recipe_can_have(change: str, tmp_path: Path) -> None:
-    workflow = load_workflow("llava15_7b", [change])
-    with pytest.raises(ConfigError):
-        load_workflow("llava15_7b_paper", [change]).stages()
+def test_changes_that_only_the_present_recipe_can_have(
+    name: str, change: str, tmp_path: Path
+) -> None:
+    workflow = load_workflow(name, [change])
+    workflow.stages()
+    with pytest.raises((ConfigError, PlanError)):
+        load_workflow(FORMERLY[name], [change]).stages()
     assert former(workflow, [change], open_store(str(tmp_path))) is None
 
 

@@ -227,6 +227,7 @@ def show_space(config: Any, console: Console) -> None:
     """
     import adsc
     from pipeline.forecast import model_config
+    from pipeline.search.keys import written
     from pipeline.search.space import Costs, Space
     from pipeline.search.study import Study
 
@@ -244,13 +245,18 @@ def show_space(config: Any, console: Console) -> None:
         )
     space = Space(Costs(model, search), search)
     name, low, high = search.budget
-    console.print(
+    plans = (
         f"{len(space):,} plans ({len(space.stages):,} placements, anchors "
-        f"{', '.join(search.anchors)}) with {name} from {low:g} to {high:g}: {space.of.num_layers} "
-        f"layers, {space.of.num_vision_tokens} vision tokens; {search.trials} trials, "
-        f"{search.fidelity}",
+        f"{', '.join(search.anchors)}) with {name} from {low:g} to {high:g}"
+    )
+    console.print(
+        f"{f'plan {search.plan}' if search.plan else plans}: {space.of.num_layers} layers, "
+        f"{space.of.num_vision_tokens} vision tokens; {search.trials} trials, {search.fidelity}",
         markup=False, highlight=False,
     )  # fmt: skip
+    if search.over:
+        varied = " ".join(f"{key}={text}" for key, text in search.over.items())
+        console.print(f"training keys: {varied}", markup=False, highlight=False)
     study = Study(space, search.model_copy(update={"sampler": "random"}))
     table = terminal.table(
         "trial", "from", "plan", "average", "GFLOPs", "KV MiB",
@@ -266,7 +272,7 @@ def show_space(config: Any, console: Console) -> None:
         table.add_row(
             str(proposal.number),
             proposal.name,
-            proposal.plan,
+            f"{proposal.plan} {written(proposal.settings)}".strip(),
             f"{cost.average_vision_tokens:.1f}",
             f"{cost.flops / 1e9:,.3f}",
             f"{cost.kv_cache_bytes / 2**20:,.3f}",

@@ -33,7 +33,7 @@ COMPARISONS = (
     ("tiles_exit_distill_450", "tiles_distill_450"),
     ("tiles_early", "tiles"),
     ("elastic", "tiles_450"),
-    ("elastic_distill", "elastic"),
+    ("elastic_exit_distill", "tiles_exit_distill_450"),
     ("tiles", "divprune_keep"),
     ("tiles_exit_distill_450", "divprune_keep_distill_450"),
     ("tiles_exit_distill_450", "pyramiddrop_keep_distill_450"),

@@ -16,12 +16,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 import adsc
+from adsc.attachment.supervised import hidden_states
 from adsc.curriculum import curriculum, scale_plan
 from adsc.dropping.segments import survivors
 from adsc.families.family import Image
 from adsc.plan import PruningPlan
 from adsc.tiles import Region, cut, even_tiles, ragged_counts, share
-from tests.adsc.tiny import LAYERS, TOKENS, batch, llava, row
+from tests.adsc.tiny import LAYERS, TOKENS, alone, batch, llava, row
 from tests.adsc.zoo import CASES, Case, Picture, reference
 from tests.matrix import matrix, pairs
 
@@ -497,6 +498,26 @@ def test_gradient_checkpointing_and_labels(text):
         assert one.keys() == gradients[0].keys()
         for name, gradient in one.items():
             torch.testing.assert_close(gradient, gradients[0][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["0:0", "1:1/4,3:0;pool=tiles"])
+def test_a_label_that_nothing_predicts_counts_for_nothing(text):
+    """The first word behind an exit of a row that begins with an image, in a batch padded on the
+    left as alone."""
+    rows = [row(0, 2), row(0, 0, 5), row(6)]
+    model = adsc.attach(llava(), text)
+    inputs = batch(rows)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    output = model(**inputs, labels=labels)
+    sums = torch.zeros(2)
+    for index in range(len(rows)):
+        single = alone(inputs, index)
+        loss = model(**single, labels=single["input_ids"], num_items_in_batch=1).loss
+        words = int((single["input_ids"] != 90).sum()) - 1
+        sums += torch.tensor([loss.item(), words])
+    torch.testing.assert_close(output.loss.item(), (sums[0] / sums[1]).item(), rtol=0, atol=1e-5)
+    made = hidden_states(model, inputs | {"labels": labels}).before(labels.shape[1])
+    assert ((labels != -100) & (labels != 90) & (made >= 0)).sum(1).tolist() == [1, 4, 5]
 
 
 @pytest.mark.parametrize("text", POOLED)

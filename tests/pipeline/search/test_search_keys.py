@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -101,9 +102,10 @@ def test_contradictions_are_refused() -> None:
         SearchConfig(over=OVER, fidelity="lora", plan="1:1/4", average=22)
     with pytest.raises(ValueError, match="leaves nothing to search"):
         SearchConfig(plan="1:1/4")
-    over = {"search.over": {"train.lora.dropout": "0..2"}, "search.fidelity": "lora"}
-    with pytest.raises(ConfigError, match="dropout"):
-        edit(demo().config, over)
+    for key, text in (("lora.dropout", "0..2"), ("lora.rank", "8,16,16.5")):
+        over = {"search.over": {key: text}, "search.fidelity": "lora"}
+        with pytest.raises(ConfigError, match=key):
+            edit(demo().config, over)
 
 
 def finished(study: Study, value: Any) -> Trial:
@@ -148,6 +150,25 @@ def test_placements_and_keys_are_searched_together() -> None:
     assert all(190 < one.cost < 194 for one in proposed)
     assert len({one.plan for one in proposed}) > 3
     assert all(dict(one.settings).keys() == RANGES.keys() for one in proposed)
+
+
+def test_a_study_of_keys_goes_on_from_its_trials_alone() -> None:
+    space = space_of(average=192, over=OVER, fidelity="lora", trials=12, startup=3)
+    own = own_settings(OWN, RANGES)
+
+    def value(settings: dict[str, Any]) -> float:
+        return abs(math.log10(settings["train.learning_rate"]) + 2.5)
+
+    whole = Study(space, space.config, own=own)
+    done = [finished(whole, value) for _ in range(12)]
+    assert whole.next() is None
+    kept = [Trial.from_dict(json.loads(json.dumps(one.to_dict()))) for one in done[:8]]
+    resumed = Study(space, space.config, kept, own)
+    again = [finished(resumed, value) for _ in range(4)]
+    assert [(one.plan, one.settings) for one in again] == [
+        (one.plan, one.settings) for one in done[8:]
+    ]
+    assert resumed.best() == whole.best()
 
 
 def test_settings_reach_the_training(small: Small, splits: Path, tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adsc
+from pipeline.durable.record import Record
+from pipeline.durable.stage import Input
 from pipeline.kinds.export import ExportConfig
 from pipeline.publishing.manifest import ExportError, verify_folder, write_manifest
 from pipeline.publishing.publish import pull
 from pipeline.reporting.card import Card, write_card
-from pipeline.stages.export import compare_logits, export, main, runs_behind
+from pipeline.stages.export import compare_logits, evaluation, export, main, runs_behind
 from pipeline.store import open_store
 from pipeline.tracking import tracker as tracking
 from tests.pipeline.contexts import stage_context
@@ -375,6 +377,29 @@ def test_the_folder_says_what_was_measured_and_on_what_it_was_trained(
         "average_vision_tokens": 12.0,
     }
     assert (tmp_path / "out" / "data_manifest.json").read_text() == '{"in": 24}'
+
+
+@pytest.mark.parametrize(
+    ("others", "found"),
+    [
+        ([{"name": "other"}], "plan_trained"),
+        ([{"name": "elastic_a", "budget": "a"}, {"name": "elastic_b", "budget": "b"}], "elastic_a"),
+    ],
+)
+def test_recipes_compared_at_the_same_plan_do_not_hide_the_own_scores(
+    others: list[dict[str, Any]], found: str, tmp_path: Path
+) -> None:
+    own = {"name": "plan_trained", "trained": True, "plan": PLAN, "accuracy": {"mean": 0.9}}
+    own |= {"retention": 0.97, "retention_interval": None, "budget": ""}
+    own |= {"flops": 30, "kv_cache_bytes": 20, "average_vision_tokens": 12.0}
+    arms = [own | {"name": "control", "plan": ""}, *(own | other for other in others)]
+    arms += [own] if found == own["name"] else []
+    results = {"control_arm": "control", "arms": arms}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    record = Record(stage="evaluate", fingerprint="", attempt="", uri=str(tmp_path))
+    measured = evaluation(Input(record), PLAN)
+    assert measured["arm"] == found and measured["own"]["accuracy"] == 0.9
+    assert list(measured["budgets"]) == [it["budget"] for it in others if "budget" in it]
 
 
 def version_of(exported: Exported) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn.functional import log_softmax
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText
 
 import adsc
 from pipeline.config import ConfigError, edit
 from pipeline.evaluation.methods import PeerConfig
+from pipeline.recipe import branches
 from pipeline.training.adapters import prepare_trainable
 from pipeline.training.batches import StepLoader
 from pipeline.training.config import DistillSettings, LoraSettings, TrainConfig
 from pipeline.training.loop import Sources, train
+from pipeline.training.memory import checkpoint_activations
 from pipeline.training.objective import Objective
 from tests.pipeline.training.training_runs import (
     CONFIG,
@@ -35,6 +39,7 @@ from tests.pipeline.training.training_runs import (
     worst_difference,
 )
 from tests.small import Small
+from workflows.demo.workflow import demo
 
 CPU = torch.device("cpu")
 DISTILLED = CONFIG.model_copy(update={"distill": DISTILL})
@@ -179,27 +184,27 @@ def test_what_was_taught_before_counts_as_what_is_taught_now(small: Small, teach
     assert dense["divergence"] == 0
 
 
-def kept_bytes(objective: Objective, micro: dict[str, torch.Tensor], supervised: int) -> int:
-    """Bytes that autograd keeps for the backward pass."""
-    saved: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        alive.append(tensor)
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective(**micro, supervised=supervised, plan=PLAN)
-    return sum(saved.values())
+def peak_bytes(objective: Objective, micro: dict[str, torch.Tensor], supervised: int) -> int:
+    """Most bytes that are allocated at once, of a forward and backward pass."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        objective(**micro, supervised=supervised, plan=PLAN)["loss"].backward()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes))
 
 
-def test_nothing_of_the_teacher_is_kept_but_states_at_supervised_positions(small: Small) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_memory_grows_by_less_than_a_tenth(small: Small, checkpointing: bool) -> None:
+    """Measured: by 4.2 %, and with activation checkpointing by nothing."""
     model = prepared_model(small)
+    if checkpointing:
+        checkpoint_activations(model, True)
     micro, supervised = micro_batch(small)
-    plain = kept_bytes(Objective(model, None, CPU, in_step=False), micro, supervised)
-    taught = kept_bytes(Objective(model, DISTILL, CPU, in_step=False), micro, supervised)
-    assert taught < 1.1 * plain
+    peaks = []
+    for distill in (None, None, DISTILL):  # the first makes the gradients
+        peaks.append(peak_bytes(Objective(model, distill, CPU, in_step=False), micro, supervised))
+        model.zero_grad(set_to_none=False)
+    assert peaks[2] < 1.1 * peaks[1]
 
 
 def test_bf16_keeps_the_gradient_of_weights_that_the_teacher_uses_too(small: Small) -> None:
@@ -336,12 +341,38 @@ def test_data_without_answers_are_refused(small: Small, tmp_path: Path) -> None:
         train(DISTILLED, Sources(base=small.base, data=folder), Plain(tmp_path / "out"))
 
 
-if __name__ == "__main__":
-    strategies(*sys.argv[1:])
-
-
 @pytest.mark.parametrize("teacher", ["1:1/8", "0:1/2", "1:1/2,3:1/16"])
 def test_a_teacher_with_fewer_tokens_than_its_student_is_refused(teacher: str) -> None:
     with pytest.raises(ValueError, match=r"name a milder teacher, or dense"):
         TrainConfig(plan="1:1/4", distill=DistillSettings(teacher=teacher))
     TrainConfig(plan="0:1/4,3:1/8", distill=DistillSettings(teacher="0:1/2,3:1/8"))
+
+
+def test_workflows_are_refused_such_a_teacher_before_anything_runs() -> None:
+    def config(teacher: str, **curriculum: Any) -> Any:
+        changes = {"plan": "1:1/4", "train.distill": {"teacher": teacher}} | {
+            f"curriculum.{key}": value for key, value in curriculum.items()
+        }
+        return demo().edit(changes).config
+
+    heavy = [
+        config("1:1/8"),
+        config("1:1/2", order="grow", extreme=3),  # begins with 5/8
+        config("1:2/7", order="forward", stages=2),  # begins with 2/5
+        config("1:1/3", order="elastic", elastic={"a": "1:1/4", "b": "1:1/2"}),
+    ]
+    for one in heavy:
+        with pytest.raises(ValueError, match="name a milder teacher, or dense"):
+            branches(one)
+    mild = config("1:2/3", order="grow", extreme=3)
+    assert branches(mild)["train"][0].distill == DistillSettings(teacher="1:2/3")
+
+
+def test_a_found_plan_is_not_taught_by_a_heavier_one(small: Small, tmp_path: Path) -> None:
+    config = DISTILLED.model_copy(update={"distill": DistillSettings(teacher="0:1/16")})
+    with pytest.raises(ValueError, match="name a milder teacher, or dense"):
+        train(config, sources(small), Plain(tmp_path))
+
+
+if __name__ == "__main__":
+    strategies(*sys.argv[1:])

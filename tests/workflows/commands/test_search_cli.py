@@ -1,6 +1,7 @@
 """`adsc search` as people call it: the dry run, what is refused, a search, and the run after it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_dry_run_lists_the_space_and_the_first_trials(capsys: pytest.CaptureFixt
     assert all(21 < float(row[3]) < 23 for row in table)
     assert main(["search", "llava15_7b", "--average", "64", "--dry-run"]) == 0
     assert "left out: pyramiddrop" in capsys.readouterr().out
+
+
+def test_dry_run_lists_the_settings_of_trials(capsys: pytest.CaptureFixture[str]) -> None:
+    over = ["lora.rank=8,16", "train.distill.weight=0..1"]
+    assert main(["search", "demo", "--over", *over, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "plan 1:1/4;pool=tiles: 8 layers, 64 vision tokens; 64 trials, lora" in printed
+    assert "training keys: train.lora.rank=8,16 train.distill.weight=0..1" in printed
+    drawn = re.findall(r"train\.lora\.rank=(8|16) train\.distill\.weight=([\d.e-]+)", printed)
+    assert len(drawn) == 5 and len({weight for _, weight in drawn}) == 5
 
 
 def test_a_run_with_a_found_plan_has_a_forecast(capsys: pytest.CaptureFixture[str]) -> None:

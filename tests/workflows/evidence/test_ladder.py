@@ -37,7 +37,7 @@ from workflows.evidence.config import (
 from workflows.evidence.features import install, key_of, pack, remember, teach_ahead, unpack
 from workflows.evidence.ladder import BUDGETS, ladder_config, ladder_recipes, variant_config
 from workflows.evidence.questions import load_asking
-from workflows.evidence.retention import Answered, compare, write_retention
+from workflows.evidence.retention import COMPARISONS, Answered, compare, write_retention
 from workflows.evidence.tasks import jobs_of, tasks
 
 
@@ -68,6 +68,12 @@ def test_names_are_unique_and_every_arm_has_a_control_of_its_own_steps() -> None
             assert not control.method.runs_with and steps(control) == steps(arm)
             assert control.tier <= arm.tier, "a share is kept of nothing"
     assert {steps(everything[n]) for n in everything if n.startswith(CONTROL)} == {150, 450, 1350}
+
+
+def test_what_is_compared_are_arms() -> None:
+    names = {recipe.name for recipe in ladder_recipes()}
+    assert {name for pair in COMPARISONS for name in pair} <= names
+    assert len(set(COMPARISONS)) == len(COMPARISONS)
 
 
 def test_all_scales_can_be_built() -> None:
