@@ -174,7 +174,8 @@ def engine_arguments(place: str, plan: str | None, given: list[str]) -> list[str
     """vLLM's options for a checkpoint under a plan, those that were given included."""
     words = ["--model", place]
     if not any(word.startswith("--served-model-name") for word in given):
-        words += ["--served-model-name", Path(place).name]
+        name = (Path(place).resolve() if Path(place).is_dir() else Path(place)).name
+        words += ["--served-model-name", name]
     if plan is not None:
         if any(word.startswith("--hf-overrides") for word in given):
             raise ValueError('--plan and --hf-overrides: give the plan in both as {"adsc": "64"}')

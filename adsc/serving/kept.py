@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from adsc.families.family import Image
 from adsc.serving.settings import ServedPlan
 
-Span = tuple[int, int]
-"""Start and length of an image in its request's prompt."""
+Placed = tuple[int, Image]
+"""Where an image starts in its request's prompt, and what it is."""
 
 
 class Kept:
@@ -23,16 +24,18 @@ class Kept:
 
     Args:
         served: the request's plan.
-        images: where each image lies, in order; each has as many tokens as the plan's images.
+        images: in order.
     """
 
-    def __init__(self, served: ServedPlan, images: Sequence[Span]):
-        self.served, self.images = served, tuple(images)
-        self.known = max(start + length for start, length in images)
+    def __init__(self, served: ServedPlan, images: Sequence[Placed]):
+        self.served = served
+        self.images = tuple((start, image.tokens, served.layout(image)) for start, image in images)
+        """Start, length and layout of each."""
+        self.known = max(start + length for start, length, _ in self.images)
         self.gone: np.ndarray = np.zeros((served.parts, self.known), dtype=bool)
         """(P, K) which tokens are gone in each part."""
-        for start, length in images:
-            self.gone[:, start : start + length] = served.gone
+        for start, length, layout in self.images:
+            self.gone[:, start : start + length] = layout.gone
         self.before: np.ndarray = np.zeros((served.parts, self.known + 1), dtype=np.int64)
         """(P, K + 1) how many of the tokens before each are gone."""
         np.cumsum(self.gone, axis=1, out=self.before[:, 1:])
@@ -40,7 +43,7 @@ class Kept:
     @property
     def first(self) -> int:
         """Where the first image starts: up to there all parts hold the same tokens."""
-        return min(start for start, _ in self.images)
+        return min(start for start, *_ in self.images)
 
     def dropped(self, part: int, tokens: int) -> int:
         """How many of the first `tokens` tokens don't reach a part."""
@@ -53,13 +56,13 @@ class Kept:
     def last_whole(self, start: int, tokens: int) -> int:
         """The most of `tokens` tokens from `start` on that cut no image in two.
 
-        >>> from adsc.families.family import Image
-        >>> kept = Kept(ServedPlan("1:1/4;pool=tiles", 2, Image(4, (2, 2)), (1,)), [(3, 4), (7, 4)])
+        >>> image = Image(4, (2, 2))
+        >>> kept = Kept(ServedPlan("1:1/4;pool=tiles", 2, image, (1,)), [(3, image), (7, image)])
         >>> [kept.last_whole(0, n) for n in (2, 3, 5, 7, 9, 11, 20)]
         [2, 3, 3, 7, 7, 11, 20]
         """
         end = start + tokens
-        for first, length in self.images:
+        for first, length, _ in self.images:
             if first < end < first + length:
                 return max(0, first - start)
         return tokens

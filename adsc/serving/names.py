@@ -22,6 +22,7 @@ KNOWN = tuple(
         rf"(model\.)?language_model\.(model\.)?layers\.\d+\.({_LAYER})\.(weight|bias)",
         r"(model\.)?language_model\.(model\.)?(embed_tokens|norm)\.weight",
         r"(language_model\.)?lm_head\.weight",
+        r"(model\.)?image_newline",
         r"(model\.)?multi_modal_projector\.linear_[12]\.(weight|bias)",
         rf"(model\.)?vision_tower\.(vision_model\.)?encoder\.layers\.\d+\.({_TOWER_LAYER})"
         r"\.(weight|bias)",

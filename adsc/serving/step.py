@@ -179,11 +179,11 @@ def _pooling(batch: _Batch, number: int, before: np.ndarray, left: np.ndarray) -
     """The groups of all images that this step computes; an image is computed in one step."""
     anchors, members = [], []
     for r, one in enumerate(batch.kept):
-        if one is None or not (groups := one.served.groups[number]):
+        if one is None or not one.served.pools:
             continue
         start, end = int(batch.computed[r]), int(batch.computed[r] + batch.scheduled[r])
-        for first, length in one.images:
-            if start <= first and first + length <= end:
+        for first, length, layout in one.images:
+            if start <= first and first + length <= end and (groups := layout.groups[number]):
                 row = int(batch.starts[r]) + first - start
                 anchors += [row + group.anchor for group in groups]
                 members += [[row + member for member in group.members] for group in groups]

@@ -16,6 +16,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from adsc.families.table import FAMILIES
 from adsc.serving.settings import (
     DENSE,
+    SERVED,
     ServedPlan,
     UnservedPlan,
     check_family,
@@ -29,7 +30,7 @@ SCHEDULER = "adsc.serving.engine.scheduler.make_scheduler"
 
 
 class LlavaPlanConfig(VerifyAndUpdateConfig):
-    """Of a LLaVA-1.5."""
+    """Of a LLaVA of any family."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -37,6 +38,8 @@ class LlavaPlanConfig(VerifyAndUpdateConfig):
         if served is None:
             return
         refuse_features(vllm_config)
+        if served.by_size is not None:
+            refuse_inputs(vllm_config.model_config)
         refuse_lengths(vllm_config, served)
         # The loop over the layers reads the step that runs, which no graph may freeze.
         vllm_config.model_config.enforce_eager = True
@@ -53,6 +56,7 @@ def refuse_features(config: Any) -> None:
     parallel = config.parallel_config
     features = {
         "speculative decoding": config.speculative_config is not None,
+        "--runner pooling": config.model_config.runner_type == "pooling",
         "LoRA": config.lora_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
@@ -70,6 +74,21 @@ def refuse_features(config: Any) -> None:
         )
 
 
+def refuse_inputs(config: Any) -> None:
+    """Raise UnservedPlan for pictures whose sizes the scheduler would not see."""
+    inputs = config.multimodal_config
+    if inputs.enable_mm_embeds:
+        raise UnservedPlan(
+            "--enable-mm-embeds is not served with a pruning plan on this family, which takes an "
+            "image's layout from its picture's size: send pictures"
+        )
+    if inputs.mm_processor_cache_type == "shm":
+        raise UnservedPlan(
+            "--mm-processor-cache-type shm is not served with a pruning plan on this family, since "
+            "the scheduler reads the sizes of pictures: use lru, the default"
+        )
+
+
 def refuse_lengths(config: Any, served: ServedPlan) -> None:
     """Raise UnservedPlan where steps may be too short for an image whose means need all of it."""
     scheduler = config.scheduler_config
@@ -77,18 +96,18 @@ def refuse_lengths(config: Any, served: ServedPlan) -> None:
     if pooled is None:
         return
     text = pooled.text
-    least = served.image.tokens + scheduler.max_num_seqs - 1
+    least = served.most + scheduler.max_num_seqs - 1
     if scheduler.max_num_batched_tokens < least:
         raise UnservedPlan(
             f"max_num_batched_tokens = {scheduler.max_num_batched_tokens}: plan {text!r} "
-            f"takes means, so a step must hold an image of {served.image.tokens} tokens beside "
+            f"takes means, so a step must hold an image of {served.most} tokens beside "
             f"{scheduler.max_num_seqs - 1} others that decode; use at least {least}, or fewer "
             "max_num_seqs"
         )
     threshold = scheduler.long_prefill_token_threshold
-    if 0 < threshold < served.image.tokens:
+    if 0 < threshold < served.most:
         raise UnservedPlan(
-            f"long_prefill_token_threshold = {threshold} would cut images of {served.image.tokens} "
+            f"long_prefill_token_threshold = {threshold} would cut images of {served.most} "
             f"tokens, of which plan {text!r} takes means: use 0 or at least that many"
         )
 
@@ -114,6 +133,7 @@ def install() -> None:
     for family in FAMILIES:
         name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.model_type)
         former = MODELS_CONFIG_MAP.get(name)
-        if name and family.model_type != "llava" and not hasattr(former, "adsc_refuses"):
+        if family.model_type in SERVED:
+            MODELS_CONFIG_MAP[name] = LlavaPlanConfig
+        elif name and not hasattr(former, "adsc_refuses"):
             MODELS_CONFIG_MAP[name] = _refusing(former)
-    MODELS_CONFIG_MAP["LlavaForConditionalGeneration"] = LlavaPlanConfig

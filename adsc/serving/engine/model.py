@@ -1,4 +1,4 @@
-"""LLaVA with drops inside its LLaMA: vLLM's modules and weights, another loop over the layers."""
+"""LLaVA with drops inside its decoder: vLLM's modules and weights, another loop over the layers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,45 @@ from vllm.model_executor.models.llava import (
     _build_llava_or_pixtral_hf_info,
     _build_llava_or_pixtral_hf_processor,
 )
+from vllm.model_executor.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextMultiModalProcessor,
+    LlavaNextProcessingInfo,
+)
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+)
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adsc.serving.engine import attention
 from adsc.serving.settings import served_plan
 
-DECODER = "AdscLlamaForCausalLM"
-"""Under which vLLM finds the decoder."""
+DECODERS = {"llama": "AdscLlamaForCausalLM", "qwen2": "AdscQwen2ForCausalLM"}
+"""Under which vLLM finds them."""
+# Both names of a tower's weights: with and without transformers' former `vision_model`.
+TOWER = WeightsMapper(
+    orig_to_new_regex={
+        re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."
+    }
+)
 
 
-class PlanLlamaModel(LlamaModel):
-    """A LLaMA whose layers lie in the parts of a plan."""
+class PlanLayers:
+    """A decoder whose layers lie in the parts of a plan. vLLM builds it as its own, which then
+    changes its class and calls `join`."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.part_of = vllm_config.model_config.hf_config.adsc_parts
-        for layer, part in zip(self.layers, self.part_of, strict=True):
+    embed_input_ids: Any
+    layers: Any
+    norm: Any
+
+    def join(self, part_of: list[int]) -> None:
+        self.part_of = part_of
+        for layer, part in zip(self.layers, part_of, strict=True):
             layer.self_attn.attn.__class__ = attention.PartAttention
             layer.self_attn.attn.join(part)
 
@@ -68,35 +90,43 @@ def _cut_slots(name: str, count: int) -> None:
     slots[name] = slots[name][:count]
 
 
+class PlanLlamaModel(PlanLayers, LlamaModel):
+    """A LLaMA without its head."""
+
+
+class PlanQwen2Model(PlanLayers, Qwen2Model):
+    """A Qwen2 without its head."""
+
+
 class PlanLlama(LlamaForCausalLM):
-    """The decoder with its head."""
+    """A LLaMA with its head."""
 
-    def _init_model(self, vllm_config: Any, prefix: str = "", **kwargs: Any) -> PlanLlamaModel:
-        return PlanLlamaModel(vllm_config=vllm_config, prefix=prefix, **kwargs)
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self.model.__class__ = PlanLlamaModel
+        self.model.join(vllm_config.model_config.hf_config.adsc_parts)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    _build_llava_or_pixtral_hf_processor,
-    info=_build_llava_or_pixtral_hf_info,
-    dummy_inputs=LlavaDummyInputsBuilder,
-)
-class PlanLlava(LlavaForConditionalGeneration):
-    """A LLaVA checkpoint; without a plan it is vLLM's own class in everything."""
+class PlanQwen2(Qwen2ForCausalLM):
+    """A Qwen2 with its head."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self.model.__class__ = PlanQwen2Model
+        self.model.join(vllm_config.model_config.hf_config.adsc_parts)
+
+
+class Planned:
+    """A LLaVA of any family; without a plan it is vLLM's own class in everything."""
 
     # The first that matches: former exports hold probe.safetensors beside their weights.
     allow_patterns_overrides = ["model*.safetensors", "*.safetensors", "*.bin", "*.pt"]
-    # Both names of a CLIP tower's weights: with and without transformers' former `vision_model`.
-    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
-        orig_to_new_regex={
-            re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."
-        }
-    )
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         config = vllm_config.model_config.hf_config
         served = served_plan(config)
         if served is not None:
-            config.text_config.architectures = [DECODER]
+            config.text_config.architectures = [DECODERS[config.text_config.model_type]]
             config.text_config.adsc_parts = list(served.part_of)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.served = served
@@ -108,3 +138,36 @@ class PlanLlava(LlavaForConditionalGeneration):
         from adsc.serving.engine.state import PlanModelState
 
         return DefaultModelState if self.served is None else PlanModelState
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _build_llava_or_pixtral_hf_processor,
+    info=_build_llava_or_pixtral_hf_info,
+    dummy_inputs=LlavaDummyInputsBuilder,
+)
+class PlanLlava(Planned, LlavaForConditionalGeneration):
+    """LLaVA-1.5."""
+
+    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | TOWER
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextMultiModalProcessor,
+    info=LlavaNextProcessingInfo,
+    dummy_inputs=LlavaDummyInputsBuilder,
+)
+class PlanLlavaNext(Planned, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT."""
+
+    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | TOWER
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaOnevisionMultiModalProcessor,
+    info=LlavaOnevisionProcessingInfo,
+    dummy_inputs=LlavaOnevisionDummyInputsBuilder,
+)
+class PlanLlavaOnevision(Planned, LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision."""
+
+    hf_to_vllm_mapper = LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | TOWER

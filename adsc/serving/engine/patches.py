@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from adsc.serving.engine import attention
 from adsc.serving.engine.requests import UnservedRequest, check_request, kept_of
 from adsc.serving.kept import Kept
-from adsc.serving.settings import ServedPlan, served_plan
+from adsc.serving.settings import SERVED, ServedPlan, served_plan
 from adsc.serving.step import make_step
 
 _MARK = "adsc_wrapped"
@@ -100,4 +100,4 @@ def _forget_pictures(cache: Any, request: Any) -> None:
 
 def _served(config: Any) -> ServedPlan | None:
     """None for models of all other kinds, too: the front end serves them as well."""
-    return served_plan(config) if getattr(config, "model_type", None) == "llava" else None
+    return served_plan(config) if getattr(config, "model_type", None) in SERVED else None

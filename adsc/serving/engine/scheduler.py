@@ -73,7 +73,7 @@ def pool_of(served: ServedPlan, manager: Any) -> str:
     """How many requests with one image the pool of blocks holds, for the log."""
     groups = manager.kv_cache_config.kv_cache_groups
     tokens = served.image.tokens + TEXT
-    kept = Kept(served, [(0, served.image.tokens)])
+    kept = Kept(served, [(0, served.image)])
     held = [kept.left(group.kv_cache_spec.part, tokens) for group in groups]
     size = groups[0].kv_cache_spec.block_size
     own, dense = (sum(ceil(it / size) for it in them) for them in (held, [tokens] * len(groups)))

@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlavaConfig, MistralConfig, PixtralVisionConfig
+from transformers import (
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    PixtralVisionConfig,
+)
 
 from adsc import PruningPlan
 from adsc.families.family import Image
 from adsc.serving import UnservedVersion, check_version
-from adsc.serving.kept import Kept
+from adsc.serving.kept import Kept, Placed
 from adsc.serving.settings import ServedPlan, served_plan
 from adsc.serving.step import make_step
 from tests.adsc import tiny
+from tests.adsc.serving.configs import config_of, next_of, pictures_of
 
 DEVICE = torch.device("cpu")
 PLANS = (
@@ -27,15 +33,6 @@ PLANS = (
     "1:1/4,3:1/2;pool=tiles",
     "3:1/5;pool=runs",
 )
-
-
-def config_of(plan: str | dict[str, Any] | None, **changes: Any) -> Any:
-    config = tiny.llava().config
-    if plan is not None:
-        config.adsc = PruningPlan.parse(plan).to_dict() if isinstance(plan, str) else plan
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
 
 
 NAMED = {"mean": "1:1/4,3:1/2;pool=tiles", "one": "3:1/8;anchor=first", "other": "2:1/2"}
@@ -49,15 +46,20 @@ def served(plan: str) -> ServedPlan:
     return found
 
 
+def counts(plan: ServedPlan) -> list[int]:
+    """Tokens of an image that are gone in each part."""
+    return [int(row.sum()) for row in plan.layout(plan.image).gone]
+
+
 def test_a_config_says_what_is_served() -> None:
     found = served("1:1/2,3:1/2")
     assert found.image == Image(tiny.TOKENS, (4, 4))
     assert found.part_of == (0, 1, 1, 2, 2, 2)
-    assert [int(row.sum()) for row in found.gone] == [0, 8, 12]
+    assert counts(found) == [0, 8, 12]
     assert list(found.choices) == ["dense", "mean", "one"]  # the other drops elsewhere
     assert found.choices["one"].part_of == found.part_of
-    assert [int(row.sum()) for row in found.choices["one"].gone] == [0, 0, 14]
-    assert not found.choices["dense"].gone.any()
+    assert counts(found.choices["one"]) == [0, 0, 14]
+    assert counts(found.choices["dense"]) == [0, 0, 0]
     assert served_plan(config_of(None)) is None
     assert served_plan(config_of({"stages": []})) is None
     assert served_plan(config_of("1:1/2", adsc="dense")) is None
@@ -67,7 +69,7 @@ class Simulated:
     """A request that an engine computes in chunks: states go down the parts as the plan has them,
     and each part's cache is written where the step says."""
 
-    def __init__(self, plan: ServedPlan, length: int, images: list[tuple[int, int]]):
+    def __init__(self, plan: ServedPlan, length: int, images: list[Placed]):
         self.plan, self.length, self.computed = plan, length, 0
         self.kept = Kept(plan, images) if images else None
         self.caches: list[dict[int, float]] = [{} for _ in range(plan.parts)]
@@ -80,9 +82,9 @@ class Simulated:
         for number in range(1, plan.parts):
             gone: set[int] = set()
             means: dict[int, float] = {}
-            for start, _ in self.kept.images if self.kept else ():
-                gone |= {start + int(token) for token in np.flatnonzero(plan.gone[number])}
-                for group in plan.groups[number]:
+            for start, _, layout in self.kept.images if self.kept else ():
+                gone |= {start + int(token) for token in np.flatnonzero(layout.gone[number])}
+                for group in layout.groups[number]:
                     members = [states[start + member] for member in group.members]
                     means[start + group.anchor] = sum(members) / len(members)
             states = {t: means.get(t, v) for t, v in states.items() if t not in gone}
@@ -90,18 +92,23 @@ class Simulated:
         return found
 
 
+@pytest.mark.parametrize("by_size", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
-def test_chunks_fill_each_parts_cache_in_order(plan: str) -> None:
-    """Requests of one step may have chosen different plans."""
-    draw, settings = random.Random(plan), served(plan)
+def test_chunks_fill_each_parts_cache_in_order(plan: str, by_size: bool) -> None:
+    """Requests of one step may have chosen different plans, and have images of several sizes."""
+    draw = random.Random(plan)
+    settings = served_plan(next_of(plan)) if by_size else served(plan)
+    assert settings is not None
     choices = [settings, *settings.choices.values()]
+    pictures = pictures_of(settings)
     for _ in range(20):
         running = []
         for _ in range(draw.randint(1, 4)):
-            images, at = [], draw.randint(0, 5)
+            images: list[Placed] = []
+            at = draw.randint(0, 5)
             for _ in range(draw.randint(0, 3)):
-                images.append((at, tiny.TOKENS))
-                at += tiny.TOKENS + draw.choice([0, 0, 3, 9])
+                images.append((at, draw.choice(pictures)))
+                at += images[-1][1].tokens + draw.choice([0, 0, 3, 9])
             chosen = draw.choice(choices)
             running.append(Simulated(chosen, at + draw.randint(1, 6), images))
         while waiting := [one for one in running if one.computed < one.length]:
@@ -151,10 +158,19 @@ def _advance(waiting: list[Simulated], chunks: list[int]) -> None:
 
 
 def test_prefix_sums_count_what_is_left() -> None:
-    kept = Kept(served("1:1/4"), [(2, 16), (20, 16)])
+    plan = served("1:1/4")
+    kept = Kept(plan, [(2, plan.image), (20, plan.image)])
     assert kept.first == 2
     assert [kept.left(0, n) for n in (0, 18, 40)] == [0, 18, 40]
     assert [kept.left(1, n) for n in (0, 2, 5, 6, 18, 20, 36, 40)] == [0, 2, 2, 3, 6, 8, 12, 16]
+
+
+def test_no_image_has_more_tokens_than_steps_must_hold() -> None:
+    plan = served_plan(next_of("1:1/4;pool=tiles"))
+    assert plan is not None
+    assert plan.most == max(image.tokens for image in pictures_of(plan)) == 16 + 8 * 9
+    assert plan.image.tokens == plan.most
+    assert not plan.too_few(17) and plan.too_few(8)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +185,8 @@ def test_prefix_sums_count_what_is_left() -> None:
             LlavaConfig(vision_config=PixtralVisionConfig(), adsc={"stages": [[1, "1/2"]]}),
             "pixtral",
         ),
+        (next_of("1:1/2;anchor=grid"), "grid"),
+        (next_of("1:1/2", vision_aspect_ratio="anyres_max_4"), "anyres_max_9"),
         (config_of("1:1/2", adsc="64"), "no named plans"),
         (config_of("7:1/2"), "layers 0..5"),
     ],

@@ -59,6 +59,14 @@ def test_what_is_not_ours_is_handed_to_vllm_in_order() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_folder_one_stands_in_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = serving.engine_arguments(".", None, [])
+    assert words[words.index("--served-model-name") + 1] == tmp_path.name
+
+
 def test_without_vllm_it_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "anything"]) == 1
     printed = capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+)
 
 import adsc
 from tests.documents import ROOT
@@ -38,6 +44,8 @@ PLANS = (
     "4:0",
 )
 """Drops, means and exits, at layer 0 too, with even and ragged tiles."""
+TRAINED = {"16": "2:1/4;pool=tiles", "7": "2:1/9,6:0;pool=tiles", "32": "2:1/2", "9": "4:1/7"}
+"""Plans of the trained checkpoint, by name; it runs with the first."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ class Prompt:
 def random_checkpoint(folder: Path) -> Path:
     """A LLaVA of the base's shape with random weights."""
     model: Any = LlavaForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    spread(model)
+    model.save_pretrained(folder)
+    for file in BASE.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
+    return folder
+
+
+def spread(model: Any) -> None:
+    """Weights wide enough that answers differ from prompt to prompt."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -58,11 +76,6 @@ def random_checkpoint(folder: Path) -> Path:
                 wide = 1.6 * weight.shape[-1] ** -0.5
                 weight.normal_(0, wide if "language_model" in name else 0.05)
         model.lm_head.weight.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    for file in BASE.iterdir():
-        if file.is_file() and not (folder / file.name).exists():
-            shutil.copy(file, folder / file.name)
-    return folder
 
 
 @cache
@@ -122,14 +135,14 @@ class Answer:
 
 
 class Reference:
-    """A checkpoint in transformers, one prompt at a time."""
+    """A checkpoint in transformers, one prompt at a time, and the pictures of its prompts."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, pictures: Callable[[int], Image.Image] = picture):
         torch.set_num_threads(1)
-        self.folder = folder
+        self.folder, self.picture = folder, pictures
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder)
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
@@ -143,20 +156,25 @@ class Reference:
         adsc.attach(self.model, plan)
         return [self._answer(prompt, new) for prompt in prompts]
 
+    def _lengths(self, inputs: dict[str, Any]) -> list[int]:
+        """Tokens of each image, as the model itself makes them."""
+        if not inputs:
+            return []
+        with torch.inference_mode():
+            return [len(it) for it in self.model.get_image_features(**inputs).pooler_output]
+
     def _answer(self, prompt: Prompt, new: int) -> Answer:
-        config = self.model.config
+        images = [self.picture(number) for number in prompt.pictures]
+        inputs = dict(self.processor(images=images, return_tensors="pt")) if images else {}
+        lengths = iter(self._lengths(inputs))
+        mark = self.model.config.image_token_id
         ids = [
             token
             for it in self.ids(prompt)
-            for token in [it] * (config.image_seq_length if it == config.image_token_index else 1)
+            for token in [it] * (next(lengths) if it == mark else 1)
         ]
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+        inputs["input_ids"] = torch.tensor([ids])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if prompt.pictures:
-            images = [picture(number) for number in prompt.pictures]
-            inputs["pixel_values"] = self.processor(images=images, return_tensors="pt")[
-                "pixel_values"
-            ]
         with torch.inference_mode():
             found = self.model.generate(
                 **inputs,

@@ -4,7 +4,9 @@ skipped where vLLM is not installed."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from tests.adsc.serving.engine.cases import (
     random_checkpoint,
 )
 from tests.adsc.serving.engine.chats import PLAN
+from tests.documents import ROOT
 
 Wanted = Callable[[str], list[Answer]]
 
@@ -40,6 +43,23 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     (found / "config.json").write_text(json.dumps(config))
     begin_with_bos(found)
     return found
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained and exported elastic checkpoint, made in the project's own environment."""
+    folder = tmp_path_factory.mktemp("trained")
+    python = os.environ.get("ADSC_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
+    command = [python, "-m", "tests.adsc.serving.engine.trained", str(folder)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "trained"
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from tests.adsc.serving.engine.cases import NEW, Prompt, Reference, picture
+from tests.adsc.serving.engine.cases import NEW, Prompt, Reference
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -88,7 +88,7 @@ def request(reference: Reference, prompt: Prompt) -> dict[str, Any]:
     """A prompt as vLLM takes it."""
     found: dict[str, Any] = {"prompt_token_ids": reference.ids(prompt)}
     if prompt.pictures:
-        images = [picture(number) for number in prompt.pictures]
+        images = [reference.picture(number) for number in prompt.pictures]
         found["multi_modal_data"] = {"image": images}
     return found
 

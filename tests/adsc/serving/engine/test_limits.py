@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 from adsc import PruningPlan
+from adsc.families.table import FAMILIES
 from adsc.serving import register
+from adsc.serving.settings import SERVED
+from tests.adsc.zoo import CASES
 
 DROP = PruningPlan.parse("2:1/2").to_dict()
 MEAN = PruningPlan.parse("2:1/4;pool=tiles").to_dict()
@@ -29,6 +33,7 @@ def configured(folder: Path, plan: dict[str, Any], **options: Any) -> Any:
     ("options", "words"),
     [
         ({"enable_lora": True}, "LoRA"),
+        ({"runner": "pooling"}, "pooling"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -68,19 +73,32 @@ def test_methods_and_positions(checkpoint: Path) -> None:
         configured(checkpoint, PruningPlan.parse("2:1/2;positions=reindex").to_dict())
 
 
-def test_other_families_are_refused_by_name(tmp_path: Path, checkpoint: Path) -> None:
-    """vLLM would serve them dense."""
-    from transformers import LlavaNextConfig
+REFUSED = {
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": r"Qwen2\.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "internvl": "InternVL",
+    "smolvlm": "SmolVLM",
+    "idefics3": "Idefics3",
+    "gemma3": "Gemma 3",
+    "paligemma": "PaliGemma",
+}
 
-    config = json.loads((checkpoint / "config.json").read_text())
+
+def test_every_family_is_served_or_refused() -> None:
+    assert {family.model_type for family in FAMILIES} == {*SERVED, *REFUSED}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_other_families_are_refused_by_name(family: str, tmp_path: Path, checkpoint: Path) -> None:
+    """vLLM would serve them dense."""
+    config = CASES[family].build().config
     for name in checkpoint.iterdir():
         if name.name != "config.json":
             (tmp_path / name.name).symlink_to(name)
-    other = LlavaNextConfig(
-        text_config=config["text_config"], vision_config=config["vision_config"]
-    ).to_dict()
-    other["architectures"] = ["LlavaNextForConditionalGeneration"]
-    (tmp_path / "config.json").write_text(json.dumps(other, default=str))
-    with pytest.raises(ValueError, match="LLaVA-NeXT with a pruning plan is not served"):
+    architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{REFUSED[family]} with a pruning plan is not served"):
         configured(tmp_path, DROP)
     assert configured(tmp_path, {})
