@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 
 class CacheError(ValueError):
-    """A cache or mask that can't be used, or changed in this way, with dropped vision tokens."""
+    """A cache or mask, or a change of one, that doesn't work with dropped vision tokens."""
 
 
 @dataclass(frozen=True, eq=False)
