@@ -2,7 +2,6 @@
 
 `make` fits a method to a layer average, and `adsc.attach` accepts it like a plan. Each method is
 one file, written from its paper's formula; docs/peers.md has the differences from the papers.
-
 """
 
 from __future__ import annotations
