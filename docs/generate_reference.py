@@ -208,7 +208,7 @@ def _tables(section: type[Config], prefix: str = "", without: set[str] = frozens
     if prefix:
         yield f"\n### `{prefix.rstrip('.')}`\n\n{markdown(section.__doc__ or '')}\n"
     if rows:
-        yield "| key | takes | default | what it is |\n|---|---|---|---|"
+        yield "| key | takes | default | meaning |\n|---|---|---|---|"
         yield from rows
     for path, inner in below:
         if inner is not section:

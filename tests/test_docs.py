@@ -26,7 +26,7 @@ import pytest
 import adsc
 from pipeline.config import keys
 from tests.documents import ROOT, Block, anchors, blocks, links, pages, prose
-from workflows.commands.main import build_parser, main
+from workflows.commands.main import _parse, build_parser, main
 from workflows.registry import load_workflow
 
 TRAINING = ("docs/evidence.md", "docs/evidence-details.md")
@@ -169,9 +169,8 @@ def check(words: list[str]) -> None:
         words = words[1:]
     program = Path(words[0]).name if words else ""
     if program == "adsc":
-        known = subcommands()
         with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
-            parsed = known[words[1]].parse_intermixed_args(words[2:])
+            parsed = _parse(words[1:])
             if getattr(parsed, "changes", None) and parsed.workflow.islower():
                 load_workflow(parsed.workflow, [c for c in parsed.changes if not c.endswith("=")])
     elif program == "make":
