@@ -1,7 +1,8 @@
 """ADSC: score-free vision-token dropping inside the decoder of LLaVA-type models.
 
-Torch, transformers and peft only: nothing here knows of Ray, MLflow or object stores. A name is
-imported when it is first used, so plans, budgets and costs load no torch.
+It needs torch, transformers and peft; Ray, MLflow and object stores belong to `pipeline`. Names are
+imported on first use, so plans, budgets and costs load no torch. The method is that of
+arXiv 2602.12618; pooling and exits are additions.
 """
 
 from importlib import import_module

@@ -22,7 +22,7 @@ SAFE = {"use_safetensors": True, "trust_remote_code": False}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not hold what the model needs, or holds what it has no place for."""
+    """A checkpoint with weights that are missing, unexpected or of the wrong shape."""
 
 
 def from_pretrained(
@@ -32,14 +32,14 @@ def from_pretrained(
 
     Args:
         path_or_id: a directory, or a name on the hub.
-        plan: what it runs with instead: the name of one of the checkpoint's plans, `dense`, a plan,
+        plan: the plan to use instead: the name of one of the checkpoint's plans, `dense`, a plan,
             or its text form.
-        kwargs: for `AutoModelForImageTextToText.from_pretrained`, for example `dtype`; weights are
-            to be safetensors and code is not run, unless `use_safetensors=None` or
-            `trust_remote_code=True` say so.
+        kwargs: for `AutoModelForImageTextToText.from_pretrained`, for example `dtype`; weights
+            must be safetensors and no remote code is run, unless `use_safetensors=None` or
+            `trust_remote_code=True` is given.
 
     Raises:
-        CheckpointError: weights are missing, unexpected or of another shape, or are no whole
+        CheckpointError: weights are missing, unexpected or of the wrong shape, or are not complete
             safetensors in transformers' layout.
         PlanError: the plan does not fit the model, or the checkpoint has none of that name.
     """

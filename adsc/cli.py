@@ -113,7 +113,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tolerance", type=float, default=0.01, help="relative tolerance (0.01)")
     parser.add_argument("--limit", type=int, default=20, help="placements to list (20)")
-    parser.add_argument("--convention", choices=CONVENTIONS, default="exact")
+    parser.add_argument(
+        "--convention", choices=CONVENTIONS, default="exact", help="how FLOPs are counted (exact)"
+    )
     parser.add_argument("--logits", choices=LOGITS, default="last", help=_LOGITS_HELP)
     _add_workload(parser)
 

@@ -2,13 +2,12 @@
 
 
 class CostError(ValueError):
-    """A cost that can't be given exactly, or arguments that can't be right; the message holds the
-    way out."""
+    """A cost that can't be computed exactly, or an invalid argument, with what to do."""
 
 
 class UnsupportedModel(TypeError):
-    """The model is of no family in the table, or is arranged as dropping can't serve it."""
+    """A model of an unknown family, or with a part that dropping doesn't support."""
 
 
 class VisionTokenError(ValueError):
-    """Vision tokens and images (or video frames) of a call can't be reconciled."""
+    """The vision tokens of a call don't match its images (or video frames)."""

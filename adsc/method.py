@@ -132,7 +132,7 @@ class Method:
         return [kept_count(num_vision_tokens, share) for _, share in self.stages]
 
     def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
-        """Vision tokens of one image that enter each decoder layer, one number a layer."""
+        """Vision tokens of one image that enter each decoder layer, one number per layer."""
         self.check_layers(num_layers)
         counts = [num_vision_tokens, *self.counts(num_vision_tokens)]
         return tokens_entering([layer for layer, _ in self.stages], counts, num_layers)

@@ -26,7 +26,7 @@ POOLS = ("tiles", "runs")
 
 
 class PlanError(ValueError):
-    """An invalid pruning plan; the message has the value, the rule and the way out."""
+    """An invalid pruning plan; the message has the value, the rule and what to do."""
 
 
 def _as_ratio(keep: object, layer: int) -> Fraction:
@@ -53,16 +53,16 @@ class PruningPlan:
 
     Args:
         stages: pairs (layer, keep), layers strictly increasing from 0, keep in (0, 1]. The last
-            may keep 0: an exit, no vision token is left from that layer on. Empty: nothing is
-            dropped.
+            may keep 0: an exit, which drops all vision tokens from that layer on. Empty: nothing
+            is dropped.
         anchor: which token of each of m equal groups stays: `last`, `first`, `center`; or `grid`, a
             two-dimensional ordered-dither pattern for tokens on an h x w lattice.
         positions: `keep` leaves kept tokens their original position ids; `reindex` renumbers after
             each drop.
-        pool: None drops the other tokens of a group. `tiles` and `runs` put the mean of the group's
-            hidden states at the anchor's place, with its position id: of tiles of the image's
-            lattice (`adsc.tiles`), or of runs of its sequence. The anchor is then a member in row
-            order: `last` is the bottom right one of a tile.
+        pool: None drops the other tokens of a group. With `tiles` (of the image's lattice,
+            `adsc.tiles`) and `runs` (of its sequence), the mean of the group's hidden states takes
+            the anchor's place and position id. The anchor is then a member in row order: `last` is
+            the bottom right token of a tile.
 
     Raises:
         PlanError: a layer that is negative, repeated or out of order, a ratio outside (0, 1] or an
@@ -205,7 +205,7 @@ class PruningPlan:
         return counts
 
     def share_at(self, layer: int) -> Fraction:
-        """The share of the vision tokens that enters a layer, rounding apart.
+        """The share of the vision tokens that enters a layer, before rounding.
 
         >>> PruningPlan.parse("2:1/2,4:1/4").share_at(4)
         Fraction(1, 8)
@@ -213,7 +213,7 @@ class PruningPlan:
         return math.prod((keep for at, keep in self.stages if at <= layer), start=Fraction(1))
 
     def tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
-        """Vision tokens of one image that enter each decoder layer, one number a layer."""
+        """Vision tokens of one image that enter each decoder layer, one number per layer."""
         self.check_layers(num_layers)
         counts = [num_vision_tokens, *self.tokens_after_drops(num_vision_tokens)]
         return tokens_entering([layer for layer, _ in self.stages], counts, num_layers)
@@ -223,12 +223,12 @@ class PruningPlan:
         return sum(self.tokens_per_layer(num_vision_tokens, num_layers)) / num_layers
 
     def reduction(self, num_vision_tokens: int, num_layers: int) -> float:
-        """1 - average / initial; 0.667 is the setting that the paper headlines."""
+        """1 - average / initial, 0 to 1; 0.667 is the paper's main setting."""
         return 1 - self.average_tokens(num_vision_tokens, num_layers) / num_vision_tokens
 
     @property
     def exit(self) -> int | None:
-        """The layer from which on no vision token is left; None if the plan has no exit."""
+        """The layer from which on there are no vision tokens; None without an exit."""
         return self.stages[-1][0] if self.stages and self.stages[-1][1] == 0 else None
 
     def kept_indices(
@@ -237,13 +237,12 @@ class PruningPlan:
         lattice: tuple[int, int] | None = None,
         regions: tuple[Region, ...] = (),
     ) -> list[tuple[int, ...]]:
-        """Per stage, which of an image's original vision tokens are left after it: sorted, nested
-        index tuples.
+        """For each stage, the original vision tokens left after it, as sorted, nested index tuples.
 
         Args:
             num_vision_tokens: tokens of this image before any drop.
             lattice: (height, width) of the token grid; anchor `grid` and pool `tiles` need it.
-            regions: the lattices of an image that has several; for a pool.
+            regions: for a pool, the lattices of an image that has several.
         """
         if self.pool is not None:
             stages = self.groups(num_vision_tokens, lattice, regions)
@@ -263,10 +262,10 @@ class PruningPlan:
         lattice: tuple[int, int] | None = None,
         regions: tuple[Region, ...] = (),
     ) -> list[tuple[Group, ...]]:
-        """Per stage of a plan with a pool, the groups that become one token each, by their anchors.
+        """For each stage of a plan with a pool, the groups that become one token each, by anchor.
 
-        Members are what is left before the stage, so every token of an image is in one group, and
-        groups nest. An exit has none. The arguments are those of `kept_indices`.
+        Members are the tokens left before the stage, so every token of an image is in one group,
+        and groups nest. An exit has none. The arguments are those of `kept_indices`.
 
         Raises:
             PlanError: `tiles` without a lattice, or fewer tokens to keep than there are regions.

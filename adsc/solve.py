@@ -48,7 +48,7 @@ def solve_plans(
         average: the budget, in vision tokens per layer.
         drops: how many layers drop tokens.
         keep: the share of tokens that stays at every drop, or one share per drop, in order; `any`
-            tries those of ANY at each.
+            tries all shares in ANY at each.
         tolerance: relative to `average`; 0.01 accepts 190.08..193.92 for 192.
         first_layer: the first layer at which a drop is legal; models that inject vision features
             into their first layers (Qwen3-VL) need one above 0.
@@ -56,7 +56,7 @@ def solve_plans(
         anchor: of the plans.
         pool: `tiles` or `runs` for plans that average instead of dropping.
         exit_layer: the plans end with an exit before this layer: their drops come before it, and
-            from it on no vision token is left. None for plans without an exit.
+            no vision tokens are left from it on. None for plans without an exit.
         lattice: (height, width) of the image's tokens; with pool `tiles`, plans all of whose tiles
             are whole and alike (24 x 24 to 12 x 12, 8 x 8, 6 x 6) come first.
 
@@ -64,8 +64,8 @@ def solve_plans(
         Plans, the closest to the budget first, equally close ones by their layers.
 
     Raises:
-        PlanError: arguments out of range, or no placement meets the budget; then the message names
-            the nearest average that one reaches, and its plan.
+        PlanError: arguments out of range, or no placement meets the budget; the message then names
+            the nearest average that can be reached, and its plan.
 
     >>> [str(plan) for plan in solve_plans(32, 576, 192, drops=1, keep="1/9")]
     ['8:1/9']

@@ -10,7 +10,7 @@ author = "the ADSC authors"
 copyright = author
 release = _PROJECT["version"]
 extensions = ["myst_parser", "sphinx_copybutton"]
-exclude_patterns = ["_build", "search.md"]
+exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"ADSC {release}"
@@ -29,10 +29,8 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "infra/README.md": "infra.md",
     "README.md": "index.md",
-    "docs/search.md": "searching.md",
 }
-"""Files that pages link to, and the pages of the site that stand in for them: those outside docs/,
-and search.md, because Sphinx's own search page has that address."""
+"""Files outside docs/ that pages link to, and the pages of the site that stand in for them."""
 
 
 def setup(app):
@@ -43,5 +41,4 @@ def setup(app):
 def _lead_to_the_site(app, name, source):
     up = "../" * name.count("/")
     for file, page in ELSEWHERE.items():
-        link = f"../{up}{file}".replace(f"../{up}docs/", up)
-        source[0] = source[0].replace(f"]({link}", f"]({up}{page}")
+        source[0] = source[0].replace(f"](../{up}{file}", f"]({up}{page}")

@@ -142,13 +142,13 @@ def commands() -> Iterator[str]:
     found = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     helps = {choice.dest: choice.help for choice in found._choices_actions}
     yield "# Command line: `adsc`\n"
-    yield f"{parser.description} `adsc COMMAND --help` prints what stands here.\n"
+    yield f"{parser.description} `adsc COMMAND --help` prints the same.\n"
     yield "| command | what it does |\n|---|---|"
     for name in found.choices:
         yield f"| [`{name}`](#adsc-{name}) | {cell(helps[name] or '')} |"
     for name, command in found.choices.items():
         yield f"\n(adsc-{name})=\n## `adsc {name}`\n\n{command.description}\n"
-        yield "| argument | what it is | default |\n|---|---|---|"
+        yield "| argument | meaning | default |\n|---|---|---|"
         for action in command._actions:
             if action.dest != "help":
                 yield _argument(action)
@@ -208,7 +208,7 @@ def _tables(section: type[Config], prefix: str = "", without: set[str] = frozens
     if prefix:
         yield f"\n### `{prefix.rstrip('.')}`\n\n{markdown(section.__doc__ or '')}\n"
     if rows:
-        yield "| key | takes | default | what it is |\n|---|---|---|---|"
+        yield "| key | takes | default | meaning |\n|---|---|---|---|"
         yield from rows
     for path, inner in below:
         if inner is not section:
@@ -253,7 +253,7 @@ def schemas() -> Iterator[str]:
     yield "What `adsc show WORKFLOW STAGE` prints, and what `evaluate` writes as `results.json`.\n"
     for title, model in (("record.json", Record), ("results.json", Results), ("An arm", Arm)):
         yield f"\n## {title}\n\n{markdown(model.__doc__ or '')}\n"
-        yield "| field | type | what it is |\n|---|---|---|"
+        yield "| field | type | meaning |\n|---|---|---|"
         for name, field in model.model_fields.items():
             if not field.exclude:
                 text = _documented(model, name)
@@ -277,7 +277,7 @@ def tree() -> Iterator[str]:
     for folder, files in folders().items():
         yield f"\n## `{folder}/`\n\n{sentence(ROOT / folder / '__init__.py')}\n"
         if files:
-            yield "| file | what it is |\n|---|---|"
+            yield "| file | contents |\n|---|---|"
         yield from (f"| `{path.name}` | {cell(sentence(path))} |" for path in files)
 
 

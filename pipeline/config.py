@@ -241,7 +241,11 @@ def _type_name(annotation: Any) -> str:
         return "one of " + ", ".join(repr(value) for value in get_args(annotation))
     if annotation is type(None):
         return "null"
-    if not get_args(annotation):
+    parts = get_args(annotation)
+    union = get_origin(annotation) in (Union, UnionType)
+    if union and any(get_origin(part) is Literal for part in parts):
+        return " or ".join(_type_name(part).removeprefix("one of ") for part in parts)
+    if not parts:
         return getattr(annotation, "__name__", str(annotation))
     name = str(_without_marks(annotation)).replace("typing.", "").replace("NoneType", "null")
     return re.sub(r"\b[\w]+\.(?=\w)", "", name)

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GENERATED = ("docs/reference/", "docs/_build/")
 FENCE = re.compile(r"^( *)(`{3,}|:{3,})(.*)$")
-MARK = re.compile(r"^<!-- (not run|after): (.+) -->$")
+MARK = re.compile(r"^<!-- (not run|slow|after): (.+) -->$")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -28,8 +28,15 @@ class Block:
     text: str
     not_run: str = ""
     """Why no test runs it; empty where one does."""
+    slow: str = ""
+    """Why only a test marked slow runs it."""
     after: str = ""
     """The page whose Python blocks run before this one."""
+
+    @property
+    def fast(self) -> bool:
+        """Whether `make test` runs it."""
+        return not self.not_run and not self.slow
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"

@@ -3,6 +3,8 @@
 A `console` or `python` block runs here unless the line above it says `<!-- not run: why -->`; the
 commands of such a block are still parsed. Blocks with `$ ` prompts are compared with what is
 printed, where the page shows it. `<!-- after: PAGE -->` runs the Python blocks of a page first.
+`<!-- slow: why -->` leaves a block to a test marked slow: a shell runs the blocks of a page in
+their order, in one folder.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import argparse
 import contextlib
 import doctest
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,15 +26,16 @@ import pytest
 import adsc
 from pipeline.config import keys
 from tests.documents import ROOT, Block, anchors, blocks, links, pages, prose
-from workflows.commands.main import build_parser, main
+from workflows.commands.main import _parse, build_parser, main
 from workflows.registry import load_workflow
 
 TRAINING = ("docs/evidence.md", "docs/evidence-details.md")
 """Pages whose blocks all train, for hours."""
 BLOCKS = [block for page in pages() for block in blocks(page)]
 CONSOLE = [block for block in BLOCKS if block.language == "console"]
-RUNNABLE = [block for block in CONSOLE if not block.not_run and block.page not in TRAINING]
+RUNNABLE = [block for block in CONSOLE if block.fast and block.page not in TRAINING]
 PYTHON = [b for b in BLOCKS if b.language == "python" and not b.text.startswith(">>>")]
+SLOW = [block for block in BLOCKS if block.slow]
 PATH = re.compile(r"`((?:adsc|pipeline|workflows|benchmarks|tests|docs|infra)/[\w./-]+)`")
 
 
@@ -97,6 +102,7 @@ def test_commands_are_ones_that_there_are(block):
 
 @pytest.mark.parametrize("block", RUNNABLE, ids=str)
 def test_console_blocks_run(block, tmp_path, monkeypatch, capsys):
+    _link_shipped_folders(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     for command, expected in commands(block):
@@ -163,9 +169,8 @@ def check(words: list[str]) -> None:
         words = words[1:]
     program = Path(words[0]).name if words else ""
     if program == "adsc":
-        known = subcommands()
         with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
-            parsed = known[words[1]].parse_intermixed_args(words[2:])
+            parsed = _parse(words[1:])
             if getattr(parsed, "changes", None) and parsed.workflow.islower():
                 load_workflow(parsed.workflow, [c for c in parsed.changes if not c.endswith("=")])
     elif program == "make":
@@ -179,23 +184,54 @@ def check(words: list[str]) -> None:
         assert all((ROOT / file).exists() for file in files), words
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({block.page for block in SLOW}))
+def test_blocks_that_take_minutes_run(page, tmp_path):
+    """As they are pasted, by a shell in which `adsc` is this one."""
+    _link_shipped_folders(tmp_path)
+    programs = Path(sys.executable).parent
+    assert (programs / "adsc").exists(), "run `make install`"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_API_SERVER_ADDRESS"}
+    environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for block in (block for block in SLOW if block.page == page):
+        assert not block.text.startswith("$ "), f"{block}: leave out the prompts"
+        program = ["bash", "-euo", "pipefail"] if block.language == "console" else [sys.executable]
+        done = subprocess.run(
+            [*program, "-c", block.text],
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        _check_printed(block, done.stdout)
+
+
+def _link_shipped_folders(folder: Path) -> None:
+    """Let commands find the files of the repository that pages name."""
+    for name in ("workflows", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def _check_printed(block: Block, printed: str) -> None:
+    """Compare what Python printed with the comments of the lines that print."""
+    if block.language == "python":
+        expected = re.findall(r"^print\(.*\)  # (.+)$", block.text, re.M)
+        assert_same(printed, "\n".join(expected))
+
+
 # Python blocks
 
 
-@pytest.mark.parametrize("block", [b for b in PYTHON if not b.not_run], ids=str)
+@pytest.mark.parametrize("block", [b for b in PYTHON if b.fast], ids=str)
 def test_python_blocks_run(block, tmp_path, monkeypatch):
     """What a line prints is compared with its comment."""
-    for folder in ("workflows", "docs"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
+    _link_shipped_folders(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     printed: list[str] = []
-    for before in [b for b in PYTHON if block.after and b.page == block.after and not b.not_run]:
+    for before in [b for b in PYTHON if block.after and b.page == block.after and b.fast]:
         exec(compile(before.text, str(before), "exec"), names)
     names["print"] = lambda value: printed.append(str(value))
     exec(compile(block.text, str(block), "exec"), names)
-    expected = re.findall(r"^print\(.*\)  # (.+)$", block.text, re.M)
-    assert_same("\n".join(printed), "\n".join(expected))
+    _check_printed(block, "\n".join(printed))
 
 
 # The reference

@@ -23,7 +23,7 @@ from adsc.named import PLANS_FIELD, names_in
 
 
 class PlanWarning(UserWarning):
-    """What is saved or loaded and what a model does are not the same."""
+    """What is saved or loaded differs from what the model does."""
 
 
 def keep_plans() -> None:

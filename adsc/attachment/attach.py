@@ -46,16 +46,16 @@ def attach(
         model: a multimodal transformers model, also inside PEFT, DDP or torch.compile.
         plan: a plan, its text form, pairs (layer, keep), a method from `adsc.peers.make`; or the
             name of one of the model's own plans (`plans_of`), or `dense`.
-        logits: `kept` computes logits of the tokens that are left; `full` hands out as many as
-            there are columns, for a caller that pairs them with columns from the front: a dropped
-            one has those of the last before it that was kept. None leaves what an attached model
-            has, and begins with `kept`. Not saved with the model.
+        logits: `kept` returns logits (B, K, V) of the K tokens that are left; `full` returns
+            (B, S, V), for callers that pair logits with input columns: a dropped column has those
+            of the last kept column before it. None keeps the current setting, initially `kept`.
+            Not saved with the model.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModel: the architecture is not one of those that are known.
+        UnsupportedModel: an unknown architecture.
         PlanError: the plan does not fit the model, or the model has none of that name.
     """
     if logits not in (None, "kept", "full"):
@@ -129,11 +129,10 @@ def _check_family(family: Family, config: Any, plan: PruningPlan | Method) -> No
 
 
 def detach(model: M) -> M:
-    """Take the plan off a model, in place; the model is what it was.
+    """Remove the plan from a model, in place.
 
-    Named plans go too; `attach(model, "dense")` keeps them, and the model runs dense just so.
-    Nothing of this package is left to see a later call, so a cache that was filled under the plan
-    must not be continued without it.
+    Named plans are removed too; `attach(model, "dense")` runs dense and keeps them. No hook is left
+    to check later calls: do not continue a cache that was filled under the plan.
     """
     base = base_model(model)
     _remove_hooks(base)
@@ -146,15 +145,15 @@ def detach(model: M) -> M:
 def name_plans(
     model: M, plans: Mapping[str, PruningPlan | Method | str | Iterable[tuple[int, float]]]
 ) -> M:
-    """Give a model its plans by name, in place of those that it has; they are saved with its
-    config. What it runs with stays as it is: `attach(model, name)` changes that.
+    """Set the named plans of a model, replacing existing ones; they are saved with its config. The
+    current plan stays in force: `attach(model, name)` changes it.
 
     Args:
         model: as `attach` takes it.
-        plans: by name, in the order in which people are to see them; empty takes the names off.
+        plans: by name, in the order in which they are displayed; empty removes all names.
 
     Raises:
-        PlanError: a name that can't be one, or a plan that does not fit the model.
+        PlanError: an invalid name, or a plan that does not fit the model.
     """
     base = base_model(model)
     found = read_names(plans)
@@ -189,7 +188,7 @@ def _check_named(base: Any, plans: Mapping[str, PruningPlan | Method]) -> None:
 
 
 def plan_of(model: nn.Module) -> PruningPlan | Method | None:
-    """The plan or method that a model runs with; None if it has none."""
+    """The plan or peer that a model runs with; None if it has none."""
     base = base_model(model)
     if (plan := attached_plan(base)) is not None:
         return plan

@@ -87,22 +87,23 @@ def _grows(cache: Any, number: int) -> bool:
 
 
 def compile_layers(model: M, **options: Any) -> M:
-    """Compile each decoder layer of a model by itself, in place, before or after `attach`, and also
-    with adapters.
+    """Compile each decoder layer of a model on its own, in place.
 
-    The first calls compile, at most `LIMIT` graphs whatever plans and lengths follow; what would
-    need another one runs eagerly, and torch says so. So do caches other than the default one, and
-    layers with a sliding window that have one.
+    Call it before or after `attach`; adapters work too.
+
+    The first calls compile at most `LIMIT` graphs, whatever plans and lengths follow; what would
+    need another one runs eagerly, and torch warns. Caches other than the default one also run
+    eagerly, as do layers with a sliding window that have a cache.
 
     Args:
         model: as `attach` takes it.
-        options: of torch.compile, such as `backend`; `dynamic` is true unless it is given.
+        options: of torch.compile, such as `backend`; `dynamic` defaults to true.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModel: an unknown architecture, or a layer whose forward something else replaced.
+        UnsupportedModel: an unknown architecture, or a layer whose forward was replaced.
     """
     layers = _layers(uncompile_layers(model))
     for number, layer in enumerate(layers):
@@ -124,7 +125,7 @@ def compile_layers(model: M, **options: Any) -> M:
 
 
 def uncompile_layers(model: M) -> M:
-    """Give decoder layers their own forward back, in place."""
+    """Undo `compile_layers`, in place."""
     for layer in _layers(model):
         if isinstance(vars(layer).get("forward"), CompiledForward):
             del layer.forward

@@ -24,11 +24,11 @@ from adsc.plan import PlanError, PruningPlan, as_plan
 def running(
     model: nn.Module, plan: PruningPlan | Method | str | Iterable[tuple[int, float]]
 ) -> AbstractContextManager[None]:
-    """A block in which calls of `model` run under `plan` instead of the plan that it has.
+    """A context manager: calls of `model` in its block run under `plan` instead of the model's own.
 
     Args:
         model: as `adsc.attach` takes it; a plan that drops anything needs one that is attached.
-        plan: as `adsc.attach` takes it, by name too; empty runs dense. A method only if it is the
+        plan: as `adsc.attach` takes it, also by name; empty runs dense. A peer only if it is the
             attached one.
 
     Raises:
@@ -59,7 +59,7 @@ def running(
 
 
 def suspended(model: nn.Module) -> AbstractContextManager[None]:
-    """A block in which calls of `model` run dense, whatever plan it has."""
+    """A context manager: calls of `model` in its block run dense, whatever its plan."""
     return running(model, PruningPlan())
 
 

@@ -19,12 +19,12 @@ from adsc.families.table import find_family
 
 
 def static_cache(model: nn.Module, max_cache_len: int, vision_tokens: Sequence[int]) -> StaticCache:
-    """A static cache for one prompt, or for a batch of prompts, and its answer.
+    """A static cache for one prompt, or a batch of prompts, and the answer.
 
     Args:
         model: a model with a plan.
-        max_cache_len: columns of the whole conversation, uncompressed: prompt and new tokens.
-        vision_tokens: vision tokens of each image in a row; in a batch, of the row that drops
+        max_cache_len: columns of the whole uncompressed conversation: prompt and new tokens.
+        vision_tokens: vision tokens of each image in a row; in a batch, of the row that drops the
             fewest.
 
     Raises:

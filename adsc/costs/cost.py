@@ -65,8 +65,7 @@ class Cost:
         per_layer: one entry per decoder layer.
         vision_flops: tower and projector; 0 except in `exact`.
         logits_flops: lm_head; 0 except in `exact`.
-        scoring_flops: what a method spends on choosing and merging tokens; 0 except in `exact`.
-        average_vision_tokens: mean over layers of the vision tokens of one row entering each layer.
+        scoring_flops: for choosing and merging tokens by a peer; 0 except in `exact`.
     """
 
     convention: str
@@ -79,10 +78,11 @@ class Cost:
 
     @property
     def average_vision_tokens(self) -> float:
+        """Mean over layers of the vision tokens of one row entering each layer."""
         return sum(layer.vision_tokens for layer in self.per_layer) / len(self.per_layer)
 
     def versus(self, dense: Cost) -> Reductions:
-        """Shares saved against `dense`, which must be counted in the same convention.
+        """Shares (0 to 1) saved relative to `dense`, which must use the same convention.
 
         >>> dense = estimate_cost("llava-1.5-7b", None, text_tokens=0, convention="pdrop")
         >>> pruned = estimate_cost("llava-1.5-7b", "8:1/2,16:1/2,24:1/2", 0, convention="pdrop")
@@ -123,7 +123,7 @@ def estimate_cost(
     *,
     image_size: tuple[int, int] | None = None,
 ) -> Cost:
-    """Estimate what `batch_size` equal rows cost, each with `num_images` images and `text_tokens`
+    """Estimate the cost of `batch_size` equal rows, each with `num_images` images and `text_tokens`
     other tokens.
 
     Args:
@@ -132,22 +132,22 @@ def estimate_cost(
         plan: a PruningPlan or its text; anything with `tokens_per_layer(num_vision_tokens,
             num_layers)` works too. None or "" is the dense model.
         text_tokens: every position of a row that is not a vision token.
-        num_images: images per row. Where a processor cuts an image into tiles that the model takes
-            for images (InternVL, SmolVLM, Gemma 3's pan and scan), tiles per row.
+        num_images: images per row; for models that treat tiles as images (InternVL, SmolVLM,
+            Gemma 3's pan and scan), tiles per row.
         batch_size: rows; padding is not modelled.
         convention: exact, fastv, pdrop or sparsevlm, as in CONVENTIONS.
         logits: where the lm_head runs in the prefill, for `exact`: on the `last` position
             (generation), on every `kept` position (training), or on the `full` uncompressed length
             (the accounting that fits the paper's numbers).
         new_tokens: decode steps with a cache after the prefill, each feeding one token. The first
-            token of a generation comes out of the prefill, so max_new_tokens=k means k-1 steps.
+            token of a generation comes from the prefill, so max_new_tokens=k means k-1 steps.
         image_size: (height, width) in pixels, for families whose token count depends on it.
 
     Returns:
         The cost; `exact` equals torch's FlopCounterMode and the bytes of the cache's tensors, to
         the unit. LoRA adapters that are not merged, dtype conversions and elementwise work are not
-        counted, as there; nor are the n * d additions of a drop that averages n tokens (`pool`), so
-        such a plan costs what the plain one does.
+        counted, nor are the n * d additions of a drop that averages n tokens (`pool`), so such a
+        plan costs as much as a plain one.
 
     Raises:
         CostError: an unsupported model, an unknown word, a count out of range.

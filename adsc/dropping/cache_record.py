@@ -33,7 +33,7 @@ def cache_in(inputs: Mapping[str, Any]) -> Any:
 
 
 class CacheError(ValueError):
-    """A cache or mask that can't be used, or changed in this way, with dropped vision tokens."""
+    """A cache or mask, or a change of one, that doesn't work with dropped vision tokens."""
 
 
 @dataclass(frozen=True, eq=False)

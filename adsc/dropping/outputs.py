@@ -50,18 +50,18 @@ def _rebuild(kind: type, values: dict[str, Any]) -> Any:
 
 
 def full_length_logits(predictions: Any, labels: Tensor) -> Tensor:
-    """(B, Q, V) -> (B, S, V): at each column the logits of the last column up to it that was kept.
+    """(B, Q, V) -> (B, S, V): at each column, the logits of the last kept column up to it.
 
-    So logits and labels pair up as in the model's own loss: what is at column c - 1 predicts the
-    label at c. It is what `transformers.Trainer` needs for `compute_metrics`, which is given labels
-    of full length; nothing is computed again.
+    Logits and labels then pair up as in the model's own loss: column c - 1 predicts the label at c.
+    `transformers.Trainer` needs this for `compute_metrics`, which gets labels of full length.
+    Nothing is recomputed.
 
     Args:
-        predictions: what the Trainer hands to `preprocess_logits_for_metrics`, or a whole output.
-        labels: (B, S); those at vision tokens are the caller's to leave out.
+        predictions: the argument of `preprocess_logits_for_metrics`, or a whole output.
+        labels: (B, S); the caller ignores those at vision tokens.
 
     Raises:
-        VisionTokenError: logits are fewer than labels, and nothing says which they are.
+        VisionTokenError: there are fewer logits than labels, and nothing says which ones.
 
     >>> how = {"preprocess_logits_for_metrics": full_length_logits}
     >>> Trainer(model, args, compute_metrics=compute, **how)  # doctest: +SKIP

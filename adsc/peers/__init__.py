@@ -1,8 +1,7 @@
 """The peers of the plan: published ways to drop vision tokens, and trivial ones, at equal budgets.
 
-`make` fits a method to a layer average, and `adsc.attach` takes it like a plan. A method is one
-file, written from its paper's formula; what differs from the paper and why stands in
-`docs/peers.md`.
+`make` fits a method to a layer average, and `adsc.attach` accepts it like a plan. Each method is
+one file, written from its paper's formula; docs/peers.md has the differences from the papers.
 """
 
 from __future__ import annotations
@@ -58,22 +57,21 @@ def make(
     tolerance: float = 0.01,
     **options: Any,
 ) -> Method | PruningPlan:
-    """A method whose true layer average is `average`.
+    """A method fitted to a layer average, for `adsc.attach`.
 
     Args:
         name: one of NAMES.
-        model: the model it is for, also inside wrappers; it is only looked at.
+        model: the model to fit it to, also inside wrappers; it is not changed.
         average: vision tokens of one image that enter a decoder layer, mean over all layers.
-        num_vision_tokens: of the image that `average` is meant for; by default what one has in this
-            model, at the family's usual size where sizes differ. Images with other numbers keep
-            the same shares.
-        tolerance: how far the true average may be off, relative to `average`.
-        options: the method's own, published values by default.
+        num_vision_tokens: of the image that `average` refers to; by default the model's number, at
+            the family's usual size if sizes vary. Other images keep the same shares.
+        tolerance: largest difference of the true average, relative to `average`.
+        options: the method's own options; the defaults are the published values.
 
     Raises:
         PlanError: an unknown name or option, a value out of range, or an average that no setting
-            reaches; the message names the nearest that one does.
-        UnsupportedModel: a family that is not known, or that the method can't serve.
+            reaches; the message names the nearest that can be reached.
+        UnsupportedModel: an unknown family, or one that the method doesn't support.
 
     >>> method = make("fastv", model, average=7)  # doctest: +SKIP
     """

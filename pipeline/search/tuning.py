@@ -2,7 +2,7 @@
 and stops the trials that the study stops.
 
 The study chooses the next trial, the bench runs it; the store keeps a file
-per trial that is over. docs/search.md explains why neither is left to Tune.
+per trial that is over. docs/search-details.md explains why neither is left to Tune.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   adsc eval ELASTIC --tasks questions.json --methods own:64 own:128 dense
   adsc eval CHECKPOINT --data prepared               (a folder written by `adsc prepare`)
   adsc eval s3://bucket/model --tasks a.json b.json --json --out results
-  adsc eval llava-hf/llava-1.5-7b-hf --tasks pope=data/pope gqa=data/gqa --limit 500 \
+  adsc eval llava-hf/llava-1.5-7b-hf --tasks pope=data/pope gqa=data/gqa --limit 500 \\
       --methods dense fastv:192 plan:2:1/4,16:1/2
 
 CHECKPOINT is a folder, s3://, package://NAME/FOLDER or a hub id. A task file holds conversations
