@@ -116,7 +116,9 @@ def edited(workflow: Workflow, options: argparse.Namespace) -> Workflow:
             raise ValueError(
                 f"--over {' '.join(bad)}: write KEY=RANGE, as train.learning_rate=1e-4..1e-2,log"
             )
-        changes["search.over"] = {key: text for key, _, text in pairs}
+        changes["search.over"] = over = {key: text for key, _, text in pairs}
+        if len(over) < len(pairs):
+            raise ValueError(f"--over {' '.join(options.over)}: give each key once")
         config = workflow.config
         budgets = [getattr(config.search, name) for name in BUDGETS]
         if not any(f"search.{name}" in changes for name in BUDGETS) and not any(budgets):

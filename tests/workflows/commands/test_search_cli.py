@@ -49,6 +49,7 @@ def test_a_run_with_a_found_plan_has_a_forecast(capsys: pytest.CaptureFixture[st
     [
         ([], "a search needs a budget: set one of average"),
         (["--average", "22", "--kv-mib", "1"], "average = 22.0 and kv_mib = 1.0 contradict"),
+        (["--over", "lora.rank=8,16", "lora.rank=4"], "give each key once"),
         (["--average", "63.9"], "the nearest is average = 62 with plan '7:3/4'"),
         (["--average", "1", "2", "3"], "takes one number, or a minimum and a maximum"),
         (["--prefill-ms", "5"], "needs times measured on a worker"),
