@@ -210,7 +210,8 @@ def run(words: list[str]) -> int:
         except KeyboardInterrupt:
             _end(server)
             return 0
-        reader.join(timeout=5)
+        finally:  # before the pipe is closed: processes of the server may still write to it
+            reader.join(timeout=5)
     if code in (0, -signal.SIGINT, -signal.SIGTERM):
         return 0
     why = errors[0] if errors else "its messages are above"
