@@ -33,6 +33,7 @@ TEXT = 40  # text tokens of a request
 IMAGE_TOKEN = 3
 CONCURRENCY = 8
 TIMED = ("prefill", "generate")
+MOST = 32  # requests that an engine runs at once
 POOLED = 5  # dense requests whose KV cache the pool of the capacity holds
 
 
@@ -87,7 +88,8 @@ def write_model(folder: Path, width: int, layers: int) -> None:
     LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
-def engine(folder: Path, plan: str, options: argparse.Namespace) -> Any:
+def engine(folder: Path, plan: str, options: argparse.Namespace, pool: int = 0) -> Any:
+    """An engine; `pool` is the bytes of its keys and values, where they aren't the usual."""
     from vllm import LLM
 
     from adsc import PruningPlan
@@ -96,7 +98,7 @@ def engine(folder: Path, plan: str, options: argparse.Namespace) -> Any:
         model=str(folder),
         dtype=options.dtype,
         max_model_len=1024,
-        max_num_seqs=32,
+        max_num_seqs=MOST,
         max_num_batched_tokens=2048,
         limit_mm_per_prompt={"image": 1},
         enable_prefix_caching=False,
@@ -105,7 +107,7 @@ def engine(folder: Path, plan: str, options: argparse.Namespace) -> Any:
         seed=0,
         mm_processor_cache_gb=0,
         disable_log_stats=False,
-        kv_cache_memory_bytes=pool_bytes(options),
+        kv_cache_memory_bytes=pool or pool_bytes(options),
         gpu_memory_utilization=0.2,  # free when an engine starts, beside those before it
         enforce_eager=options.eager,
         hf_overrides={"adsc": PruningPlan.parse(plan).to_dict()},
@@ -192,8 +194,46 @@ def capacity(llm: Any, options: argparse.Namespace) -> dict[str, float]:
     return {"groups": groups, "blocks": max(seen), "mib": mib(llm, max(seen), options)}
 
 
+def fewer_flops(folder: Path, plans: dict[str, str]) -> dict[str, float]:
+    """Dense FLOPs of a prefill over those under each plan: what no engine can gain more than."""
+    from transformers import AutoConfig
+
+    from adsc import PruningPlan, estimate_cost
+
+    config = AutoConfig.from_pretrained(folder)
+    dense = estimate_cost(config, None, text_tokens=TEXT).flops
+    return {
+        name: dense / estimate_cost(config, PruningPlan.parse(plan), text_tokens=TEXT).flops
+        for name, plan in plans.items()
+    }
+
+
+def together(folder: Path, plan: str, options: argparse.Namespace) -> dict[str, float]:
+    """How many of MOST requests answered at once, at most, in an engine with the pool that is
+    divided beside; and how often one had to make room for others. Requests count from their first
+    token on: vLLM admits more at once than fit, with the text before their images."""
+    from vllm import SamplingParams
+
+    llm = engine(folder, plan, options, POOLED * request_bytes(options))
+    scheduler, ran = llm.llm_engine.engine_core.engine_core.scheduler, list[int]()
+    plain = scheduler.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        ran.append(sum(it.num_output_tokens > 0 for it in scheduler.running))
+        return output
+
+    scheduler.schedule = schedule
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+    llm.generate(requests(MOST), sampling, use_tqdm=False)
+    found = [it.value for it in llm.get_metrics() if it.name == "vllm:num_preemptions"]
+    llm.llm_engine.engine_core.shutdown()
+    return {"together": max(ran), "preemptions": sum(found)}
+
+
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each plan: times as multiples of dense, the first two by processor time."""
+    """A row for each plan: FLOPs and times as multiples of dense, the first two times by processor
+    time."""
     found = []
     for name, held in result["capacity"].items():
         own, dense = ({case: result[case][it] for case in TIMED} for it in (name, "dense"))
@@ -205,6 +245,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {
                 "plan": name,
+                "FLOPs": round(result["flops"][name], 2),
                 "prefill": round(cpu[0], 2),
                 "with 32 tokens": round(cpu[1], 2),
                 "requests/s": round(wall["requests_per_s"], 2),
@@ -214,6 +255,8 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "blocks of a request": held["blocks"],
                 "MiB of a request": round(held["mib"], 1),
                 f"would fit in {result['pool_mib']} MiB": int(result["pool_mib"] / held["mib"]),
+                f"ran in {result['pool_mib']} MiB": held["together"],
+                "preemptions": held["preemptions"],
             }
         )
     return found
@@ -273,12 +316,15 @@ def main() -> None:
             for plan in options.plans:
                 by_request(folder, plan, options)
             return
+        result["flops"] = fewer_flops(folder, texts)
         engines = {name: engine(folder, plan, options) for name, plan in texts.items()}
         result["prefill"] = timed(engines, 1, options.turns, warm=1)
         result["generate"] = timed(engines, 32, options.turns, warm=0)
         result["capacity"] = {name: capacity(llm, options) for name, llm in engines.items()}
         for llm in engines.values():
             llm.llm_engine.engine_core.shutdown()
+        for name, plan in texts.items():
+            result["capacity"][name] |= together(folder, plan, options)
     for row in rows(result):
         print(", ".join(f"{key}: {value}" for key, value in row.items()))
     if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.adsc.serving.engine.cases import Reference
-from tests.adsc.serving.engine.chats import CHATS, PLAN, as_prompt, chat
+from tests.adsc.serving.engine.cases import Reference, picture
+from tests.adsc.serving.engine.chats import CHATS, PLAN, Turns, as_prompt, chat
 from tests.documents import ROOT
 
 PATIENCE = 900  # seconds that a slow machine may take to load
@@ -44,6 +47,11 @@ class Server:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=PATIENCE) as page:
+            lines = page.read().decode().splitlines()
+        return sum(float(it.split()[-1]) for it in lines if it.startswith(f"vllm:{name}{{"))
 
     def wait(self) -> None:
         end = time.monotonic() + PATIENCE
@@ -109,6 +117,46 @@ def test_what_is_refused_is_the_clients_error(server: Server) -> None:
     assert caught.value.code == 400
     assert "leave prompt_logprobs out" in caught.value.read().decode()
     assert server.post("/v1/chat/completions", chat(CHATS[0], 2))["choices"]
+
+
+def test_a_picture_by_its_address(server: Server, reference: Reference, tmp_path: Path) -> None:
+    """As a data URL; an address that has no picture is the client's error."""
+    picture(7).save(tmp_path / "seven.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as pictures:
+        threading.Thread(target=pictures.serve_forever, daemon=True).start()
+        turns: Turns = [("user", "what is in this picture", (7,))]
+        body = chat(turns, 10)
+        address = body["messages"][0]["content"][0]["image_url"]
+        address["url"] = f"http://127.0.0.1:{pictures.server_port}/seven.png"
+        (wanted,) = reference.answers(PLAN, [as_prompt(turns)], new=10)
+        answer = server.post("/v1/chat/completions", body)
+        assert tuple(answer["choices"][0]["token_ids"]) == wanted.tokens
+        address["url"] += ".none"
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            server.post("/v1/chat/completions", body)
+        assert 400 <= caught.value.code < 600
+        pictures.shutdown()
+
+
+def test_clients_that_hang_up_leave_nothing_behind(server: Server, reference: Reference) -> None:
+    host = server.address.removeprefix("http://")
+    for number in range(8):
+        connection = http.client.HTTPConnection(host, timeout=PATIENCE)
+        body = json.dumps(chat(CHATS[number], 700) | {"stream": True})
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        if number % 2:  # the others hang up before anything is read
+            connection.getresponse().readline()
+        connection.close()
+    end = time.monotonic() + PATIENCE
+    while server.metric("num_requests_running") + server.metric("num_requests_waiting"):
+        assert time.monotonic() < end
+        time.sleep(1)
+    assert server.metric("kv_cache_usage_perc") == 0
+    (wanted,) = reference.answers(PLAN, [as_prompt(CHATS[2])], new=10)
+    answer = server.post("/v1/chat/completions", chat(CHATS[2], 10))
+    assert tuple(answer["choices"][0]["token_ids"]) == wanted.tokens
 
 
 def test_ctrl_c_ends_it(server: Server) -> None:
