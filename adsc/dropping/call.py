@@ -28,13 +28,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from adsc.dropping.cache_record import (
-    CACHE_NAMES,
-    CacheError,
-    CacheRecord,
-    cache_in,
-    record_of,
-)
+from adsc.dropping.cache_record import CacheError, CacheRecord, cache_in, record_of
 from adsc.dropping.choice import Choice, Scene
 from adsc.dropping.layout import Layout
 from adsc.dropping.segment import Segment
@@ -46,7 +40,7 @@ from adsc.plan import PruningPlan
 
 SKIPS = "allow_is_causal_skip"  # of mask builders, from transformers 5.23 on
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
-_CACHE = next(name for name in CACHE_NAMES if name in _MASK_ARGUMENTS)
+_CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"  # since 5.24
 TYPES = "mm_token_type_ids"  # 0 is text: what Qwen's processors write, and who passes embeddings
 
 
