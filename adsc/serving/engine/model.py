@@ -128,7 +128,7 @@ class Planned:
         if served is not None:
             config.text_config.architectures = [DECODERS[config.text_config.model_type]]
             config.text_config.adsc_parts = list(served.part_of)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.served = served
 
     def get_model_state_cls(self) -> Any:
