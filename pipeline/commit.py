@@ -4,10 +4,15 @@ import os
 import subprocess
 from pathlib import Path
 
+BUILT = Path(__file__).with_name("COMMIT")  # setup.py writes it into wheels
+
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files differ from it; None outside of git. For code
-    uploaded to a cluster, without git, ADSC_COMMIT names the commit."""
+    """The commit of this code, with `-dirty` if files differ from it; None if nothing tells.
+
+    A checkout has it from git, a wheel from the file that was written when it was built. For code
+    uploaded to a cluster, with neither, ADSC_COMMIT names the commit.
+    """
     if commit := os.environ.get("ADSC_COMMIT"):
         return commit
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -28,5 +33,5 @@ def git_commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return BUILT.read_text().strip() if BUILT.is_file() else None
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
