@@ -57,9 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    first = next(iter(arguments), "--help")
+    if first not in COMMANDS and not first.startswith("-"):
+        near = get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"adsc: command {first!r} is unknown; {hint}", file=sys.stderr)
+        return 2
+    options = _parse(arguments)
+    options.command = shlex.join(["adsc", *arguments])
     try:
-        options = _parse(arguments)
-        options.command = shlex.join(["adsc", *arguments])
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
         return terminal.interrupted()
@@ -88,14 +96,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             return options
         return parser.parse_intermixed_args(words)
     overview, _ = _overview()
-    if arguments in ([], ["help"]):
-        overview.print_help()
-        overview.exit()
-    if not arguments[0].startswith("-"):
-        near = get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise ValueError(f"command {arguments[0]!r} is unknown; {hint}")
-    return overview.parse_args(arguments)
+    return overview.parse_args(arguments or ["--help"])
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:

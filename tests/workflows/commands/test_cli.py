@@ -89,6 +89,12 @@ def test_errors_are_one_sentence(
     assert message in printed and "Traceback" not in printed
 
 
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["help", "run"])
+    assert capsys.readouterr().out.startswith("usage: adsc run ")
+
+
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
 def test_without_a_command_there_is_the_overview(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
