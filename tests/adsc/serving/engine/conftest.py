@@ -24,6 +24,7 @@ from tests.adsc.serving.engine.cases import (
 from tests.adsc.serving.engine.chats import PLAN
 from tests.documents import ROOT
 
+collect_ignore = ["trained.py"]  # a script of the project's own environment
 Wanted = Callable[[str], list[Answer]]
 
 
