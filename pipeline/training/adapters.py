@@ -206,10 +206,16 @@ def checksums(
     sums = {}
     with torch.no_grad():
         for name, parameter, part in parts:
-            weights = torch.arange(1, part.numel() + 1, device=part.device) % 8191 + 1
-            value = (part.flatten().double() * weights).sum().item()
-            sums[name] = (parameter.requires_grad, value)
+            sums[name] = (parameter.requires_grad, _weighted_sum(part.flatten()))
     return sums
+
+
+def _weighted_sum(values: torch.Tensor, period: int = 8191) -> float:
+    """Of (count,) values, in float64; the weights 1 to `period` repeat. One pass, no copy."""
+    whole = len(values) // period * period
+    sums = values[:whole].view(-1, period).sum(0, dtype=torch.float64)
+    sums[: len(values) - whole] += values[whole:]
+    return float(sums @ torch.arange(1.0, period + 1, dtype=torch.float64, device=values.device))
 
 
 def check_moved(

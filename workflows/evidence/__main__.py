@@ -19,7 +19,7 @@ from workflows.evidence.config import (
     controls,
 )
 from workflows.evidence.ladder import ladder_config, variant_config
-from workflows.evidence.stamps import stamps_config
+from workflows.evidence.stamps import stamps_config, stamps_top_config
 from workflows.evidence.workflow import evidence_576_config, evidence_config
 
 
@@ -29,6 +29,7 @@ def scales() -> dict[str, Callable[[], EvidenceConfig]]:
         "demo": evidence_config,
         "576": evidence_576_config,
         "stamps": stamps_config,
+        "stamps_top": stamps_top_config,
         "ladder": ladder_config,
         "free": lambda: variant_config("free"),
         "textures": lambda: variant_config("textures"),

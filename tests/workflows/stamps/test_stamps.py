@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from workflows.evaluation import setup_for
 from workflows.evidence import local
 from workflows.evidence import workflow as evidence
 from workflows.evidence.config import EvidenceConfig, arms, controls
-from workflows.evidence.stamps import TOKENS, stamps, stamps_config
+from workflows.evidence.stamps import TOKENS, stamps, stamps_config, stamps_top_config
 from workflows.stamps import parts as stamps_parts
 from workflows.stamps import scenes as stamps_scenes
 from workflows.stamps.base import CHAT
@@ -153,15 +154,19 @@ def test_a_checkpoint_with_the_tower_loads_with_its_plan(tmp_path: Path) -> None
         assert torch.equal(again(**inputs).logits, expected)
 
 
-def test_all_arms_attach_run_and_meet_their_budget() -> None:
-    config, model = stamps_config(), small_llava()
+@pytest.mark.parametrize(("made", "least"), [(stamps_config, 0.9875), (stamps_top_config, 0.97)])
+def test_all_arms_attach_run_and_meet_their_budget(
+    made: Callable[[], EvidenceConfig], least: float
+) -> None:
+    """Whole tiles leave up to three per cent of a budget unused."""
+    config, model = made(), small_llava()
     for budget in config.budgets:
-        target = TOKENS * {"667": 1 / 3, "778": 2 / 9}[budget.name]
+        target = TOKENS * {"667": 1 / 3, "778": 2 / 9, "889": 1 / 9}[budget.name]
         for arm in arms(config, budget):
             method = build_method(arm.method, model)
             if arm.method.runs_with:
                 average = method.average_tokens(TOKENS, 30)
-                assert average == pytest.approx(target, rel=0.0125), arm.name
+                assert least * target <= average <= 1.0125 * target, arm.name
             adsc.attach(model, method)
             with torch.inference_mode():
                 assert model(**prompt(), logits_to_keep=1).logits.isfinite().all()
