@@ -62,7 +62,7 @@ from workflows.evidence.tasks import (
     tasks,
     trained_folder,
 )
-from workflows.evidence.world import claim, make_world, start_log
+from workflows.evidence.world import claim, make_world, start_log, start_process
 
 log = logging.getLogger(__name__)
 SPAWN = multiprocessing.get_context("spawn")
@@ -105,7 +105,7 @@ def run(
     began = time.monotonic()
     (out / "arms").mkdir(parents=True, exist_ok=True)
     claim(config, out)
-    with ProcessPoolExecutor(processes, mp_context=SPAWN) as pool:
+    with ProcessPoolExecutor(processes, mp_context=SPAWN, initializer=start_process) as pool:
         make_world(config, out, pool.map)
     if base_only:
         return 0
@@ -131,7 +131,7 @@ def _run_all(
     _WORLD = world
     failed = done = 0
     with ProcessPoolExecutor(
-        processes, mp_context=multiprocessing.get_context("fork"), initializer=set_up
+        processes, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker
     ) as pool:
         running = {pool.submit(_run_job, job, deadline): job for job in jobs}
         for future in as_completed(running):
@@ -144,6 +144,11 @@ def _run_all(
                 log.info("%d of %d: %s", done, len(tasks), future.result())
     _WORLD = None
     return failed + sum(not task.file.exists() for task in tasks)
+
+
+def _start_worker() -> None:
+    start_process()
+    set_up()
 
 
 def _load_world(config: EvidenceConfig, out: Path, tasks: Sequence[Task], processes: int) -> World:

@@ -5,7 +5,9 @@ that appears whole or not at all.
 import json
 import logging
 import multiprocessing
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -104,12 +106,26 @@ def once(folder: Path, make: Callable[[Path], object]) -> None:
 
 def _apart(work: Callable[..., None], *arguments: Any) -> None:
     """In a process of its own: this one is forked later, and must not hold a device by then."""
-    with ProcessPoolExecutor(1, mp_context=SPAWN, initializer=start_log) as pool:
+    with ProcessPoolExecutor(1, mp_context=SPAWN, initializer=start_process) as pool:
         pool.submit(work, *arguments).result()
 
 
 def start_log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+
+def start_process() -> None:
+    """The log of a process beside the command; it ends with the command, which may be killed: two
+    that train in one folder are one too many."""
+    start_log()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _render(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -170,6 +171,29 @@ def test_one_machine_runs_what_is_missing(
     before = json.loads(files[lost])
     assert (again["scores"], again["losses"]) == (before["scores"], before["losses"])
     assert all(file.read_text() == text for file, text in files.items() if file != lost)
+
+
+BUSY = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from workflows.evidence.world import SPAWN, start_process
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=SPAWN, initializer=start_process) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_a_killed_command_leaves_no_process_that_trains_on(tmp_path: Path) -> None:
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        worker = psutil.Process(int(command.stdout.readline()))
+        command.kill()
+    _, alive = psutil.wait_procs([worker], timeout=120)
+    assert not alive
 
 
 @pytest.mark.slow
