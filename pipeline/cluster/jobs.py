@@ -194,8 +194,10 @@ def connected(address: str | None) -> Iterator[Any]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they log uploads at INFO
+    # They log uploads and closed connections at INFO.
+    for name in ("modules.dashboard_sdk", "modules.job.sdk"):
+        logging.getLogger(f"ray.dashboard.{name}").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     # Ray prefers this variable to the client's argument.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address.rstrip("/")
@@ -318,15 +320,16 @@ def follow(client: Any, job: str, write: Callable[[str], object]) -> str:
             position += len(chunk)
             passed = max(passed, position)
 
-    while True:
-        try:
+    # An ended job's output is read in one call: Ray's server closes a tail of it after seconds.
+    pause = 0.0
+    while (status := str(job_details(client, job).status.value)) not in ENDED:
+        time.sleep(pause)  # the connection was lost; `job_details` shows whether the job is too
+        pause = 1.0
+        with contextlib.suppress(aiohttp.ClientError, RuntimeError):
             asyncio.run(tail())
-        except (aiohttp.ClientError, RuntimeError):
-            time.sleep(1)  # the connection is lost; `job_details` shows whether the job is too
-        status = str(job_details(client, job).status.value)
-        if status in ENDED:
-            return status
-        time.sleep(0.5)
+    with contextlib.suppress(RuntimeError):  # its node is lost, and the output with it
+        write(client.get_job_logs(job)[passed:])
+    return status
 
 
 def job_details(client: Any, job: str) -> Any:

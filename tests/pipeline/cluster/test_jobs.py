@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +202,44 @@ def test_following_passes_everything_on_once_and_tells_of_failures(
     assert "knows no job 'adsc-none-1'" in capsys.readouterr().err
     assert main(["status", "--address", address, "--json"]) == 0
     assert name in {row["job"] for row in json.loads(capsys.readouterr().out)}
+
+
+class Answers:
+    """A job server with one job, whose tail breaks off after some characters."""
+
+    def __init__(self, output: str, statuses: list[str], breaks_at: int) -> None:
+        self.output, self.statuses, self.breaks_at = output, statuses, breaks_at
+        self.asked: list[str] = []
+
+    def get_job_info(self, job: str) -> Any:
+        self.asked.append("details")
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        return SimpleNamespace(status=SimpleNamespace(value=status))
+
+    def get_job_logs(self, job: str) -> str:
+        self.asked.append("logs")
+        return self.output
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.asked.append("tail")
+        yield self.output[: self.breaks_at]
+        raise RuntimeError("the connection is lost")
+
+
+def test_an_ended_jobs_output_is_read_and_not_tailed() -> None:
+    """Ray's server takes five seconds to close a tail of it."""
+    server = Answers("one\ntwo\n", ["SUCCEEDED"], 0)
+    text: list[str] = []
+    assert jobs.follow(server, "adsc-demo-1", text.append) == "SUCCEEDED"
+    assert "".join(text) == server.output
+    assert server.asked == ["details", "logs"]
+
+
+def test_output_written_while_the_connection_was_lost_is_passed_on() -> None:
+    server = Answers("one\ntwo\n", ["RUNNING", "FAILED"], 5)
+    text: list[str] = []
+    assert jobs.follow(server, "adsc-demo-1", text.append) == "FAILED"
+    assert text == ["one\nt", "wo\n"]
 
 
 @pytest.mark.ray

@@ -75,6 +75,30 @@ def test_looking_at_workflows_and_jobs_is_light(words: list[str], tmp_path: Path
     assert loaded(HEAVY, command(*words, *root)) == []
 
 
+@pytest.mark.parametrize("name", ["status", "logs"])
+def test_jobs_of_a_cluster_that_answers_need_rays_client_alone(name: str) -> None:
+    code = f"""
+import http.server, threading
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        answers = {{"/api/version": {{"version": "4", "ray_version": "2", "ray_commit": ""}}}}
+        body = json.dumps(answers.get(self.path, [])).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_):
+        asked.append(self.path)
+asked = []
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+address = f"http://127.0.0.1:{{server.server_port}}"
+{command(name, "--address").replace("'--address'", "'--address', address")}
+assert asked.count("/api/jobs/") == 1, asked
+"""
+    assert loaded(HEAVY, code) == ["ray"]
+
+
 def test_costs_of_a_named_geometry_are_light() -> None:
     plan = ["--model", "llava-1.5-7b", "--average", "192"]
     code = command("cost", *COST) + "\n" + command("plan", *plan)

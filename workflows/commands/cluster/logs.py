@@ -25,13 +25,15 @@ def run(options: argparse.Namespace) -> int:
     from pipeline.cluster.jobs import JobError, adsc_jobs, connected, job_details
 
     with connected(options.address) as client:
-        jobs = adsc_jobs(client)
-        if not options.job and not jobs:
-            raise JobError(f"there are no jobs of adsc at {options.address}")
-        job = options.job or jobs[-1].submission_id
-        job_details(client, job)
+        job = options.job
+        if not job:
+            jobs = adsc_jobs(client)
+            if not jobs:
+                raise JobError(f"there are no jobs of adsc at {options.address}")
+            job = jobs[-1].submission_id
         if options.follow:
             return follow_job(client, job, options.address)
+        job_details(client, job)
         print(client.get_job_logs(job), end="")
     return 0
 
