@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adsc.attachment.attach import attached_plan, base_model
+from adsc.dropping.layout import follows
 from adsc.errors import UnsupportedModel
 from adsc.families.table import find_family
 
@@ -35,18 +36,14 @@ class Hidden(NamedTuple):
         was kept, as its number among B * Q; -1 where there is none, or the column was dropped."""
         rows, slots = self.states.shape[:2]
         device = self.states.device
-        number = torch.arange(rows * slots, device=device).view(rows, slots) - 1
-        number[:, 0] = -1
+        number = torch.arange(rows * slots, device=device).view(rows, slots)[:, :-1]
         if self.kept is None:
-            return number
-        # In front of the first column of a row that is padded on the left nothing stands.
-        padded = nn.functional.pad(self.kept[:, :-1] < 0, (1, 0))
-        number = number.masked_fill(padded, -1)
-        place = torch.where(self.kept >= 0, self.kept, width)
+            return nn.functional.pad(number, (1, 0), value=-1)
         # With logits="full" a column also stands where those after it were dropped: the first of
         # its slots is the one behind what predicts it.
-        again = self.kept[:, 1:] == self.kept[:, :-1]
-        place = place.masked_fill(nn.functional.pad(again, (1, 0)), width)
+        fresh = self.kept[:, 1:] != self.kept[:, :-1]
+        predicted = follows(self.kept >= 0)[:, 1:] & fresh
+        place = self.kept[:, 1:].masked_fill(~predicted, width)
         found = torch.full((rows, width + 1), -1, device=device)
         return found.scatter_(1, place, number)[:, :width]
 
