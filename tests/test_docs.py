@@ -4,7 +4,7 @@ A `console` or `python` block runs here unless the line above it says `<!-- not 
 commands of such a block are still parsed. Blocks with `$ ` prompts are compared with what is
 printed, where the page shows it. `<!-- after: PAGE -->` runs the Python blocks of a page first.
 `<!-- slow: why -->` leaves a block to a test marked slow: a shell runs the blocks of a page in
-their order, in one folder.
+their order, in one folder; all pages share a store.
 """
 
 from __future__ import annotations
@@ -184,11 +184,18 @@ def check(words: list[str]) -> None:
         assert all((ROOT / file).exists() for file in files), words
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One for all pages, as a reader has one: what a page has finished is `cached` on the next."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block in SLOW}))
-def test_blocks_that_take_minutes_run(page, tmp_path):
+def test_blocks_that_take_minutes_run(page, store, tmp_path):
     """As they are pasted, by a shell in which `adsc` is this one."""
     _link_shipped_folders(tmp_path)
+    (tmp_path / "runs").symlink_to(store)
     programs = Path(sys.executable).parent
     assert (programs / "adsc").exists(), "run `make install`"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_API_SERVER_ADDRESS"}
