@@ -31,6 +31,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adsc.serving.engine import attention
+from adsc.serving.engine.graphs import check_settled
 from adsc.serving.engine.parts import make_part
 from adsc.serving.settings import served_plan
 
@@ -53,6 +54,7 @@ class PlanLayers:
     norm: Any
 
     def join(self, vllm_config: Any) -> None:
+        check_settled(vllm_config)
         part_of = vllm_config.model_config.hf_config.adsc_parts
         for layer, part in zip(self.layers, part_of, strict=True):
             layer.self_attn.attn.__class__ = attention.PartAttention
@@ -148,9 +150,13 @@ class Planned:
         """vLLM's second model runner asks a model for what prepares its inputs."""
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+        from adsc.serving.engine.patches import wrap_second_runner
         from adsc.serving.engine.state import PlanModelState
 
-        return DefaultModelState if self.served is None else PlanModelState
+        if self.served is None:
+            return DefaultModelState
+        wrap_second_runner()
+        return PlanModelState
 
 
 @MULTIMODAL_REGISTRY.register_processor(

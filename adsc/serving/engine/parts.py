@@ -18,8 +18,8 @@ from vllm.compilation.decorators import support_torch_compile
 def make_part(layers: Sequence[nn.Module], first: int, vllm_config: Any) -> nn.Module:
     """The module of layers `first`, `first` + 1, ... Their owner keeps them registered.
 
-    vLLM drops all guards of what it compiles, and finds compiled code again by a forward's qualified
-    name and by the model tag. Parts that shared these would run each other's code.
+    vLLM drops all guards of what it compiles, and finds compiled code again by the qualified name
+    of a forward and by the model tag. Parts that shared these would run each other's code.
     """
     name = f"Layers{first}To{first + len(layers) - 1}"
     code = _forward.__code__.replace(co_name=name, co_qualname=name)

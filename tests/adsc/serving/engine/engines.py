@@ -93,6 +93,17 @@ def request(reference: Reference, prompt: Prompt) -> dict[str, Any]:
     return found
 
 
+def configured(folder: Path, plan: dict[str, Any], **options: Any) -> Any:
+    """A `VllmConfig` under a plan; nothing is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from adsc.serving import register
+
+    register()
+    settings = {"model": str(folder), "hf_overrides": {"adsc": plan}, "max_num_seqs": 16}
+    return EngineArgs(**(settings | options)).create_engine_config()
+
+
 @contextmanager
 def engine(folder: Path, plan: Any = None, **options: Any) -> Iterator[Watched]:
     """A small engine for a checkpoint; `plan` as it would stand in config.json."""

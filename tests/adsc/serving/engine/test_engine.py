@@ -158,8 +158,13 @@ def test_the_second_model_runner(checkpoint: Path, wanted: Wanted) -> None:
         env=os.environ | settings,
     )
     assert done.returncode == 0, done.stderr
-    for plan, got in zip(plans, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    answers, steps = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    for plan, got in zip(plans, answers, strict=True):
         assert got == [list(it.tokens[:4]) for it in wanted(plan)[::3]]
+    # A prompt's last token looks like decoding to vLLM, which would run it as a CUDA graph.
+    assert [each for scheduled, each, _ in steps if scheduled == [1, 1]] == [None, 1, 1]
+    assert [own for scheduled, _, own in steps if scheduled == [1, 1]] == [1, 1, 1]
+    assert all(each is None for scheduled, each, _ in steps if scheduled != [1, 1])
 
 
 @pytest.mark.parametrize("plan", ["0:1/2,4:1/4;anchor=first", "2:1/9,6:0;pool=tiles"])
