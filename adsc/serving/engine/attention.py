@@ -50,7 +50,7 @@ def narrowed(backend: Any) -> Any:
             self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any
         ) -> Any:
             spec = self.kv_cache_spec
-            if spec.part:
+            if spec.part:  # lengths: of R' >= R requests where these are padded
                 common_attn_metadata = copy(common_attn_metadata)
                 common_attn_metadata.seq_lens = self._own(common_attn_metadata.seq_lens)
                 common_prefix_len = 0
@@ -76,7 +76,8 @@ def narrow(metadata: Any, part: Part, block_size: int) -> Any:
     new = copy(metadata)
     dropped = torch.from_numpy(part.dropped)
     new.seq_lens[: len(dropped)] -= dropped.to(device)
-    new.seq_lens_cpu_upper_bound = _less(metadata.seq_lens_cpu_upper_bound, dropped)
+    new.seq_lens_cpu_upper_bound = metadata.seq_lens_cpu_upper_bound.clone()
+    new.seq_lens_cpu_upper_bound[: len(dropped)] -= dropped
     new.max_seq_len = max(1, int(new.seq_lens_cpu_upper_bound.max()))
     new._num_computed_tokens_cache = new._token_to_req_indices_cache = None
     fill_slots(metadata.slot_mapping, metadata.block_table_tensor, part, block_size)
@@ -88,13 +89,6 @@ def narrow(metadata: Any, part: Part, block_size: int) -> Any:
         new.slot_mapping = metadata.slot_mapping[: part.count]
         new.positions = metadata.positions[part.rows]
     return new
-
-
-def _less(lengths: Tensor, dropped: Tensor) -> Tensor:
-    """(R' >= R,), (R,) -> lengths without what was dropped; R' where requests are padded."""
-    left = lengths.clone()
-    left[: len(dropped)] -= dropped.to(lengths.dtype)
-    return left
 
 
 def fill_slots(slots: Tensor, table: Tensor, part: Part, block_size: int) -> None:

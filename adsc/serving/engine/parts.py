@@ -34,7 +34,7 @@ def make_part(layers: Sequence[nn.Module], first: int, vllm_config: Any) -> nn.M
 
 def _forward(self: Any, positions: Tensor, hidden: Tensor) -> Tensor:
     """(M,), (M, D) of the residual stream -> (M, D) of the residual stream."""
-    residual = None
+    residual: Any = None
     for layer in self.layers:
         hidden, residual = layer(positions, hidden, residual)
     summed: Tensor = hidden + residual

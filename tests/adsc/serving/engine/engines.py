@@ -38,6 +38,10 @@ class Watched:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    @property
     def in_use(self) -> int:
         """Blocks that requests or the prefix cache's hits hold now; block 0 is vLLM's own."""
         pool = self.scheduler.kv_cache_manager.block_pool

@@ -40,7 +40,7 @@ def main(folder: str, *plans: str) -> None:
     reference, found = Reference(Path(folder)), []
     for plan in plans:
         with engine(Path(folder), PruningPlan.parse(plan).to_dict()) as served:
-            runner = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            runner = served.runner
             assert type(runner).__module__ == "vllm.v1.worker.cpu.model_runner", type(runner)
             found.append(served.answers(reference, all_prompts()[::3], new=4))
     steps = uniform(reference, plans[0])
@@ -56,7 +56,7 @@ def uniform(reference: Reference, plan: str) -> list[tuple[list[int], int | None
     wide = len(reference.ids(prompts[0])) + 63
     options = {"long_prefill_token_threshold": wide - 1}
     with engine(reference.folder, PruningPlan.parse(plan).to_dict(), **options) as served:
-        runner = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        runner = served.runner
         gather = runner.gather_batch_req_state
 
         def noted(output: Any, dummy: bool) -> Any:

@@ -8,21 +8,26 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from adsc import PruningPlan
-from tests.adsc.serving.engine.cases import BASE, PLANS, Answer, Prompt, Reference
+from tests.adsc.serving.engine.cases import (
+    BASE,
+    PLANS,
+    Prompt,
+    Reference,
+    Wanted,
+    as_dict,
+    tokens,
+)
 from tests.adsc.serving.engine.engines import engine, request
 from tests.documents import ROOT
 
-Wanted = Callable[[str], list[Answer]]
 NAMED = {
     "16": "1:1/4",
     "tiles": "1:1/4;pool=tiles",
@@ -31,14 +36,6 @@ NAMED = {
 }
 BLOCK = 32
 IMAGE = 64
-
-
-def as_dict(plan: str) -> dict[str, Any]:
-    return PruningPlan.parse(plan).to_dict()
-
-
-def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
-    return [answer.tokens for answer in answers]
 
 
 @pytest.mark.parametrize("plan", PLANS)

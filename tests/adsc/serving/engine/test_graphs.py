@@ -3,7 +3,6 @@ same greedy tokens as transformers, and no graph for a step that drops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from adsc import PruningPlan
-from tests.adsc.serving.engine.cases import Answer, Prompt, Reference
-from tests.adsc.serving.engine.engines import Watched, configured, engine
-
-Wanted = Callable[[str], list[Answer]]
-
-
-def as_dict(plan: str) -> dict[str, Any]:
-    return PruningPlan.parse(plan).to_dict()
-
-
-def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
-    return [answer.tokens for answer in answers]
-
-
-def runner_of(served: Watched) -> Any:
-    return served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+from tests.adsc.serving.engine.cases import Prompt, Reference, Wanted, as_dict, tokens
+from tests.adsc.serving.engine.engines import configured, engine
 
 
 @pytest.mark.parametrize("plan", ["2:1/2,4:1/2,6:1/2", "2:1/9,6:0;pool=tiles"])
@@ -39,7 +23,7 @@ def test_graphs_for_decoding(
     from tests.adsc.serving.engine.replays import arm, watched
 
     with engine(checkpoint, as_dict(plan)) as served:
-        runner = runner_of(served)
+        runner = served.runner
         graphs = arm(runner)
         with watched(runner, lambda: attention.current) as steps:
             assert served.answers(reference, prompts) == tokens(wanted(plan))
@@ -65,7 +49,7 @@ def test_one_token_of_an_image_is_no_decoding(
     plan = "2:1/4,6:0"
     few = [number for number, answer in enumerate(wanted(plan)) if answer.wide < 120]
     with engine(checkpoint, as_dict(plan), long_prefill_token_threshold=1) as served:
-        runner = runner_of(served)
+        runner = served.runner
         arm(runner)
         with watched(runner, lambda: attention.current) as steps:
             got = served.answers(reference, [prompts[number] for number in few])
