@@ -50,7 +50,7 @@ def narrowed(backend: Any) -> Any:
             self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any
         ) -> Any:
             spec = self.kv_cache_spec
-            if spec.part:  # lengths: of R' >= R requests where these are padded
+            if spec.part:
                 common_attn_metadata = copy(common_attn_metadata)
                 common_attn_metadata.seq_lens = self._own(common_attn_metadata.seq_lens)
                 common_prefix_len = 0
@@ -74,7 +74,7 @@ def narrow(metadata: Any, part: Part, block_size: int) -> Any:
     CUDA graphs read them there."""
     device = metadata.seq_lens.device
     new = copy(metadata)
-    dropped = torch.from_numpy(part.dropped)
+    dropped = torch.from_numpy(part.dropped)  # a graph pads requests, so there may be fewer
     new.seq_lens[: len(dropped)] -= dropped.to(device)
     new.seq_lens_cpu_upper_bound = metadata.seq_lens_cpu_upper_bound.clone()
     new.seq_lens_cpu_upper_bound[: len(dropped)] -= dropped
