@@ -67,6 +67,11 @@ class Step:
     parts: list[Part]
     total: int
 
+    @property
+    def drops(self) -> bool:
+        """Whether some part may see fewer rows than the step has."""
+        return any(part.rows is not None for part in self.parts)
+
     def leave(self, states: Tensor) -> Tensor:
         """(M, D) of the last part -> (N, D): each row where the engine looks for it, zeros where a
         token was dropped."""

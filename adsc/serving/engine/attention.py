@@ -43,28 +43,41 @@ def narrowed(backend: Any) -> Any:
     class Builder(backend.get_builder_cls()):  # type: ignore[misc]
         # It would share metadata among the groups of a part, whose blocks differ.
         supports_update_block_table = False
+        # (requests,) int32; one for all steps, since a CUDA graph reads where it was captured.
+        lengths: Tensor | None = None
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any
         ) -> Any:
             spec = self.kv_cache_spec
-            if current is not None and spec.part:
-                part = current.parts[spec.part]
-                common_attn_metadata = narrow(common_attn_metadata, part, spec.block_size)
+            if spec.part:
+                common_attn_metadata = copy(common_attn_metadata)
+                common_attn_metadata.seq_lens = self._own(common_attn_metadata.seq_lens)
                 common_prefix_len = 0
+                if current is not None:
+                    part = current.parts[spec.part]
+                    common_attn_metadata = narrow(common_attn_metadata, part, spec.block_size)
             return super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+
+        def _own(self, lengths: Tensor) -> Tensor:
+            if self.lengths is None:
+                most = self.vllm_config.scheduler_config.max_num_seqs
+                self.lengths = lengths.new_zeros(most)
+            return self.lengths[: len(lengths)].copy_(lengths)
 
     return subclass_attention_backend("Adsc", backend, Builder)
 
 
 def narrow(metadata: Any, part: Part, block_size: int) -> Any:
     """`CommonAttentionMetadata` of a whole step -> of the rows that reach a part, which lie side by
-    side in its blocks. The group's slot mapping is rewritten in place: the layers read it."""
+    side in its blocks. The group's slot mapping and lengths are rewritten in place: the layers and
+    CUDA graphs read them there."""
     device = metadata.seq_lens.device
     new = copy(metadata)
-    dropped = torch.from_numpy(part.dropped)
-    new.seq_lens = _less(metadata.seq_lens, dropped.to(device))
-    new.seq_lens_cpu_upper_bound = _less(metadata.seq_lens_cpu_upper_bound, dropped)
+    dropped = torch.from_numpy(part.dropped)  # a graph pads requests, so there may be fewer
+    new.seq_lens[: len(dropped)] -= dropped.to(device)
+    new.seq_lens_cpu_upper_bound = metadata.seq_lens_cpu_upper_bound.clone()
+    new.seq_lens_cpu_upper_bound[: len(dropped)] -= dropped
     new.max_seq_len = max(1, int(new.seq_lens_cpu_upper_bound.max()))
     new._num_computed_tokens_cache = new._token_to_req_indices_cache = None
     fill_slots(metadata.slot_mapping, metadata.block_table_tensor, part, block_size)
@@ -76,13 +89,6 @@ def narrow(metadata: Any, part: Part, block_size: int) -> Any:
         new.slot_mapping = metadata.slot_mapping[: part.count]
         new.positions = metadata.positions[part.rows]
     return new
-
-
-def _less(lengths: Tensor, dropped: Tensor) -> Tensor:
-    """(R' >= R,), (R,) -> lengths without what was dropped; R' where requests are padded."""
-    left = lengths.clone()
-    left[: len(dropped)] -= dropped.to(lengths.dtype)
-    return left
 
 
 def fill_slots(slots: Tensor, table: Tensor, part: Part, block_size: int) -> None:

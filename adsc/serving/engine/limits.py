@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from adsc.families.table import FAMILIES
+from adsc.serving.engine import graphs
 from adsc.serving.settings import (
     DENSE,
     SERVED,
@@ -41,12 +41,8 @@ class LlavaPlanConfig(VerifyAndUpdateConfig):
         if served.by_size is not None:
             refuse_inputs(vllm_config.model_config)
         refuse_lengths(vllm_config, served)
-        # The loop over the layers reads the step that runs, which no graph may freeze.
-        vllm_config.model_config.enforce_eager = True
-        vllm_config.compilation_config.mode = CompilationMode.NONE
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        logger.info("serving plan %s", served.text)
+        logger.info("serving plan %s, %s", served.text, graphs.settle(vllm_config))
         if vllm_config.cache_config.enable_prefix_caching:
             logger.info("prefix caching covers the text before a request's first image")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adsc.serving.engine import attention
+from adsc.serving.engine.graphs import check_settled
+from adsc.serving.engine.parts import make_part
 from adsc.serving.settings import served_plan
 
 DECODERS = {"llama": "AdscLlamaForCausalLM", "qwen2": "AdscQwen2ForCausalLM"}
@@ -50,11 +53,18 @@ class PlanLayers:
     layers: Any
     norm: Any
 
-    def join(self, part_of: list[int]) -> None:
-        self.part_of = part_of
+    def join(self, vllm_config: Any) -> None:
+        check_settled(vllm_config)
+        part_of = vllm_config.model_config.hf_config.adsc_parts
         for layer, part in zip(self.layers, part_of, strict=True):
             layer.self_attn.attn.__class__ = attention.PartAttention
             layer.self_attn.attn.join(part)
+        self.do_not_compile = True  # each part is
+        self.parts: dict[int, Any] = {}
+        for part, numbers in groupby(range(len(part_of)), part_of.__getitem__):
+            own = list(numbers)
+            layers = [self.layers[number] for number in own]
+            self.parts[part] = make_part(layers, own[0], vllm_config)
 
     def forward(
         self,
@@ -63,24 +73,22 @@ class PlanLayers:
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """(N,) ids or (N, D) embeddings -> (N, D). At a drop the residual stream is summed up, as
-        the plan's means are of a layer's whole input."""
+        """(N,) ids or (N, D) embeddings -> (N, D). Between parts the residual stream is summed up,
+        as the plan's means are of a layer's whole input."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        step, residual, number = attention.current, None, 0
-        for layer, part in zip(self.layers, self.part_of, strict=True):
-            while step is not None and number < part:
-                number += 1
+        step = attention.current
+        for number, part in self.parts.items():
+            if step is not None and number:
                 entered = step.parts[number]
-                if entered.take is None:
-                    continue
                 if not entered.count:  # a chunk of dropped tokens alone, as a chunk behind an exit
                     return hidden.new_zeros(step.total, hidden.shape[-1])
-                hidden = entered.enter(hidden if residual is None else hidden + residual)
-                positions, residual = positions[entered.take], None
-            if step is not None and part:
-                _cut_slots(layer.self_attn.attn.layer_name, step.parts[part].count)
-            hidden, residual = layer(positions, hidden, residual)
-        hidden, _ = self.norm(hidden, residual)
+                hidden = entered.enter(hidden)
+                if entered.take is not None:
+                    positions = positions[entered.take]
+                for layer in part.layers:
+                    _cut_slots(layer.self_attn.attn.layer_name, entered.count)
+            hidden = part(positions, hidden)
+        hidden = self.norm(hidden)
         return hidden if step is None else step.leave(hidden)
 
 
@@ -98,22 +106,29 @@ class PlanQwen2Model(PlanLayers, Qwen2Model):
     """A Qwen2 without its head."""
 
 
-class PlanLlama(LlamaForCausalLM):
+class WithPlanLayers:
+    """A decoder with its head."""
+
+    kind: type
+
+    model: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.model.__class__ = self.kind
+        self.model.join(vllm_config)
+
+
+class PlanLlama(WithPlanLayers, LlamaForCausalLM):
     """A LLaMA with its head."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.model.__class__ = PlanLlamaModel
-        self.model.join(vllm_config.model_config.hf_config.adsc_parts)
+    kind = PlanLlamaModel
 
 
-class PlanQwen2(Qwen2ForCausalLM):
+class PlanQwen2(WithPlanLayers, Qwen2ForCausalLM):
     """A Qwen2 with its head."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.model.__class__ = PlanQwen2Model
-        self.model.join(vllm_config.model_config.hf_config.adsc_parts)
+    kind = PlanQwen2Model
 
 
 class Planned:
@@ -135,9 +150,13 @@ class Planned:
         """vLLM's second model runner asks a model for what prepares its inputs."""
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+        from adsc.serving.engine.patches import wrap_second_runner
         from adsc.serving.engine.state import PlanModelState
 
-        return DefaultModelState if self.served is None else PlanModelState
+        if self.served is None:
+            return DefaultModelState
+        wrap_second_runner()
+        return PlanModelState
 
 
 @MULTIMODAL_REGISTRY.register_processor(

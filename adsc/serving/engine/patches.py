@@ -4,6 +4,9 @@
 built from which rows reach which part. The second runner asks a model for a state that prepares
 them (`state`); the first has no such place between knowing a step's requests and building metadata.
 
+Both model runners: a step runs as a CUDA graph where each of its requests computes one token. That
+may be a token of an image, which is dropped, and neither runner asks the model.
+
 `InputProcessor.process_inputs`: requests that a plan can't serve must be refused where the client
 gets the error, in the front end. vLLM has a hook for platforms there, none for models.
 """
@@ -39,6 +42,7 @@ def install() -> None:
 
 def _wrap_runner() -> None:
     prepare, execute = GPUModelRunner._prepare_inputs, GPUModelRunner.execute_model
+    determine = GPUModelRunner._determine_batch_execution_and_padding
 
     @wraps(prepare)
     def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -61,7 +65,34 @@ def _wrap_runner() -> None:
         finally:
             attention.current = None
 
+    @wraps(determine)
+    def determine_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if attention.current is not None and attention.current.drops:
+            kwargs["force_eager"] = True
+        return determine(self, *args, **kwargs)
+
     GPUModelRunner._prepare_inputs, GPUModelRunner.execute_model = prepare_inputs, execute_model
+    GPUModelRunner._determine_batch_execution_and_padding = determine_batch
+
+
+def wrap_second_runner() -> None:
+    """Wrap it where it runs, for its module loads Triton; again is no more."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
+
+    if hasattr(SecondRunner, _MARK):
+        return
+    setattr(SecondRunner, _MARK, True)
+    gather = SecondRunner.gather_batch_req_state
+
+    @wraps(gather)
+    def gather_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """While a prompt is computed there is no number of tokens that all requests compute, by
+        which this runner finds graphs."""
+        batch, each = gather(self, *args, **kwargs)
+        served = isinstance(getattr(self.model, "served", None), ServedPlan)
+        return batch, None if served and batch is not None and batch.has_prefill else each
+
+    SecondRunner.gather_batch_req_state = gather_batch
 
 
 def _kept(served: ServedPlan, record: Any) -> Kept | None:

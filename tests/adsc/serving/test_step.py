@@ -147,6 +147,7 @@ def _advance(waiting: list[Simulated], chunks: list[int]) -> None:
         for one, dropped, done in zip(waiting, part.dropped, computed + sizes, strict=True):
             assert len(one.caches[number]) == done - dropped
     if step:
+        assert step.drops or all(part.count == step.total for part in step.parts)
         out = step.leave(states)
         assert len(out) == len(tokens)
         ends = np.cumsum(sizes) - 1

@@ -134,6 +134,19 @@ class Answer:
     wide: int
 
 
+Wanted = Callable[[str], list[Answer]]
+"""What all prompts' answers are under a plan."""
+
+
+def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
+    return [answer.tokens for answer in answers]
+
+
+def as_dict(plan: str) -> dict[str, Any]:
+    """A plan as it stands in config.json."""
+    return adsc.PruningPlan.parse(plan).to_dict()
+
+
 class Reference:
     """A checkpoint in transformers, one prompt at a time, and the pictures of its prompts."""
 

@@ -7,25 +7,25 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from adsc import PruningPlan
 from pipeline.data.templates import begin_with_bos
 from tests.adsc.serving.engine.cases import (
     Answer,
     Prompt,
     Reference,
+    Wanted,
     all_prompts,
+    as_dict,
     random_checkpoint,
 )
 from tests.adsc.serving.engine.chats import PLAN
 from tests.documents import ROOT
 
 collect_ignore = ["trained.py"]  # a script of the project's own environment
-Wanted = Callable[[str], list[Answer]]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     found = tmp_path_factory.mktemp("served") / "tiny"
     shutil.copytree(checkpoint, found)
     config = json.loads((found / "config.json").read_text())
-    config["adsc"] = PruningPlan.parse(PLAN).to_dict()
+    config["adsc"] = as_dict(PLAN)
     (found / "config.json").write_text(json.dumps(config))
     begin_with_bos(found)
     return found

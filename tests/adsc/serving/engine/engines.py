@@ -38,6 +38,10 @@ class Watched:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    @property
     def in_use(self) -> int:
         """Blocks that requests or the prefix cache's hits hold now; block 0 is vLLM's own."""
         pool = self.scheduler.kv_cache_manager.block_pool
@@ -91,6 +95,17 @@ def request(reference: Reference, prompt: Prompt) -> dict[str, Any]:
         images = [reference.picture(number) for number in prompt.pictures]
         found["multi_modal_data"] = {"image": images}
     return found
+
+
+def configured(folder: Path, plan: dict[str, Any], **options: Any) -> Any:
+    """A `VllmConfig` under a plan; nothing is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from adsc.serving import register
+
+    register()
+    settings = {"model": str(folder), "hf_overrides": {"adsc": plan}, "max_num_seqs": 16}
+    return EngineArgs(**(settings | options)).create_engine_config()
 
 
 @contextmanager

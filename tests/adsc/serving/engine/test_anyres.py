@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from adsc import PruningPlan
 from tests.adsc.serving.engine.anyres import FAMILIES, anyres_checkpoint, sized_picture
-from tests.adsc.serving.engine.cases import Answer, Prompt, Reference
+from tests.adsc.serving.engine.cases import Answer, Prompt, Reference, as_dict, tokens
 from tests.adsc.serving.engine.engines import engine
 
 PLANS = (
@@ -26,10 +25,6 @@ PLANS = (
     "0:1/2,4:1/2;pool=runs",
     "4:0",
 )
-
-
-def as_dict(plan: str) -> dict[str, object]:
-    return PruningPlan.parse(plan).to_dict()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -52,10 +47,6 @@ def answers(sized: Reference, prompts: list[Prompt]) -> Callable[[str], list[Ans
         return known[plan]
 
     return found
-
-
-def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
-    return [answer.tokens for answer in answers]
 
 
 @pytest.mark.parametrize("plan", PLANS)

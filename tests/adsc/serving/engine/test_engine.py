@@ -8,21 +8,26 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from adsc import PruningPlan
-from tests.adsc.serving.engine.cases import BASE, PLANS, Answer, Prompt, Reference
+from tests.adsc.serving.engine.cases import (
+    BASE,
+    PLANS,
+    Prompt,
+    Reference,
+    Wanted,
+    as_dict,
+    tokens,
+)
 from tests.adsc.serving.engine.engines import engine, request
 from tests.documents import ROOT
 
-Wanted = Callable[[str], list[Answer]]
 NAMED = {
     "16": "1:1/4",
     "tiles": "1:1/4;pool=tiles",
@@ -31,14 +36,6 @@ NAMED = {
 }
 BLOCK = 32
 IMAGE = 64
-
-
-def as_dict(plan: str) -> dict[str, Any]:
-    return PruningPlan.parse(plan).to_dict()
-
-
-def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
-    return [answer.tokens for answer in answers]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -158,8 +155,13 @@ def test_the_second_model_runner(checkpoint: Path, wanted: Wanted) -> None:
         env=os.environ | settings,
     )
     assert done.returncode == 0, done.stderr
-    for plan, got in zip(plans, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    answers, steps = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    for plan, got in zip(plans, answers, strict=True):
         assert got == [list(it.tokens[:4]) for it in wanted(plan)[::3]]
+    # A prompt's last token looks like decoding to vLLM, which would run it as a CUDA graph.
+    assert [each for scheduled, each, _ in steps if scheduled == [1, 1]] == [None, 1, 1]
+    assert [own for scheduled, _, own in steps if scheduled == [1, 1]] == [1, 1, 1]
+    assert all(each is None for scheduled, each, _ in steps if scheduled != [1, 1])
 
 
 @pytest.mark.parametrize("plan", ["0:1/2,4:1/4;anchor=first", "2:1/9,6:0;pool=tiles"])

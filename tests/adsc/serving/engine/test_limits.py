@@ -13,20 +13,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from adsc import PruningPlan
 from adsc.families.table import FAMILIES
-from adsc.serving import register
 from adsc.serving.settings import SERVED
+from tests.adsc.serving.engine.engines import configured
 from tests.adsc.zoo import CASES
 
 DROP = PruningPlan.parse("2:1/2").to_dict()
 MEAN = PruningPlan.parse("2:1/4;pool=tiles").to_dict()
-
-
-def configured(folder: Path, plan: dict[str, Any], **options: Any) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
-    register()
-    settings = {"model": str(folder), "hf_overrides": {"adsc": plan}, "max_num_seqs": 16}
-    return EngineArgs(**(settings | options)).create_engine_config()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import adsc
-from tests.adsc.serving.engine.cases import BASE, TRAINED, Answer, Prompt, Reference
+from tests.adsc.serving.engine.cases import BASE, TRAINED, Prompt, Reference, tokens
 from tests.adsc.serving.engine.engines import engine
 
 DEFAULT, *OTHERS = TRAINED
@@ -27,10 +27,6 @@ def answers(taught: Reference, prompts: list[Prompt]) -> dict[str, list[tuple[in
     """What transformers answers, by the name of the plan."""
     plans = TRAINED | {"dense": ""}
     return {name: tokens(taught.answers(plan, prompts)) for name, plan in plans.items()}
-
-
-def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
-    return [answer.tokens for answer in answers]
 
 
 def test_its_own_plan_and_those_that_requests_name(
