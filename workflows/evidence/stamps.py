@@ -31,6 +31,9 @@ PROJECTOR = r".*multi_modal_projector\..*"
 TOP_PLANS = {"667": "7:1/4,19:0", "778": "0:18/49,18:0", "889": "0:1/4,13:0"}
 """The ladder's EXITS at the same shares of depth, 30 layers instead of 8: averages 65.3, 43.2 and
 21.2 of 196 tokens. Nothing was tried here."""
+LATE = "5:1/4,24:0"
+"""Average 63.7. Layer 24 is the first from which an exit costs the base little on training
+conversations (workflows/evidence/depth.py); the arms above were run before anybody looked."""
 TOP_PEERS = ("pool", "divprune")
 """The best peers of the ladder that read no scores of the tower; positions kept."""
 TOP_STEPS = 90
@@ -114,6 +117,7 @@ def stamps_top_config() -> EvidenceConfig:
     recipes += [
         _recipe("drop", "drop, as published", "667", "2:19/49,15:1/2", 1),
         _recipe("tiles", "means of tiles", "667", "3:1/4;pool=tiles", 1),
+        _recipe("tiles_late", "tiles and a later exit", "667", f"{LATE};pool=tiles", 1),
     ]
     plain = stamps_config()
     budgets = [
