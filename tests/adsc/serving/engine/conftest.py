@@ -25,7 +25,8 @@ from tests.adsc.serving.engine.cases import (
 from tests.adsc.serving.engine.chats import PLAN
 from tests.documents import ROOT
 
-collect_ignore = ["trained.py"]  # a script of the project's own environment
+# No tests: a script of the project's own environment, and what imports vLLM at its top.
+collect_ignore = ["trained.py", "replays.py"]
 
 
 @pytest.fixture(scope="session")
