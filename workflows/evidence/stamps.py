@@ -33,7 +33,7 @@ TOP_PLANS = {"667": "7:1/4,19:0", "778": "0:18/49,18:0", "889": "0:1/4,13:0"}
 21.2 of 196 tokens. Nothing was tried here."""
 LATE = "5:1/4,24:0"
 """Average 63.7. Layer 24 is the first from which an exit costs the base little on training
-conversations (workflows/evidence/depth.py); the arms above were run before anybody looked."""
+conversations (workflows/depth.py); the arms above were run before anybody looked."""
 TOP_PEERS = ("pool", "divprune")
 """The best peers of the ladder that read no scores of the tower; positions kept."""
 TOP_STEPS = 90

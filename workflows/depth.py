@@ -1,6 +1,6 @@
 """How much an untrained model loses by each plan, on conversations of a prepared split.
 
-    python -m workflows.evidence.depth --model BASE --data PREPARED/train 12:0 19:0 24:0
+    python -m workflows.depth --model BASE --data PREPARED/train 12:0 19:0 24:0
 
 Where a decoder reads its picture differs from model to model, and an exit (`19:0`) before that
 costs more than training wins back. This takes a minute, no training and no test question: the cross
@@ -50,7 +50,7 @@ def losses(
 def main(words: list[str] | None = None) -> int:
     """The command: a line for each plan."""
     parser = argparse.ArgumentParser(
-        prog="workflows.evidence.depth",
+        prog="workflows.depth",
         description=(__doc__ or "").partition("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(__doc__ or "").partition("\n\n")[2],

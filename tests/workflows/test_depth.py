@@ -7,7 +7,7 @@ import adsc
 from pipeline.training.batches import StepLoader
 from pipeline.training.config import TrainConfig
 from tests.small import Small
-from workflows.evidence.depth import losses, main
+from workflows.depth import losses, main
 from workflows.evidence.tasks import load_model
 
 
