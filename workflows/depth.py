@@ -3,7 +3,7 @@
     python -m workflows.depth --model BASE --data PREPARED/train 12:0 19:0 24:0
 
 Where a decoder reads its picture differs from model to model, and an exit (`19:0`) before that
-costs more than training wins back. This takes a minute, no training and no test question: the cross
+costs more than training wins back. This takes minutes, no training and no test question: the cross
 entropy of the answers' tokens, dense and under each plan. The first layer from which an exit costs
 nothing is where to exit.
 """
