@@ -90,14 +90,14 @@ def ladder_recipes() -> Iterator[Recipe]:
         yield from _peers(budget)
         yield from _published(budget)
         yield from _candidates(budget)
-    yield _recipe("elastic_dense", "elastic, asked dense", "667", tier=1, steps=LONG, elastic=TILES)
-    yield _recipe(
+    yield recipe("elastic_dense", "elastic, asked dense", "667", tier=1, steps=LONG, elastic=TILES)
+    yield recipe(
         "elastic_exit_distill_dense", "elastic with exits, distilled, asked dense", "667",
         tier=1, steps=LONG, elastic=EXITS, distill=True,
     )  # fmt: skip
 
 
-def _recipe(
+def recipe(
     name: str,
     label: str,
     budget: str,
@@ -139,37 +139,37 @@ def _steps(budget: str) -> Iterator[Recipe]:
     early = {"667": "0:5/16", "778": "0:15/64", "889": "0:1/8"}[budget]
     once, tiles = TILES[budget], f"{TILES[budget]};pool=tiles"
     left = f"{EXITS[budget]};pool=tiles"
-    yield _recipe("drop", "drop, as published", budget, published, tier=1)
-    yield _recipe("drop_once", "one early drop", budget, once, tier=2)
-    yield _recipe("runs", "means of runs", budget, f"{once};pool=runs", tier=1)
-    yield _recipe("tiles", "means of tiles", budget, tiles, tier=0)
+    yield recipe("drop", "drop, as published", budget, published, tier=1)
+    yield recipe("drop_once", "one early drop", budget, once, tier=2)
+    yield recipe("runs", "means of runs", budget, f"{once};pool=runs", tier=1)
+    yield recipe("tiles", "means of tiles", budget, tiles, tier=0)
     for anchor in ("first", "center"):
-        yield _recipe(
+        yield recipe(
             f"tiles_{anchor}", f"tiles, {anchor}", budget, f"{once};anchor={anchor};pool=tiles",
             tier=3,
         )  # fmt: skip
-    yield _recipe("tiles_distill", "tiles, distilled", budget, tiles, tier=1, distill=True)
-    yield _recipe("tiles_450", "tiles, 450 steps", budget, tiles, tier=2, steps=LONG)
-    yield _recipe(
+    yield recipe("tiles_distill", "tiles, distilled", budget, tiles, tier=1, distill=True)
+    yield recipe("tiles_450", "tiles, 450 steps", budget, tiles, tier=2, steps=LONG)
+    yield recipe(
         "tiles_distill_450", "tiles, distilled, 450 steps", budget, tiles,
         tier=1, steps=LONG, distill=True,
     )  # fmt: skip
-    yield _recipe("tiles_exit", "tiles and exit", budget, left, tier=2)
-    yield _recipe("tiles_exit_distill", "tiles and exit, distilled", budget, left, tier=1,
+    yield recipe("tiles_exit", "tiles and exit", budget, left, tier=2)
+    yield recipe("tiles_exit_distill", "tiles and exit, distilled", budget, left, tier=1,
                   distill=True)  # fmt: skip
-    yield _recipe(
+    yield recipe(
         "tiles_exit_distill_450", "tiles and exit, distilled, 450 steps", budget, left,
         tier=0, steps=LONG, distill=True,
     )  # fmt: skip
-    yield _recipe(
+    yield recipe(
         "tiles_exit_distill_1350", "tiles and exit, distilled, 1350 steps", budget, left,
         tier=4, steps=LONGEST, distill=True,
     )  # fmt: skip
-    yield _recipe("tiles_early", "tiles before the decoder", budget, f"{early};pool=tiles", tier=2)
-    yield _recipe(
+    yield recipe("tiles_early", "tiles before the decoder", budget, f"{early};pool=tiles", tier=2)
+    yield recipe(
         "elastic", "elastic", budget, tiles, tier=1, steps=LONG, elastic=TILES,
     )  # fmt: skip
-    yield _recipe(
+    yield recipe(
         "elastic_exit_distill", "elastic with exits, distilled", budget, left,
         tier=1, steps=LONG, elastic=EXITS, distill=True,
     )  # fmt: skip
@@ -183,8 +183,8 @@ def _peers(budget: str) -> Iterator[Recipe]:
         label = f"{peer.name}, positions kept" if kept else peer.name
         top = peer.name in TOP_PEERS
         best = peer.name == TOP_PEERS[0]
-        yield _recipe(name, label, budget, method=peer, tier=0 if best else 1 if top else 2)
-        yield _recipe(
+        yield recipe(name, label, budget, method=peer, tier=0 if best else 1 if top else 2)
+        yield recipe(
             f"{name}_distill_450", f"{label}, distilled, 450 steps", budget, method=peer,
             tier=0 if best else 1 if top else 2, steps=LONG, distill=True,
         )  # fmt: skip
@@ -210,12 +210,12 @@ def _published(budget: str) -> Iterator[Recipe]:
     EPIC (arXiv 2510.00515): a drop whose ratio grows step by step, taught by a milder one."""
     layer, keep = {"667": (1, 4), "778": (1, 8), "889": (0, 8)}[budget]
     runs = [f"{layer}:1/{keep * more};pool=runs" for more in (4, 2, 1)]
-    yield _recipe(
+    yield recipe(
         "llavolta", "LLaVolta's curriculum, 450 steps", budget, runs[-1],
         tier=2, before=runs[:-1], steps=SHORT,
     )  # fmt: skip
     milder = {"weight": 0.5, "temperature": 2.0, "teacher": f"{layer}:1/2;anchor=first"}
-    yield _recipe(
+    yield recipe(
         "epic", "EPIC's curriculum, 450 steps", budget, f"{layer}:1/{keep};anchor=first",
         tier=2, steps=LONG, more={"distill": milder, "grow": {"extreme": 2.0}},
     )  # fmt: skip
@@ -224,7 +224,7 @@ def _published(budget: str) -> Iterator[Recipe]:
 def _candidates(budget: str) -> Iterator[Recipe]:
     """For the choice of EXITS, on validation questions."""
     for letter, plan in CANDIDATES[budget].items():
-        yield _recipe(
+        yield recipe(
             f"candidate_{letter}", f"candidate {plan}", budget, f"{plan};pool=tiles", tier=5,
             distill=True,
         )  # fmt: skip
@@ -241,7 +241,7 @@ def top_recipes(names: Sequence[str] = ()) -> tuple[Recipe, ...]:
         "divprune_keep_distill_450",
         "pyramiddrop_keep",
     )
-    return tuple(recipe for recipe in ladder_recipes() if recipe.name in chosen)
+    return tuple(one for one in ladder_recipes() if one.name in chosen)
 
 
 def ladder_config() -> EvidenceConfig:
@@ -249,6 +249,11 @@ def ladder_config() -> EvidenceConfig:
     return _config("The ladder on the demo's base", FashionConfig(
         validation_pictures=200, test_pictures=400,
     ), tuple(ladder_recipes()))  # fmt: skip
+
+
+def budget_of(name: str, plan: str) -> BudgetConfig:
+    """Of arms that are all recipes."""
+    return BudgetConfig(name=name, label=f"-{int(name) / 10:g} %", plan=plan, peers=())
 
 
 def _config(
@@ -269,10 +274,7 @@ def _config(
             context=512,
             splits={split: f"{split}.json" for split in splits},
         ),
-        budgets=tuple(
-            BudgetConfig(name=name, label=f"-{int(name) / 10:g} %", plan=TILES[name], peers=())
-            for name in BUDGETS
-        ),
+        budgets=tuple(budget_of(name, plan) for name, plan in TILES.items()),
         recipes=recipes,
         questions="validation",
         train=TrainConfig(

@@ -62,10 +62,9 @@ from workflows.evidence.tasks import (
     tasks,
     trained_folder,
 )
-from workflows.evidence.world import claim, make_world, start_log, start_process
+from workflows.evidence.world import SPAWN, claim, make_world, start_log, start_process
 
 log = logging.getLogger(__name__)
-SPAWN = multiprocessing.get_context("spawn")
 
 
 class World(NamedTuple):

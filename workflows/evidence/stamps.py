@@ -19,7 +19,8 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.methods import PeerConfig
 from pipeline.kinds.base import BaseConfig
 from pipeline.training.config import LoraSettings, TrainConfig
-from workflows.evidence.config import BudgetConfig, EvidenceConfig, Recipe
+from workflows.evidence.config import BudgetConfig, EvidenceConfig
+from workflows.evidence.ladder import budget_of, recipe
 from workflows.evidence.workflow import build
 from workflows.stamps.base import StampsBaseConfig
 from workflows.stamps.scenes import SHUFFLED, ScenesConfig
@@ -98,38 +99,26 @@ def stamps_top_config() -> EvidenceConfig:
     """The ladder's top arms and its best peers, each trained for as many steps as the arms above,
     none distilled."""
     recipes = []
-    for tier, (name, plan) in enumerate(TOP_PLANS.items()):
-        recipes.append(_recipe("tiles_exit", "tiles and exit", name, f"{plan};pool=tiles", tier))
-        recipes += [
-            Recipe(
-                name=f"{peer}_keep",
-                label=f"{peer}, positions kept",
-                budget=name,
-                method=PeerConfig(
-                    name=peer,
-                    average=float(TOKENS * (1 - int(name) / 1000)),
-                    options={"positions": "keep", "tolerance": 0.03},
-                ),
-                tier=tier,
-            )
-            for peer in TOP_PEERS
-        ]
+    for tier, (budget, plan) in enumerate(TOP_PLANS.items()):
+        recipes.append(
+            recipe("tiles_exit", "tiles and exit", budget, f"{plan};pool=tiles", tier=tier)
+        )
+        for peer in TOP_PEERS:
+            average = TOKENS * (1 - int(budget) / 1000)
+            options = {"positions": "keep", "tolerance": 0.03}
+            method = PeerConfig(name=peer, average=average, options=options)
+            label = f"{peer}, positions kept"
+            recipes.append(recipe(f"{peer}_keep", label, budget, method=method, tier=tier))
     recipes += [
-        _recipe("drop", "drop, as published", "667", "2:19/49,15:1/2", 1),
-        _recipe("tiles", "means of tiles", "667", "3:1/4;pool=tiles", 1),
-        _recipe("tiles_late", "tiles and a later exit", "667", f"{LATE};pool=tiles", 1),
+        recipe("drop", "drop, as published", "667", "2:19/49,15:1/2", tier=1),
+        recipe("tiles", "means of tiles", "667", "3:1/4;pool=tiles", tier=1),
+        recipe("tiles_late", "tiles and a later exit", "667", f"{LATE};pool=tiles", tier=1),
     ]
-    plain = stamps_config()
-    budgets = [
-        BudgetConfig(name=name, label=f"-{int(name) / 10:g} %", plan=plan, peers=())
-        for name, plan in TOP_PLANS.items()
-    ]
-    changed = edit(plain, {"stages": 1, "train.steps": TOP_STEPS, "control_splits": []})
-    return changed.model_copy(update={"budgets": tuple(budgets), "recipes": tuple(recipes)})
-
-
-def _recipe(name: str, label: str, budget: str, plan: str, tier: int) -> Recipe:
-    return Recipe(name=name, label=label, budget=budget, plan=plan, stages=(plan,), tier=tier)
+    budgets = tuple(budget_of(name, plan) for name, plan in TOP_PLANS.items())
+    changed = {"stages": 1, "train.steps": TOP_STEPS, "control_splits": []}
+    return edit(stamps_config(), changed).model_copy(
+        update={"budgets": budgets, "recipes": tuple(recipes)}
+    )
 
 
 def stamps() -> Workflow:
