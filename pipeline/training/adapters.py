@@ -211,7 +211,9 @@ def checksums(
 
 
 def _weighted_sum(values: torch.Tensor, period: int = 8191) -> float:
-    """Of (count,) values, in float64; the weights 1 to `period` repeat. One pass, no copy."""
+    """Of (count,) values, in float64; the weights 1 to `period` repeat."""
+    if values.dtype.itemsize == 1:
+        values = values.float()  # torch doesn't sum float8
     whole = len(values) // period * period
     sums = values[:whole].view(-1, period).sum(0, dtype=torch.float64)
     sums[: len(values) - whole] += values[whole:]
