@@ -69,7 +69,6 @@ def started(nodes_only: Mapping[str, str], *, mode: str, workers: int) -> Iterat
     # Ray Train asks the dashboard about its workers, and must not ask another Ray of this machine.
     inside = {**outside, **nodes_only, "RAY_API_SERVER_ADDRESS": address}
     inside |= {
-        "RAY_metrics_report_interval_ms": "1000",
         "RAY_num_workers_soft_limit": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "300",  # a busy machine takes its time
