@@ -240,6 +240,7 @@ def top_recipes(names: Sequence[str] = ()) -> tuple[Recipe, ...]:
         "divprune_keep",
         "divprune_keep_distill_450",
         "pyramiddrop_keep",
+        "pool_keep_distill_450",
     )
     return tuple(one for one in ladder_recipes() if one.name in chosen)
 
