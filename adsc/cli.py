@@ -306,11 +306,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(document, indent=2))
         return 0
-    leave = "" if arguments.exit is None else f", then an exit before layer {arguments.exit},"
+    placements = "1 placement" if len(plans) == 1 else f"{len(plans)} placements"
+    leave = "" if arguments.exit is None else f"; exit before layer {arguments.exit}"
+    shown = "" if len(found) == len(plans) else f"the {len(found)} closest, "
     print(
-        f"{arguments.model}: {len(plans)} placements of {drops} drops keeping {words}{leave} "
-        f"average {arguments.average:g} of {tokens} vision tokens per image, within "
-        f"{arguments.tolerance:.1%}; the {len(found)} closest, FLOPs in {arguments.convention}"
+        f"{arguments.model}: {placements} of {drops} {'drop' if drops == 1 else 'drops'} "
+        f"(keep {words}{leave}) with an average of {arguments.average:g} of {tokens} vision tokens "
+        f"per image, within {arguments.tolerance:.1%}; {shown}FLOPs in "
+        + arguments.convention
         + (f", lm_head {arguments.logits}" if arguments.convention == "exact" else "")
         + "\n"
     )

@@ -96,7 +96,8 @@ def solve_plans(
     if best:
         return [_plan(layers, ratios, words) for *_, layers, ratios in best]
     raise PlanError(
-        f"no placement of {drops} drops keeping {keep if keep == ANY_KEEP else _listed(shapes[0])} "
+        f"no placement of {drops} {'drop' if drops == 1 else 'drops'} keeping "
+        f"{keep if keep == ANY_KEEP else _listed(shapes[0])} "
         f"of {num_vision_tokens} vision tokens in {num_layers} layers"
         + ("" if exit_layer is None else f" with an exit before layer {exit_layer}")
         + f" averages {float(target):g} within {float(slack):.3g}; the nearest is "

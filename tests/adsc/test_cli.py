@@ -119,7 +119,7 @@ def test_plan_lists_placements(capsys):
         assert 0.54 < row["flops_reduction"] < 0.56 < row["kv_cache_reduction"] < 0.57
     command = ("plan", "--model", "llava-1.5-7b", "--average", "192", "--keep", "1/2,1/4")
     lines = output(capsys, *command, "--limit", "2", "--convention", "pdrop").out.splitlines()
-    assert "placements of 2 drops keeping 1/2,1/4" in lines[0] and "in pdrop" in lines[0]
+    assert "placements of 2 drops (keep 1/2,1/4)" in lines[0] and "in pdrop" in lines[0]
     assert lines[2].split() == ["plan", "average", "FLOPs", "KV", "cache"]
     assert len(lines) == 5
 
