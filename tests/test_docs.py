@@ -29,7 +29,7 @@ from tests.documents import ROOT, Block, anchors, blocks, links, pages, prose
 from workflows.commands.main import _parse, build_parser, main
 from workflows.registry import load_workflow
 
-TRAINING = ("docs/evidence.md", "docs/evidence-details.md")
+TRAINING = ("docs/evidence.md", "docs/evidence-ladder.md", "docs/evidence-details.md")
 """Pages whose blocks all train, for hours."""
 BLOCKS = [block for page in pages() for block in blocks(page)]
 CONSOLE = [block for block in BLOCKS if block.language == "console"]

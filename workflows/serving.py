@@ -193,7 +193,8 @@ def environment(words: list[str]) -> dict[str, str]:
 
 
 def run(words: list[str]) -> int:
-    """Run the server until it ends or until Ctrl-C, which a terminal sends to it as well.
+    """Run the server until it ends, until Ctrl-C, which a terminal sends to it as well, or until
+    SIGTERM, which a service manager may send to this process alone.
 
     Raises:
         ServingError: it ended on its own; the message is its last error.
@@ -205,12 +206,15 @@ def run(words: list[str]) -> int:
         assert server.stderr is not None
         reader = threading.Thread(target=_pass_on, args=(server.stderr, errors), daemon=True)
         reader.start()
+        before = signal.signal(signal.SIGTERM, lambda number, _: server.send_signal(number))
         try:
             code = server.wait()
         except KeyboardInterrupt:
             _end(server)
             return 0
-        finally:  # before the pipe is closed: processes of the server may still write to it
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            # Before the pipe is closed: processes of the server may still write to it.
             reader.join(timeout=5)
     if code in (0, -signal.SIGINT, -signal.SIGTERM):
         return 0

@@ -10,8 +10,8 @@ test questions are asked once, at the end:
     python -m workflows.evidence --out DIR --scale ladder --processes 2 --questions test
 
 Hypotheses, written before any arm was run, with what would refute them, stand in
-docs/evidence.md ("Hypotheses of the ladder"). `--scale free`, `textures` and `lists` ask the top
-arms on harder pictures and for long answers.
+docs/evidence-ladder.md ("Hypotheses of the ladder"). `--scale free`, `textures` and `lists` ask the
+top arms on harder pictures and for long answers.
 
 Legend: budgets are named by what is saved, 667 for -66.7 %; the demo's base has 64 vision tokens
 and 8 layers.

@@ -3,7 +3,7 @@ steps, by budget; the comparisons that were announced; a figure.
 
 Every number comes from the arms' files. A share that is kept is a ratio paired by seed and picture,
 its interval the bootstrap's over both; a comparison is paired by seed, its interval Student's over
-seeds, or of one seed the bootstrap's over pictures. docs/evidence.md explains them.
+seeds, or of one seed the bootstrap's over pictures. docs/evidence-ladder.md explains them.
 """
 
 import io
@@ -46,7 +46,7 @@ COMPARISONS = (
     ("tiles_exit_distill_450", "epic"),
     ("divprune_keep_distill_450", "divprune_keep"),
 )
-"""Pairs of arms, the first minus the second: the hypotheses of docs/evidence.md."""
+"""Pairs of arms, the first minus the second: the hypotheses of docs/evidence-ladder.md."""
 OURS, PEER, OTHER = "#D55E00", "#0072B2", "#888888"
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -167,3 +170,19 @@ def test_ctrl_c_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving.subprocess.Popen, "wait", interrupted)
     assert serving.run([sys.executable, "-c", sleeps]) == 0
     assert ended == [0]
+
+
+def test_a_service_manager_ends_the_server() -> None:
+    """SIGTERM reaches the command alone: what it started must not go on listening."""
+    sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    words = [sys.executable, "-c", sleeps]
+    code = f"from workflows import serving; raise SystemExit(serving.run({words!r}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        started = int(process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)

@@ -1,4 +1,4 @@
-"""`adsc serve` as a user has it: the command, HTTP with eight clients at once, Ctrl-C."""
+"""`adsc serve` as a user has it: the command, HTTP with eight clients at once, Ctrl-C, SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -67,6 +68,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(exported: Path) -> Iterator[Server]:
+    with served(exported) as found:
+        yield found
+
+
+@contextmanager
+def served(exported: Path) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,3 +171,18 @@ def test_ctrl_c_ends_it(server: Server) -> None:
     os.killpg(server.process.pid, signal.SIGINT)
     assert server.process.wait(120) == 0
     assert "Traceback" not in "".join(server.output[-30:])
+
+
+def test_a_service_manager_ends_it(exported: Path) -> None:
+    """SIGTERM reaches the command alone; what it started ends, too."""
+    with served(exported) as server:
+        server.process.terminate()
+        assert server.process.wait(120) == 0
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                os.killpg(server.process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.5)
+        raise AssertionError("a process of the server is left")
