@@ -6,10 +6,8 @@ The commands that submit and inspect jobs are in workflows/commands/cluster.
 """
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 
 def drive(arguments: Sequence[str]) -> int:
@@ -26,7 +24,6 @@ def drive(arguments: Sequence[str]) -> int:
         # the other node unpacks this code again and replaces the files.
         open_store(given["root"])
         with ray_for(RunContext(root=given["root"], workflow="", address="auto")):
-            signal.signal(signal.SIGTERM, _interrupt)  # Ray has set a handler of its own by now
             for node, result in preflight.check(given["root"], given["expected"]).items():
                 print(f"node {node}: {result}")
             return cli.main(arguments[1:])
@@ -35,11 +32,6 @@ def drive(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"adsc: {error}", file=sys.stderr)
         return 2
-
-
-def _interrupt(*_: object) -> NoReturn:
-    """End a stopped job as Ctrl-C ends a command."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

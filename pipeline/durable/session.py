@@ -15,10 +15,12 @@ import math
 import os
 import re
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.durable.address import ClusterError, check_head, check_socket_room, job_config
 from pipeline.durable.progress import PLAIN
@@ -71,7 +73,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
                 f"no Ray answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
                 "the address out (and unset RAY_ADDRESS) to run on this machine only"
             ) from error
-        with contextlib.closing(_Shutdown()):
+        with _connected():
             yield
         return
     check_socket_room()
@@ -93,7 +95,7 @@ def ray_for(context: RunContext) -> Iterator[None]:
             log_to_driver=False,
             **setup,
         )
-        with contextlib.closing(_Shutdown()):
+        with _connected():
             yield
     finally:
         if before is None:
@@ -162,11 +164,24 @@ def set_auth_mode(embedded: bool = False) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
 
 
-class _Shutdown:
-    def close(self) -> None:
-        import ray
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """For the duration of a `with`, SIGTERM interrupts as Ctrl-C does, so that leases are released;
+    Ray's own handler prints a stack and ends the process. Then Ray is shut down."""
+    import ray
 
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
+    try:
+        yield
+    finally:
         ray.shutdown()
+        if is_main:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def free_port(wanted: int | None) -> int:

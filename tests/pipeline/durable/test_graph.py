@@ -198,12 +198,13 @@ def test_kill_9_and_the_next_run_takes_over(toys: Toys) -> None:
     assert killed.attempt not in {path.name for path in Path(toys.root).glob("*/attempts/*")}
 
 
-def test_an_interrupt_gives_the_lease_back(toys: Toys) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_gives_the_lease_back(toys: Toys, number: signal.Signals) -> None:
     changes = {"double": {"seconds": 30}, "square": {"seconds": 30}}
     driver = toys.drive({"lease_seconds": 60}, **changes)
     toys.wait_for("double")
     toys.wait_for("square")
-    driver.send_signal(signal.SIGINT)
+    driver.send_signal(number)
     driver.communicate(timeout=120)
     assert toys.holder("double", **changes) is None
     assert toys.holder("square", **changes) is None
